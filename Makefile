@@ -1,0 +1,41 @@
+# make demo   a clip by the model that ships        make test   everything the tests need, and the tests
+# make lint   ruff                                  make train  the model that ships, from nothing
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint train clean
+
+demo: .venv/run
+	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
+
+test: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+train: .venv/dev
+	$(BIN)/deepspeed train/t2i.py
+	$(BIN)/deepspeed train/t2v.py
+
+# torch comes first: packages that build from source look at it.
+.venv/base:
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --upgrade pip "setuptools>=77" wheel
+	$(INSTALL) torch
+	touch $@
+
+.venv/run: .venv/base setup.py pyproject.toml constraints.txt
+	$(INSTALL) --no-build-isolation -e .
+	touch $@
+
+.venv/dev: .venv/base setup.py pyproject.toml constraints.txt
+	$(INSTALL) --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build outputs *.egg-info
