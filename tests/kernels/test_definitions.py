@@ -1,0 +1,86 @@
+"""The operators' definitions against their equations, in fp64."""
+
+import pytest
+import torch
+
+from gentron_kernels.attention import attention
+from gentron_kernels.layernorm_modulate import layernorm_modulate, residual_layernorm_modulate
+from gentron_kernels.temporal_attention import temporal_attention
+
+
+def rand(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 63, 72), (3, 2, 5, 24)], ids=str)
+def test_layernorm_modulate(shape):
+    x = rand(*shape).requires_grad_()
+    shift, scale = (rand(shape[0], shape[-1], seed=s).requires_grad_() for s in (1, 2))
+    rows = [row.detach().reshape(shape[0], *(1,) * (len(shape) - 2), -1) for row in (shift, scale)]
+    centred = x - x.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(
+        layernorm_modulate(x, shift, scale), normed * (1 + rows[1]) + rows[0]
+    )
+    torch.testing.assert_close(layernorm_modulate(x), normed)
+    assert torch.autograd.gradcheck(layernorm_modulate, (x, shift, scale))
+
+
+def test_the_chain_joins_two_sublayers():
+    x, y = rand(2, 5, 24), rand(2, 5, 24, seed=1)
+    gate, shift, scale = (rand(2, 24, seed=s) for s in (2, 3, 4))
+    stream, h = residual_layernorm_modulate(x, y, gate, shift, scale)
+    torch.testing.assert_close(stream, x + gate[:, None] * y)
+    torch.testing.assert_close(h, layernorm_modulate(stream, shift, scale))
+    stream, h = residual_layernorm_modulate(x, y)
+    torch.testing.assert_close(stream, x + y)
+    assert residual_layernorm_modulate(x)[0] is x
+
+
+def test_low_precision_is_computed_in_fp32():
+    x = rand(2, 64, 1664) * 3 + 50  # a mean far from 0 cancels in 16 bits
+    low = x.bfloat16()
+    exact = layernorm_modulate(low.double())
+    error = (layernorm_modulate(low).double() - exact).norm() / exact.norm()
+    assert layernorm_modulate(low).dtype == torch.bfloat16 and error < 3e-3
+
+
+def test_rows_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"modulation rows must be \(2, 24\)"):
+        layernorm_modulate(rand(2, 5, 24), rand(3, 24))
+
+
+@pytest.mark.parametrize("frames,tokens,heads,size", [(1, 1, 1, 8), (3, 5, 2, 24), (8, 3, 4, 72)])
+def test_temporal_attention(frames, tokens, heads, size):
+    qkv = rand(2, frames, tokens, 3, heads, size)
+    out = temporal_attention(qkv, torch.tensor([False, True]))
+    q, k, v = qkv[0].unbind(2)
+    weights = torch.einsum("tnhd,snhd->nhts", q, k).div(size**0.5).softmax(-1)
+    expected = torch.einsum("nhts,snhd->tnhd", weights, v).flatten(2)
+    torch.testing.assert_close(out[0], expected)
+    assert torch.equal(out[1], qkv[1, :, :, 2].flatten(2))
+    assert torch.equal(temporal_attention(qkv, True), qkv[:, :, :, 2].flatten(3))
+
+
+def test_motion_free_samples_give_q_and_k_no_gradient():
+    qkv = rand(2, 4, 3, 3, 2, 8).requires_grad_()
+    motion_free = torch.tensor([True, False])
+    temporal_attention(qkv, motion_free).square().sum().backward()
+    assert not qkv.grad[0, :, :, :2].any() and (qkv.grad[1].abs().amax((0, 1, 3, 4)) > 0).all()
+    assert torch.autograd.gradcheck(temporal_attention, (qkv, motion_free))
+
+
+def test_wrong_temporal_input_is_named():
+    with pytest.raises(ValueError, match=r"qkv must be \(B, T, N, 3, H, Dh\)"):
+        temporal_attention(rand(2, 4, 3, 2, 8))
+    with pytest.raises(ValueError, match=r"motion_free must be a bool tensor of shape \(2,\)"):
+        temporal_attention(rand(2, 4, 3, 3, 2, 8), torch.zeros(2))
+
+
+def test_attention_sees_only_what_the_mask_keeps():
+    q, k, v = rand(2, 5, 3, 8), rand(2, 7, 3, 8, seed=1), rand(2, 7, 3, 8, seed=2)
+    mask = torch.arange(7) < torch.tensor([[7], [2]])
+    out = attention(q, k, v, mask)
+    torch.testing.assert_close(out[:1], attention(q[:1], k[:1], v[:1]))
+    torch.testing.assert_close(out[1:], attention(q[1:], k[1:, :2], v[1:, :2]))
