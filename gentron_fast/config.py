@@ -1,0 +1,95 @@
+"""GenTronConfig and PRESETS: every size of the paper and the options of its family."""
+
+from dataclasses import asdict, dataclass, fields, replace
+
+ENCODERS = ("clip", "t5")
+MAX_FRAMES = 32
+
+
+@dataclass(frozen=True)
+class GenTronConfig:
+    """The shape of a GenTron model. Sizes: paper, tables 1 and 5; the options: DiT and PixArt-α.
+
+    Raises ValueError when two fields do not fit each other.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    mlp_ratio: float = 4.0
+    patch_size: int = 2
+    in_channels: int = 4
+    learned_range: bool = False  # predicts the variance too: 2 · in_channels channels come out
+    temporal: bool = False  # temporal self-attention in every block: text to video
+    # Text. With two encoders block i attends to encoder i mod 2 (interleaved cross-attention).
+    encoders: tuple[str, ...] = ENCODERS
+    clip_width: int = 768
+    t5_width: int = 4096
+    cross_attention: bool = True  # False: adaLN-zero conditioning, all text through c
+    pooled_text: bool = True  # the pooled text joins the time embedding
+    caption_projection: bool = False  # text goes through an MLP to the width before K and V
+    cross_norm: bool = True  # LayerNorm before cross-attention
+    # Timestep, positions, size.
+    timestep_cos_first: bool = False
+    final_table: bool = False  # final shift and scale: table + time embedding, no SiLU, no linear
+    position_base_size: int | None = None  # None: positions count patches; else scaled to this grid
+    position_interpolation: float = 1.0
+    size_embedding: bool = False  # pixel size and aspect ratio join the time embedding
+    pixels_per_latent: int = 8  # for the size embedding
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is not divisible by 4 (2-D sin-cos positions)")
+        if self.size_embedding and self.width % 3:
+            raise ValueError(f"width {self.width} is not divisible by 3 (size embedding)")
+        unknown = set(self.encoders) - set(ENCODERS)
+        if unknown or len(set(self.encoders)) != len(self.encoders):
+            raise ValueError(f"encoders must be some of {ENCODERS}, got {self.encoders}")
+        if not self.encoders and self.cross_attention:
+            raise ValueError("cross-attention needs at least one text encoder")
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learned_range else 1)
+
+    def text_width(self, encoder: str) -> int:
+        """Width of an encoder's tokens, "clip" or "t5"."""
+        return {"clip": self.clip_width, "t5": self.t5_width}[encoder]
+
+    def block_encoder(self, block: int) -> str | None:
+        """The encoder that block number `block`, counted from 0, attends to."""
+        return self.encoders[block % len(self.encoders)] if self.cross_attention else None
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"encoders": list(self.encoders)}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "GenTronConfig":
+        """The inverse of `to_dict`; keys that begin with "_" are left out. Unknown: ValueError."""
+        values = {key: value for key, value in values.items() if not key.startswith("_")}
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown configuration fields {unknown}; known are {sorted(known)}")
+        if missing := sorted({"depth", "width", "heads"} - set(values)):
+            raise ValueError(f"the configuration lacks {missing}")
+        return cls(**values | {"encoders": tuple(values.get("encoders", ENCODERS))})
+
+
+_XL = GenTronConfig(depth=28, width=1152, heads=16)
+_T2I = {
+    "XL/2-CLIP-adaLN-zero": replace(_XL, encoders=("clip",), cross_attention=False),
+    "XL/2-CLIP": replace(_XL, encoders=("clip",)),
+    "XL/2-T5": replace(_XL, encoders=("t5",)),
+    "XL/2": _XL,
+    "G/2": GenTronConfig(depth=48, width=1664, heads=16),
+    "small": GenTronConfig(
+        depth=6, width=192, heads=4, patch_size=4, clip_width=128, t5_width=128, pixels_per_latent=4
+    ),
+}
+PRESETS = _T2I | {f"{name}-T2V": replace(config, temporal=True) for name, config in _T2I.items()}

@@ -1,0 +1,267 @@
+"""The parts of a GenTron block. Each forward reads as the paper's equations."""
+
+# Shapes: B batch, T frames, N tokens of a frame, D width, S text tokens, H heads, Dh head size.
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from gentron_fast.config import MAX_FRAMES, GenTronConfig
+from gentron_kernels.attention import attention
+from gentron_kernels.layernorm_modulate import add_residual_ref, residual_layernorm_modulate
+from gentron_kernels.temporal_attention import temporal_attention
+
+TIMESTEP_CHANNELS = 256
+
+
+def sincos(positions: Tensor, channels: int, cos_first: bool = False) -> Tensor:
+    """Sinusoid of positions (...,) in `channels` channels, halves sin | cos; fp32.
+
+    Angles are taken in fp64: position · 10000^(-2i/channels) (Vaswani et al., 2017; as DiT).
+    """
+    half = channels // 2
+    steps = torch.arange(half, dtype=torch.float64, device=positions.device)
+    angles = positions.double()[..., None] * torch.exp(-math.log(10000) / half * steps)
+    parts = (angles.cos(), angles.sin()) if cos_first else (angles.sin(), angles.cos())
+    return torch.cat(parts, dim=-1).float()
+
+
+def patch_positions(height: int, width: int, config: GenTronConfig, device) -> Tensor:
+    """Fixed 2-D sin-cos positions of a height × width grid of patches, (N, D) fp32.
+
+    The first half of the channels holds the column, the second the row, as in DiT. With
+    `position_base_size` the grid is scaled to that many patches a side (PixArt-α).
+    """
+    row, column = (
+        sincos(_grid_line(length, config, device), config.width // 2) for length in (height, width)
+    )
+    row = row[:, None].expand(-1, width, -1)
+    column = column[None].expand(height, -1, -1)
+    return torch.cat([column, row], dim=-1).flatten(0, 1)
+
+
+def _grid_line(length: int, config: GenTronConfig, device) -> Tensor:
+    line = torch.arange(length, dtype=torch.float64, device=device)
+    if config.position_base_size is not None:
+        line = line / (length / config.position_base_size)
+    return line / config.position_interpolation
+
+
+class Mlp(nn.Sequential):
+    """Linear → activation → Linear, for the timestep, the pooled text and the text tokens."""
+
+    def __init__(self, width_in: int, hidden: int, width_out: int, activation: nn.Module):
+        super().__init__(nn.Linear(width_in, hidden), activation, nn.Linear(hidden, width_out))
+
+
+class TimestepEmbedder(nn.Module):
+    """A scalar a sample → (B, width): sinusoid, Linear, SiLU, Linear."""
+
+    def __init__(self, width: int, cos_first: bool):
+        super().__init__()
+        self.cos_first = cos_first
+        self.mlp = Mlp(TIMESTEP_CHANNELS, width, width, nn.SiLU())
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        embedding = sincos(timestep, TIMESTEP_CHANNELS, self.cos_first)
+        return self.mlp(embedding.to(self.mlp[0].weight.dtype))
+
+
+class SizeEmbedder(nn.Module):
+    """Pixel height, width and aspect ratio → (B, D), a third each (PixArt-α, 1024 px)."""
+
+    def __init__(self, width: int, cos_first: bool):
+        super().__init__()
+        self.side = TimestepEmbedder(width // 3, cos_first)
+        self.aspect = TimestepEmbedder(width // 3, cos_first)
+
+    def forward(self, size: Tensor) -> Tensor:
+        height, width = size.unbind(1)
+        parts = self.side(height), self.side(width), self.aspect(height / width)
+        return torch.cat(parts, dim=1)
+
+
+class SelfAttention(nn.Module):
+    """Attention among the tokens of one frame."""
+
+    def __init__(self, config: GenTronConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)  # rows q | k | v, then heads
+        self.out = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, N, D) → (B, T, N, D)."""
+        frames = x.shape[1]
+        qkv = rearrange(
+            self.qkv(x), "b t n (three h d) -> three (b t) n h d", three=3, h=self.heads
+        )
+        return self.out(rearrange(attention(*qkv), "(b t) n d -> b t n d", t=frames))
+
+
+class CrossContext(NamedTuple):
+    """A block's projected text: k, v (B, S, H, Dh) and mask (B, S) bool, True on real tokens."""
+
+    k: Tensor
+    v: Tensor
+    mask: Tensor
+
+
+class CrossAttention(nn.Module):
+    """Attention from the tokens of all frames to one encoder's text."""
+
+    def __init__(self, config: GenTronConfig, text_width: int):
+        super().__init__()
+        self.heads = config.heads
+        self.q = nn.Linear(config.width, config.width)
+        self.kv = nn.Linear(text_width, 2 * config.width)  # rows k | v, then heads
+        self.out = nn.Linear(config.width, config.width)
+
+    def project(self, tokens: Tensor, mask: Tensor) -> CrossContext:
+        """tokens (B, S, text width), mask (B, S) → the keys and values that `forward` takes."""
+        k, v = rearrange(self.kv(tokens), "b s (two h d) -> two b s h d", two=2, h=self.heads)
+        return CrossContext(k, v, mask)
+
+    def forward(self, x: Tensor, context: CrossContext) -> Tensor:
+        """x (B, T, N, D) → (B, T, N, D); the text is not repeated over frames."""
+        frames = x.shape[1]
+        q = rearrange(self.q(x), "b t n (h d) -> b (t n) h d", h=self.heads)
+        out = self.out(attention(q, *context))
+        return rearrange(out, "b (t n) d -> b t n d", t=frames)
+
+
+class TemporalAttention(nn.Module):
+    """Attention of every token along the frames; the identity mask leaves out(value(x))."""
+
+    def __init__(self, config: GenTronConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+        self.register_buffer("positions", torch.empty(MAX_FRAMES, config.width), persistent=False)
+        self.reset_positions()
+
+    def reset_positions(self) -> None:
+        """Fill the fixed 1-D sin-cos positions p_t, (MAX_FRAMES, D)."""
+        frames, width = self.positions.shape
+        steps = torch.arange(frames, device=self.positions.device)
+        self.positions = sincos(steps, width).to(self.positions.dtype)
+
+    def forward(self, x: Tensor, motion_free: Tensor | bool | None) -> Tensor:
+        """x (B, T, N, D), positions already added → (B, T, N, D)."""
+        batch, frames, tokens, width = x.shape
+        if frames == 1 or motion_free is True:  # the values alone: neither q nor k is needed
+            return self.out(F.linear(x, self.qkv.weight[-width:], self.qkv.bias[-width:]))
+        qkv = self.qkv(x).view(batch, frames, tokens, 3, self.heads, -1)
+        return self.out(temporal_attention(qkv, motion_free))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: GenTronConfig):
+        super().__init__()
+        hidden = int(config.width * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.width, hidden)
+        self.fc2 = nn.Linear(hidden, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Spatial self-attention → cross-attention → temporal self-attention → MLP (paper, fig. 3).
+
+        x += gate_a · SelfAttn(modulate(LN(x), shift_a, scale_a))
+        x += CrossAttn(LN(x), text)
+        x += TempSelfAttn(LN(x) + p_t)
+        x += gate_m · MLP(modulate(LN(x), shift_m, scale_m))
+
+    `forward` takes and returns the stream before the last sub-layer's output is added, so that one
+    chain operator joins every two sub-layers, across blocks too.
+    """
+
+    def __init__(self, config: GenTronConfig, encoder: str | None):
+        super().__init__()
+        self.encoder = encoder
+        self.cross_norm = config.cross_norm
+        self.adaln = nn.Linear(config.width, 6 * config.width)
+        self.self_attention = SelfAttention(config)
+        if encoder is not None:
+            width = config.width if config.caption_projection else config.text_width(encoder)
+            self.cross_attention = CrossAttention(config, width)
+        self.temporal_attention = TemporalAttention(config) if config.temporal else None
+        self.mlp = FeedForward(config)
+
+    def modulation(self, c: Tensor) -> Tensor:
+        """Condition c (B, D) → rows (B, 6, D): shift, scale, gate of attention, then of the MLP."""
+        return self.adaln(F.silu(c)).unflatten(1, (6, -1))
+
+    def context(self, text) -> CrossContext | None:
+        """The block's keys and values of a TextCondition; None without cross-attention."""
+        if self.encoder is None:
+            return None
+        encoded = getattr(text, self.encoder)
+        return self.cross_attention.project(encoded.tokens, encoded.mask)
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        gate: Tensor | None,
+        modulation: Tensor,
+        context: CrossContext | None,
+        motion_free: Tensor | bool | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One block on the stream x + gate · y.
+
+        x (B, T, N, D); y like x, the last sub-layer's output not yet added, or None; gate (B, D)
+        or None; modulation (B, 6, D); context of `Block.context`; motion_free (B,) bool, one bool
+        or None. Returns (x, y, gate) of the same kind.
+        """
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.unbind(1)
+        x, h = residual_layernorm_modulate(x, y, gate, shift_a, scale_a)
+        y, gate = self.self_attention(h), gate_a
+        if self.encoder is not None:
+            if self.cross_norm:
+                x, h = residual_layernorm_modulate(x, y, gate)
+            else:
+                x = h = add_residual_ref(x, y, gate)
+            y, gate = self.cross_attention(h, context), None
+        if self.temporal_attention is not None:
+            x, y = self._temporal(x, y, gate, motion_free)
+            gate = None
+        x, h = residual_layernorm_modulate(x, y, gate, shift_m, scale_m)
+        return x, self.mlp(h), gate_m
+
+    def _temporal(self, x, y, gate, motion_free) -> tuple[Tensor, Tensor]:
+        batch, frames = x.shape[:2]
+        shift = self.temporal_attention.positions[:frames].repeat(batch, 1)  # (B·T, D)
+        gate = None if gate is None else gate.repeat_interleave(frames, 0)
+        x, h = residual_layernorm_modulate(x.flatten(0, 1), y.flatten(0, 1), gate, shift)
+        x, h = (tensor.unflatten(0, (batch, frames)) for tensor in (x, h))
+        return x, self.temporal_attention(h, motion_free)
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm and the linear decoder to patches (no convolution)."""
+
+    def __init__(self, config: GenTronConfig):
+        super().__init__()
+        if config.final_table:
+            self.table = nn.Parameter(torch.empty(2, config.width))
+        else:
+            self.adaln = nn.Linear(config.width, 2 * config.width)
+        self.linear = nn.Linear(config.width, config.patch_size**2 * config.out_channels)
+
+    def modulation(self, c: Tensor, time: Tensor) -> Tensor:
+        """Condition c and time embedding (B, D) → shift and scale rows (B, 2, D)."""
+        if hasattr(self, "table"):
+            return self.table + time[:, None]
+        return self.adaln(F.silu(c)).unflatten(1, (2, -1))
+
+    def forward(self, x: Tensor, y: Tensor, gate: Tensor, modulation: Tensor) -> Tensor:
+        """x, y (B, T, N, D) → patches (B, T, N, p² · C)."""
+        return self.linear(residual_layernorm_modulate(x, y, gate, *modulation.unbind(1))[1])

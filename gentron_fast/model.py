@@ -1,0 +1,325 @@
+"""GenTron: the diffusion transformer, its text condition, and its file format."""
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gentron_fast.config import MAX_FRAMES, GenTronConfig
+from gentron_fast.layers import (
+    Block,
+    FinalLayer,
+    Mlp,
+    SizeEmbedder,
+    TemporalAttention,
+    TimestepEmbedder,
+    patch_positions,
+)
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+
+class EncodedText(NamedTuple):
+    """One encoder's view of the text.
+
+    tokens (B, S, W); mask (B, S) bool, True on real tokens; pooled (B, P) or None.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor | None = None
+
+    def pad(self, length: int) -> "EncodedText":
+        """The same text in `length` token places; the mask covers the new ones."""
+        extra = length - self.tokens.shape[1]
+        return self._replace(
+            tokens=F.pad(self.tokens, (0, 0, 0, extra)), mask=F.pad(self.mask, (0, extra))
+        )
+
+
+class TextCondition(NamedTuple):
+    """What the text encoders say of a batch of prompts; an encoder that is not used is None."""
+
+    clip: EncodedText | None = None
+    t5: EncodedText | None = None
+
+    @property
+    def batch(self) -> int:
+        return next(encoded.tokens.shape[0] for encoded in self if encoded is not None)
+
+    def map(self, function) -> "TextCondition":
+        """Apply a function to every tensor."""
+        return TextCondition(
+            *(
+                encoded and EncodedText(*(t if t is None else function(t) for t in encoded))
+                for encoded in self
+            )
+        )
+
+    def to(self, device=None, dtype=None) -> "TextCondition":
+        """Move, and cast what is floating point; the masks stay bool."""
+        return self.map(lambda t: t.to(device, dtype if t.is_floating_point() else None))
+
+    def repeat(self, times: int) -> "TextCondition":
+        """Each prompt `times` times in a row."""
+        return self.map(lambda t: t.repeat_interleave(times, 0))
+
+    def select(self, index) -> "TextCondition":
+        """The prompts that an index, slice or bool mask of the batch picks."""
+        return self.map(lambda t: t[index])
+
+    @staticmethod
+    def cat(parts: "list[TextCondition]") -> "TextCondition":
+        """One batch of several, texts padded to the longest."""
+        return TextCondition(*(_cat_encoded(list(column)) for column in zip(*parts, strict=True)))
+
+
+def _cat_encoded(parts: list[EncodedText | None]) -> EncodedText | None:
+    if any(part is None for part in parts):
+        if any(part is not None for part in parts):
+            raise ValueError("text conditions of different encoders cannot be joined")
+        return None
+    length = max(part.tokens.shape[1] for part in parts)
+    tokens, mask, pooled = zip(*(part.pad(length) for part in parts), strict=True)
+    return EncodedText(
+        torch.cat(tokens), torch.cat(mask), None if pooled[0] is None else torch.cat(pooled)
+    )
+
+
+class GenTron(nn.Module):
+    """GenTron (CVPR 2024, arXiv 2312.04557): text-to-image, and text-to-video with `temporal`."""
+
+    def __init__(self, config: GenTronConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        width = config.width
+        self.patch_embed = nn.Linear(config.in_channels * config.patch_size**2, width)
+        self.time_embed = TimestepEmbedder(width, config.timestep_cos_first)
+        if config.size_embedding:
+            self.size_embed = SizeEmbedder(width, config.timestep_cos_first)
+        pooled = config.encoders if config.pooled_text else ()
+        self.pooled_embed = nn.ModuleDict(
+            {name: Mlp(w := config.text_width(name), w, width, nn.SiLU()) for name in pooled}
+        )
+        projected = config.encoders if config.caption_projection else ()
+        self.caption_projection = nn.ModuleDict(
+            {
+                name: Mlp(config.text_width(name), width, width, nn.GELU(approximate="tanh"))
+                for name in projected
+            }
+        )
+        self.blocks = nn.ModuleList(
+            Block(config, config.block_encoder(index)) for index in range(config.depth)
+        )
+        self.final = FinalLayer(config)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """DiT's initialisation: xavier linears, zero where a branch must start as nothing."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        zeroed = [self.final.linear]
+        if not self.config.final_table:
+            zeroed.append(self.final.adaln)
+        for block in self.blocks:
+            zeroed.append(block.adaln)
+            if block.encoder is not None:
+                zeroed.append(block.cross_attention.out)
+            if block.temporal_attention is not None:
+                zeroed.append(block.temporal_attention.out)
+        for layer in zeroed:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        if self.config.final_table:
+            nn.init.normal_(self.final.table, std=self.config.width**-0.5)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: TextCondition,
+        motion_free: Tensor | bool | None = None,
+        size: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the noise in the latents.
+
+        latents (B, C, T, H, W), an image is T = 1; timestep (B,) in 0 … 999, fractions allowed;
+        text of B prompts; motion_free (B,) bool, True where the temporal mask is the identity, one
+        bool for the whole batch, or None as False; size (B, 2) pixel height and width for models
+        with a size embedding, taken from the latents when None.
+        Returns (B, C, T, H, W), 2·C channels with learned-range variance.
+        """
+        self._check(latents, timestep, text, motion_free)
+        c, time = self.condition(latents, timestep, text, size)
+        text = self.project_captions(text)
+        x, y, gate = self.embed(latents), None, None
+        for block in self.blocks:
+            inputs = x, y, gate, block.modulation(c), block.context(text), motion_free
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, y, gate = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x, y, gate = block(*inputs)
+        patches = self.final(x, y, gate, self.final.modulation(c, time))
+        return self.unpatchify(patches, *latents.shape[-2:])
+
+    def condition(
+        self, latents: Tensor, timestep: Tensor, text: TextCondition, size: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The adaLN condition c = time + size + pooled text, and the time part alone: (B, D)."""
+        time = self.time_embed(timestep)
+        if self.config.size_embedding:
+            if size is None:
+                pixels = torch.tensor(latents.shape[-2:], device=latents.device)
+                size = (pixels * self.config.pixels_per_latent).expand(len(latents), 2)
+            time = time + self.size_embed(size)
+        c = time
+        for name, mlp in self.pooled_embed.items():
+            c = c + mlp(getattr(text, name).pooled)
+        return c, time
+
+    def project_captions(self, text: TextCondition) -> TextCondition:
+        """Text tokens through the caption projection, where the model has one."""
+        projected = {
+            name: getattr(text, name)._replace(tokens=mlp(getattr(text, name).tokens))
+            for name, mlp in self.caption_projection.items()
+        }
+        return text._replace(**projected)
+
+    def embed(self, latents: Tensor) -> Tensor:
+        """(B, C, T, H, W) → patches with their positions, (B, T, N, D)."""
+        p = self.config.patch_size
+        patches = rearrange(latents, "b c t (h p) (w q) -> b t (h w) (c p q)", p=p, q=p)
+        height, width = (side // p for side in latents.shape[-2:])
+        x = self.patch_embed(patches)
+        return x + patch_positions(height, width, self.config, latents.device).to(x.dtype)
+
+    def unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
+        """(B, T, N, p² · C) → (B, C, T, height, width); channels are the fastest, as in DiT."""
+        p = self.config.patch_size
+        return rearrange(
+            patches, "b t (h w) (p q c) -> b c t (h p) (w q)", h=height // p, w=width // p, p=p, q=p
+        )
+
+    def _check(self, latents, timestep, text, motion_free) -> None:
+        if latents.ndim != 5 or latents.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"latents must be (B, {self.config.in_channels}, T, H, W), "
+                f"got {tuple(latents.shape)}"
+            )
+        batch, _, frames, height, width = latents.shape
+        p = self.config.patch_size
+        if height % p or width % p:
+            raise ValueError(f"latent size {height}×{width} does not divide by the patch size {p}")
+        if not 1 <= frames <= MAX_FRAMES:
+            raise ValueError(f"frames must be 1 … {MAX_FRAMES}, got {frames}")
+        if timestep.shape != (batch,):
+            raise ValueError(f"timestep must be ({batch},), got {tuple(timestep.shape)}")
+        for name in self.config.encoders:
+            if getattr(text, name) is None:
+                raise ValueError(f"the model reads {name} text, and the condition has none")
+        if text.batch != batch:
+            raise ValueError(f"{text.batch} prompts for {batch} latents")
+        if isinstance(motion_free, Tensor) and motion_free.shape != (batch,):
+            raise ValueError(f"motion_free must be ({batch},), got {tuple(motion_free.shape)}")
+
+    @classmethod
+    def from_t2i(cls, model: "GenTron") -> "GenTron":
+        """A T2V model that starts exactly as the T2I model on every frame (paper, section 3.3).
+
+        Shared layers are copied; the temporal output projections are zero.
+        """
+        if model.config.temporal:
+            raise ValueError("the model already has temporal layers")
+        config = GenTronConfig.from_dict(model.config.to_dict() | {"temporal": True})
+        video = cls(config).to(model.patch_embed.weight)
+        missing, _ = video.load_state_dict(model.state_dict(), strict=False)
+        assert all(".temporal_attention." in key for key in missing)
+        return video
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write config.json and the safetensors file, each aside and then renamed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"_class_name": "GenTron"} | self.config.to_dict()
+        tensors = {key: tensor.contiguous() for key, tensor in self.state_dict().items()}
+        aside = folder / f".{WEIGHTS_NAME}.part"
+        save_file(tensors, aside, metadata={"format": "pt"})
+        os.replace(aside, folder / WEIGHTS_NAME)
+        aside = folder / f".{CONFIG_NAME}.part"
+        aside.write_text(json.dumps(config, indent=2) + "\n")
+        os.replace(aside, folder / CONFIG_NAME)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike, dtype: torch.dtype | None = None, device="cpu"
+    ) -> "GenTron":
+        """Read a folder that `save_pretrained` wrote; weights may be sharded with an index.
+
+        dtype None keeps the stored one. FileNotFoundError for a missing file; ValueError for a
+        missing, surplus or misshapen tensor (named, with both shapes) or a damaged file.
+        """
+        folder = Path(folder)
+        config = GenTronConfig.from_dict(read_json(folder / CONFIG_NAME))
+        with torch.device("meta"):
+            model = cls(config)
+        tensors = _read_tensors(folder, model.state_dict(), dtype, device)
+        model.load_state_dict(tensors, assign=True)
+        for module in model.modules():
+            if isinstance(module, TemporalAttention):
+                module.positions = torch.empty_like(module.positions, device=device)
+                module.reset_positions()
+        return model.to(device, dtype or next(iter(tensors.values())).dtype).eval()
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; FileNotFoundError or ValueError that names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def _read_tensors(folder: Path, expected: dict[str, Tensor], dtype, device) -> dict[str, Tensor]:
+    index = folder / f"{WEIGHTS_NAME}.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else None
+    tensors = {}
+    for name in names or [WEIGHTS_NAME]:
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"no such file: {path}")
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                for key in file.keys():  # noqa: SIM118
+                    tensor = file.get_tensor(key)
+                    tensors[key] = tensor.to(dtype) if dtype else tensor
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+    missing, surplus = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    if missing or surplus:
+        raise ValueError(
+            f"the tensors in {folder} do not fit its config.json: "
+            f"missing {sorted(missing)[:4] or 'none'}, surplus {sorted(surplus)[:4] or 'none'}"
+        )
+    for key, tensor in tensors.items():
+        if tensor.shape != expected[key].shape:
+            raise ValueError(
+                f"tensor {key} in {folder} has shape {tuple(tensor.shape)}, "
+                f"wanted {tuple(expected[key].shape)}"
+            )
+    return tensors

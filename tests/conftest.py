@@ -1,0 +1,74 @@
+"""What several test files build on: tiny models with no zero weights, and tiny pipeline folders."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gentron_fast import EncodedText, GenTron, GenTronConfig, TextCondition
+
+TINY = GenTronConfig(depth=2, width=48, heads=4, clip_width=128, t5_width=128, temporal=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> GenTronConfig:
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """(config, dtype=fp64) → a GenTron whose every weight is random: zero ones hide mistakes."""
+
+    def make(config: GenTronConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> GenTron:
+        generator = torch.Generator().manual_seed(seed)
+        model = GenTron(config).to(dtype).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(0.5 * noise / parameter.shape[-1] ** 0.5)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_text():
+    """(config, batch, clip length, t5 length) → random text without padding."""
+
+    def make(config, batch=2, clip=5, t5=9, dtype=torch.float64, seed=1) -> TextCondition:
+        generator = torch.Generator().manual_seed(seed)
+
+        def encoded(length: int, width: int) -> EncodedText:
+            tokens = torch.randn(batch, length, width, generator=generator, dtype=torch.float64)
+            mask = torch.ones(batch, length, dtype=torch.bool)
+            return EncodedText(tokens.to(dtype), mask, tokens.mean(1).to(dtype))
+
+        lengths = {"clip": clip, "t5": t5}
+        return TextCondition(
+            **{name: encoded(lengths[name], config.text_width(name)) for name in config.encoders}
+        )
+
+    return make
+
+
+def _save_pipeline(make_model, config: GenTronConfig, folder):
+    from gentron_fast import GenTronPipeline
+    from gentron_train.shapes import vocabulary
+    from gentron_train.small import small_text_encoder, small_vae
+
+    torch.manual_seed(0)
+    parts = make_model(config, torch.float32), small_text_encoder(vocabulary()), small_vae()
+    GenTronPipeline(*parts, default_frames=4, default_size=(64, 64)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_folder(make_model, tmp_path_factory):
+    """A saved text-to-video pipeline of random weights: two blocks, 64 × 64 pixels, 4 frames."""
+    return _save_pipeline(make_model, TINY, tmp_path_factory.mktemp("t2v"))
+
+
+@pytest.fixture(scope="session")
+def tiny_t2i_folder(make_model, tmp_path_factory):
+    """The same for text to image."""
+    return _save_pipeline(make_model, replace(TINY, temporal=False), tmp_path_factory.mktemp("t2i"))

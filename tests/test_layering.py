@@ -1,0 +1,78 @@
+"""Who imports whom, downward only, and what imports with the core packages alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"gentron_kernels": "kernels", "gentron_fast": "gentron_fast", "gentron_train": "train"}
+OURS_ALLOWED = {
+    "kernels": {"gentron_kernels"},
+    "gentron_fast": {"gentron_kernels", "gentron_fast"},
+    "train": {"gentron_kernels", "gentron_fast", "gentron_train"},
+}
+ONLY_IN = {
+    "diffusers": {"vae.py", "pipeline.py", "convert.py", "small.py"},
+    "transformers": {"text.py", "small.py"},
+    "deepspeed": {"engine.py", "ema.py"},
+    "webdataset": {"data.py", "vae.py"},
+    "av": {"media.py", "data.py", "shapes.py"},
+}
+CORE_MODULES = [
+    "gentron_fast",
+    "gentron_fast.config",
+    "gentron_fast.model",
+    "gentron_fast.diffusion",
+    "gentron_fast.solvers",
+    "gentron_fast.guidance",
+    "gentron_kernels.attention",
+    "gentron_kernels.layernorm_modulate",
+    "gentron_kernels.temporal_attention",
+]
+OPTIONAL = ["transformers", "diffusers", "deepspeed", "webdataset", "av", "PIL", "triton", "tqdm"]
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level names that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in {path}"
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("folder", OURS_ALLOWED)
+def test_imports_go_downward(folder):
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    for path in files:
+        names = imported(path)
+        assert not names & (set(FOLDERS) - OURS_ALLOWED[folder]), path
+        assert "kernels" not in names and "train" not in names, path
+        for library, allowed in ONLY_IN.items():
+            assert library not in names or path.name in allowed, f"{path} imports {library}"
+
+
+@pytest.mark.parametrize("folder", ["kernels", "train"])
+def test_folders_that_are_no_packages(folder):
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_core_imports_with_torch_einops_and_safetensors_alone():
+    code = f"""
+import importlib, sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {OPTIONAL!r}:
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Block())
+for name in {CORE_MODULES!r}:
+    importlib.import_module(name)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
