@@ -1,0 +1,233 @@
+"""The text encoders: CLIP and T5 by transformers, padding masked for both."""
+# Shapes: B prompts, L tokens (the longest prompt of the batch), W width of the encoder.
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from gentron_fast.model import EncodedText, TextCondition
+
+MAX_TOKENS = {"clip": 77, "t5": 256}
+# Where a pipeline folder keeps each encoder and its tokenizer.
+SUBFOLDERS = {"clip": ("text_encoder", "tokenizer"), "t5": ("text_encoder_2", "tokenizer_2")}
+MODEL_CLASSES = {"clip": "CLIPTextModel", "t5": "T5EncoderModel"}
+Tokens = dict[str, tuple[Tensor, Tensor]]
+
+
+class TextEncoder(nn.Module):
+    """A CLIP text model, a T5 encoder, or both, each with its tokenizer.
+
+    Every argument is a pair (model, tokenizer) of transformers or None. Modules are found in
+    `.encoders` under "clip" and "t5", tokenizers in `.tokenizers`.
+    """
+
+    def __init__(self, clip: tuple | None = None, t5: tuple | None = None):
+        super().__init__()
+        given = {name: pair for name, pair in (("clip", clip), ("t5", t5)) if pair is not None}
+        if not given:
+            raise ValueError("a text encoder needs a CLIP model, a T5 model, or both")
+        self.encoders = nn.ModuleDict({name: model for name, (model, _) in given.items()})
+        self.tokenizers = {name: tokenizer for name, (_, tokenizer) in given.items()}
+        self._warned_of: set[str] = set()
+        for name, (model, tokenizer) in given.items():
+            if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+                raise ValueError(f"the {name} tokenizer has no end-of-sequence or no padding token")
+            rows = model.get_input_embeddings().num_embeddings
+            if len(tokenizer) > rows:
+                raise ValueError(
+                    f"the {name} tokenizer knows {len(tokenizer)} tokens, its model {rows}"
+                )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        clip: tuple[str | os.PathLike, str | os.PathLike] | None = None,
+        t5: tuple[str | os.PathLike, str | os.PathLike] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> TextEncoder:
+        """Load encoders, each from (model, tokenizer): local folders or names on the Hugging Face
+        hub. Weights are safetensors, in one file or in shards.
+
+        Raises FileNotFoundError for what cannot be found, ValueError for weights that do not fit.
+        """
+        sources = {"clip": clip, "t5": t5}
+        pairs = {
+            name: (_load_model(name, source[0], dtype), _load_tokenizer(name, source[1]))
+            for name, source in sources.items()
+            if source is not None
+        }
+        return cls(**pairs).eval()
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write text_encoder/ and tokenizer/ for CLIP, text_encoder_2/ and tokenizer_2/ for T5.
+
+        The same encoder gives the same bytes, whatever it was loaded from and used for.
+        """
+        self._require_weights()
+        for name, model in self.encoders.items():
+            model_folder, tokenizer_folder = (Path(folder) / part for part in SUBFOLDERS[name])
+            model.save_pretrained(model_folder)
+            _save_tokenizer(self.tokenizers[name], tokenizer_folder)
+
+    def tokenize(self, prompts: list[str]) -> Tokens:
+        """Token ids (B, L) and mask (B, L), True on real tokens, for each encoder.
+
+        Padded to the longest prompt of the batch; prompts longer than the encoder's limit (77 for
+        CLIP, 256 for T5) are cut, with a warning the first time.
+        """
+        if not prompts:
+            raise ValueError("no prompts to encode")
+        return {name: self._tokenize_for(name, prompts) for name in self.tokenizers}
+
+    def _tokenize_for(self, name: str, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        # Cut and padded here: transformers would keep both as state that save_pretrained writes.
+        tokenizer, limit = self.tokenizers[name], MAX_TOKENS[name]
+        end = tokenizer.eos_token_id
+        rows = []
+        for row in tokenizer(prompts, verbose=False)["input_ids"]:
+            # CLIP pools at the first end token; a prompt that spells one ends there.
+            row = row[: row.index(end) + 1]
+            if len(row) > limit:
+                self._warn_of_cut(name, len(row))
+                row = [*row[: limit - 1], end]
+            rows.append(row)
+        longest = max(map(len, rows))
+        padding = tokenizer.pad_token_id
+        ids = torch.tensor([row + [padding] * (longest - len(row)) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        return ids, torch.arange(longest) < lengths[:, None]
+
+    def _warn_of_cut(self, name: str, length: int) -> None:
+        if name not in self._warned_of:
+            self._warned_of.add(name)
+            warnings.warn(
+                f"a prompt of {length} {name} tokens was cut to {MAX_TOKENS[name]}; "
+                "later ones are cut without a warning",
+                stacklevel=2,
+            )
+
+    def forward(self, tokens: Tokens) -> TextCondition:
+        """Encode what `tokenize` returns; differentiable.
+
+        Tokens and pooled text come in the encoder's dtype: CLIP's pooled text is the state at the
+        end token, T5's the mean over real tokens. Tokens under padding are zero.
+        """
+        self._require_weights()
+        return TextCondition(
+            **{name: self._encode_with(name, *tokens[name]) for name in self.encoders}
+        )
+
+    def _encode_with(self, name: str, ids: Tensor, mask: Tensor) -> EncodedText:
+        encoder = self.encoders[name]
+        ids, mask = ids.to(encoder.device), mask.to(encoder.device)
+        output = encoder(input_ids=ids, attention_mask=mask.long())
+        tokens = output.last_hidden_state.masked_fill(~mask[..., None], 0)
+        if name == "clip":
+            return EncodedText(tokens, mask, output.pooler_output)
+        return EncodedText(tokens, mask, tokens.sum(1) / mask.sum(1, keepdim=True))
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> TextCondition:
+        """Encode prompts for sampling, without gradients. The empty string is the null text: two
+        CLIP tokens (begin, end) and one T5 token (end)."""
+        return self(self.tokenize(prompts))
+
+    def release(self) -> None:
+        """Free the weights once everything is encoded (T5-XXL takes 9.5 GB in bf16)."""
+        self.encoders.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _require_weights(self) -> None:
+        if not self.encoders:
+            raise RuntimeError(
+                "the text encoders were released; load them again to encode more prompts"
+            )
+
+
+def _load_model(name: str, source: str | os.PathLike, dtype: torch.dtype) -> nn.Module:
+    import transformers
+
+    model_class = getattr(transformers, MODEL_CLASSES[name])
+
+    def load(**options):
+        return model_class.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line
+            output_loading_info=True,
+            **options,
+        )
+
+    try:
+        model, report = _load(f"{name} text encoder", source, load)
+    except SafetensorError as error:
+        raise ValueError(f"the weights at {source} are damaged: {error}") from error
+    # transformers would go on with random values in place of what is missing.
+    wrong = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    if wrong:
+        raise ValueError(
+            f"{source} is no {name} text encoder: {len(wrong)} tensors are missing or have another "
+            f"shape, {min(wrong)} among them"
+        )
+    return model
+
+
+def _load_tokenizer(name: str, source: str | os.PathLike):
+    from transformers import AutoTokenizer, CLIPTokenizer
+
+    tokenizer_class = CLIPTokenizer if name == "clip" else AutoTokenizer
+    files = {
+        "clip": "tokenizer.json, or vocab.json and merges.txt",
+        "t5": "tokenizer.json, or spiece.model and the package sentencepiece",
+    }
+    what = f"{name} tokenizer"
+    try:
+        tokenizer = _load(
+            what, source, lambda **options: tokenizer_class.from_pretrained(source, **options)
+        )
+        empty = len(tokenizer) <= len(tokenizer.all_special_ids)
+    except (ImportError, ValueError):
+        empty = True
+    if empty:
+        raise FileNotFoundError(f"no {what} at {source}: it takes {files[name]}")
+    return tokenizer
+
+
+def _load(what: str, source: str | os.PathLike, load: Callable):
+    local = Path(source).is_dir()
+    # "name" and "owner/name" may be on the hub; anything else can only be a folder.
+    if not local and (isinstance(source, os.PathLike) or len(Path(source).parts) > 2):
+        raise FileNotFoundError(f"no {what} at {source}: there is no such folder")
+    try:
+        return load(local_files_only=local)
+    except OSError as error:
+        reason = "its files are missing" if local else "neither a folder nor found on the hub"
+        raise FileNotFoundError(f"no {what} at {source}: {reason}") from error
+
+
+def _save_tokenizer(tokenizer, folder: Path) -> None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # calls leave their options behind, and tokenizer.json keeps them
+        backend.no_truncation()
+        backend.no_padding()
+    tokenizer.save_pretrained(folder)
+    # A loaded tokenizer notes how it was loaded.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("is_local", "local_files_only", "name_or_path"):
+        config.pop(key, None)
+    if config.get("additional_special_tokens") is None:
+        config.pop("additional_special_tokens", None)
+    path.write_text(
+        json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

@@ -1,0 +1,141 @@
+"""The video autoencoder: diffusers' AutoencoderKL, applied frame by frame."""
+# Shapes: B batch, T frames, H × W pixels, C latent channels, h × w = H × W / factor latents.
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class VideoVAE(nn.Module):
+    """Pixels to scaled latents and back, one frame at a time.
+
+    Wraps a diffusers AutoencoderKL. The spatial factor, the scaling and the shift of the latents
+    are read from its configuration: 8 and 0.18215 are Stable Diffusion's, other checkpoints differ.
+    Both directions are differentiable; put sampling under `torch.no_grad()`.
+    """
+
+    def __init__(self, autoencoder: nn.Module):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike, dtype: torch.dtype = torch.float32
+    ) -> VideoVAE:
+        """Load config.json and the safetensors weights of an AutoencoderKL from a local folder.
+
+        Raises FileNotFoundError if the folder holds no autoencoder.
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"no autoencoder at {folder}: it has no config.json")
+        if not list(folder.glob("*.safetensors")):
+            raise FileNotFoundError(f"no autoencoder at {folder}: it has no .safetensors weights")
+        from diffusers import AutoencoderKL
+
+        autoencoder = AutoencoderKL.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+        )
+        return cls(autoencoder.eval())
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write config.json and diffusion_pytorch_model.safetensors; the same model, same bytes."""
+        self.autoencoder.save_pretrained(folder, safe_serialization=True)
+        # diffusers notes where the model was loaded from: a path of this machine, and other bytes
+        # after every move.
+        path = Path(folder) / "config.json"
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along each side: every level of the encoder but the last halves."""
+        return 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
+
+    @property
+    def scaling_factor(self) -> float:
+        """What encoded latents are multiplied by, about 1 / their standard deviation."""
+        return self.autoencoder.config.scaling_factor
+
+    @property
+    def shift_factor(self) -> float:
+        """What is subtracted from encoded latents before they are scaled; 0 if not configured."""
+        return self.autoencoder.config.shift_factor or 0.0
+
+    @property
+    def latent_channels(self) -> int:
+        return self.autoencoder.config.latent_channels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.autoencoder.parameters()).dtype
+
+    def check_size(self, height: int, width: int, patch: int) -> None:
+        """Raise ValueError unless height and width, in pixels, are multiples of factor × patch."""
+        multiple = self.factor * patch
+        if height > 0 and width > 0 and height % multiple == 0 and width % multiple == 0:
+            return
+        below = [max(side // multiple, 1) * multiple for side in (height, width)]
+        above = [max(-(-side // multiple), 1) * multiple for side in (height, width)]
+        nearest = " or ".join(dict.fromkeys(f"{h}x{w}" for h, w in (below, above)))
+        raise ValueError(
+            f"size {height}x{width} does not fit: height and width must be multiples of {multiple} "
+            f"(VAE factor {self.factor} x patch {patch}); nearest: {nearest}"
+        )
+
+    def encode(self, pixels: Tensor, slice_frames: int | None = None) -> tuple[Tensor, Tensor]:
+        """Encode pixels (B, 3, T, H, W) in [-1, 1] to the posterior of the latents.
+
+        Returns mean and standard deviation, each (B, C, T, h, w), scaled: a sample is
+        mean + std * noise. `slice_frames` bounds how many frames are encoded at once.
+        """
+        _, channels, frames, height, width = pixels.shape
+        if channels != self.autoencoder.config.in_channels:
+            raise ValueError(
+                f"pixels have {channels} channels, the VAE takes "
+                f"{self.autoencoder.config.in_channels}"
+            )
+        self.check_size(height, width, patch=1)
+        images = rearrange(pixels, "b c t h w -> (b t) c h w").to(self.dtype)
+        posteriors = [
+            self.autoencoder.encode(part).latent_dist
+            for part in images.split(slice_frames or len(images))
+        ]
+        mean = torch.cat([posterior.mean for posterior in posteriors])
+        std = torch.cat([posterior.std for posterior in posteriors])
+        mean = (mean - self.shift_factor) * self.scaling_factor
+        std = std * self.scaling_factor
+        return tuple(rearrange(part, "(b t) c h w -> b c t h w", t=frames) for part in (mean, std))
+
+    def decode(self, latents: Tensor, slice_frames: int = 8, clamp: bool = True) -> Tensor:
+        """Decode scaled latents (B, C, T, h, w) to pixels (B, 3, T, H, W) in [-1, 1].
+
+        At most `slice_frames` frames are decoded at once, so that memory does not grow with the
+        clip; the slices change nothing in the result. `clamp=False` leaves overshoot, and its
+        gradient, in place: for training.
+        """
+        if latents.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"latents have {latents.shape[1]} channels, the VAE takes {self.latent_channels}"
+            )
+        if slice_frames < 1:
+            raise ValueError(f"slice_frames must be at least 1, not {slice_frames}")
+        images = rearrange(latents, "b c t h w -> (b t) c h w").to(self.dtype)
+        images = images / self.scaling_factor + self.shift_factor
+        pixels = torch.cat(
+            [self.autoencoder.decode(part).sample for part in images.split(slice_frames)]
+        )
+        if clamp:
+            pixels = pixels.clamp(-1, 1)
+        return rearrange(pixels, "(b t) c h w -> b c t h w", t=latents.shape[2])
