@@ -1,0 +1,273 @@
+"""GenTronPipeline: text → latents → frames, and the folder it is kept in (diffusers layout)."""
+
+# Shapes: N clips (prompts × clips per prompt), C channels, T frames, H × W pixels, h × w latents.
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gentron_fast.config import MAX_FRAMES
+from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
+from gentron_fast.guidance import guided_prediction
+from gentron_fast.model import GenTron, read_json
+from gentron_fast.solvers import SolverTable, learned_range_d, make_table, solver_step
+from gentron_fast.text import SUBFOLDERS, TextEncoder
+from gentron_fast.vae import VideoVAE
+
+ASSETS = Path(__file__).parent / "assets"
+INDEX_NAME = "model_index.json"
+SCHEDULER_PATH = Path("scheduler", "scheduler_config.json")
+COMPONENTS = {  # folder → library and class, as model_index.json names them
+    "transformer": ["gentron_fast", "GenTron"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+}
+TEXT_COMPONENTS = {
+    "clip": (["transformers", "CLIPTextModel"], ["transformers", "CLIPTokenizer"]),
+    "t5": (["transformers", "T5EncoderModel"], ["transformers", "AutoTokenizer"]),
+}
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """frames uint8 (N, T, H, W, 3), None for output_type "latent"; latents fp32 (N, C, T, h, w)."""
+
+    frames: Tensor | None
+    latents: Tensor
+
+
+class GenTronPipeline:
+    """A GenTron model with its text encoders, its autoencoder and its noise schedule.
+
+    default_frames and default_size (height, width in pixels) are what a call makes unless told
+    otherwise.
+    """
+
+    def __init__(
+        self,
+        transformer: GenTron,
+        text_encoder: TextEncoder,
+        vae: VideoVAE,
+        scheduler: dict | None = None,
+        default_frames: int = 8,
+        default_size: tuple[int, int] = (512, 512),
+    ):
+        self.transformer = transformer.eval()
+        self.text_encoder = text_encoder.eval()
+        self.vae = vae.eval()
+        self.scheduler = dict(scheduler or SCHEDULER_CONFIG)
+        self.default_frames = default_frames if transformer.config.temporal else 1
+        self.default_size = tuple(default_size)
+        self.device = transformer.patch_embed.weight.device
+        self._offloads = False
+        if vae.latent_channels != transformer.config.in_channels:
+            raise ValueError(
+                f"the VAE makes {vae.latent_channels} latent channels, "
+                f"the transformer takes {transformer.config.in_channels}"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> "GenTronPipeline":
+        """Load a pipeline folder; without a path, the small model that ships.
+
+        FileNotFoundError or ValueError, in one line, where a part is missing or does not fit.
+        """
+        folder = ASSETS if path is None else Path(path)
+        index = read_json(folder / INDEX_NAME)
+        transformer = GenTron.from_pretrained(folder / "transformer", dtype)
+        text_folders = {
+            name: tuple(folder / subfolder for subfolder in SUBFOLDERS[name])
+            for name in transformer.config.encoders
+        }
+        pipeline = cls(
+            transformer,
+            TextEncoder.from_pretrained(**text_folders, dtype=dtype),
+            VideoVAE.from_pretrained(folder / "vae", dtype),
+            read_json(folder / SCHEDULER_PATH),
+            index.get("default_frames", 8),
+            index.get("default_size", (512, 512)),
+        )
+        return pipeline.to(device)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write the folder, model_index.json last: a folder without it is not a pipeline.
+
+        A pipeline that was saved and loaded is saved to the same bytes.
+        """
+        folder = Path(folder)
+        (folder / INDEX_NAME).unlink(missing_ok=True)
+        self.transformer.save_pretrained(folder / "transformer")
+        self.text_encoder.save_pretrained(folder)
+        self.vae.save_pretrained(folder / "vae")
+        _write_json(folder / SCHEDULER_PATH, self.scheduler)
+        index = {"_class_name": "GenTronPipeline"} | COMPONENTS
+        for name in self.transformer.config.encoders:
+            index |= dict(zip(SUBFOLDERS[name], TEXT_COMPONENTS[name], strict=True))
+        index["default_frames"] = self.default_frames
+        index["default_size"] = list(self.default_size)
+        _write_json(folder / INDEX_NAME, index)
+
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> "GenTronPipeline":
+        """Move every part and cast its weights."""
+        for part in self._parts():
+            part.to(device, dtype)
+        self.device = self.device if device is None else torch.device(device)
+        self._offloads = False
+        return self
+
+    def enable_offload(self, device: str | torch.device) -> None:
+        """Keep every part on the CPU and bring it to the device only while it runs."""
+        self.to("cpu")
+        self.device = torch.device(device)
+        self._offloads = True
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        steps: int = 50,
+        solver: str = "dpm++",
+        lambda_t: float = 7.5,
+        lambda_m: float = 1.2,
+        eta: float = 0.0,
+        clips: int = 1,
+        seed: int | Sequence[int] = 0,
+        output_type: str = "frames",
+        callback_on_step_end: Callable[[int, int, Tensor], None] | None = None,
+        progress: bool = True,
+    ) -> PipelineOutput:
+        """Sample `clips` clips of each prompt, the clips of one prompt next to each other.
+
+        negative_prompt takes the place of the null text, one or one a prompt; size in pixels;
+        lambda_t, lambda_m the guidance of text and motion (paper: 7.5, and 1.0 … 1.3); eta the
+        noise of DDIM; seed a number, clip k of each prompt then has seed + k, or one a clip. The
+        callback gets (step, timestep, latents) behind each step. output_type "frames" or "latent".
+        ValueError for anything that does not fit the model, before any work is done.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        frames = self.default_frames if frames is None else frames
+        height, width = self.default_size if size is None else size
+        self._check(prompts, frames, (height, width), clips, output_type, lambda_t, lambda_m)
+        seeds = _clip_seeds(seed, len(prompts), clips)
+        table = make_table(solver, self.scheduler, steps, eta)
+
+        text, null_text = self._encode(prompts, negative_prompt, clips)
+        h, w = height // self.vae.factor, width // self.vae.factor
+        shape = (self.transformer.config.in_channels, frames, h, w)
+        with tqdm(total=steps, unit="step", disable=not progress) as bar:
+
+            def step_done(step: int, latents: Tensor) -> None:
+                bar.update()
+                if callback_on_step_end is not None:
+                    callback_on_step_end(step, int(table.timesteps[step]), latents)
+
+            latents = self._denoise(
+                table, shape, seeds, text, null_text, lambda_t, lambda_m, step_done
+            )
+        if output_type == "latent":
+            return PipelineOutput(None, latents)
+        self._place(self.vae)
+        pixels = self.vae.decode(latents.to(self.vae.dtype))
+        self._replace(self.vae)
+        pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return PipelineOutput(pixels.permute(0, 2, 3, 4, 1).cpu(), latents)
+
+    def _denoise(
+        self, table: SolverTable, shape, seeds, text, null_text, lambda_t, lambda_m, step_done
+    ) -> Tensor:
+        """Noise of the seeds → latents (N, C, T, h, w) fp32, one guided step a row of the table."""
+        model, channels = self.transformer, shape[0]
+        self._place(model)
+        dtype = model.patch_embed.weight.dtype
+        latents = portable_noise(shape, seeds, 0).to(self.device)
+        x0 = None
+        for step, row in enumerate(table.rows):
+            timestep = table.timesteps[step].to(self.device).expand(len(latents))
+            prediction = guided_prediction(
+                model, latents.to(dtype), timestep, text, null_text, lambda_t, lambda_m
+            )
+            noise = d = None
+            if row[-1] != 0:
+                noise = portable_noise(shape, seeds, step + 1).to(self.device)
+                if table.log_variance is not None and model.config.learned_range:
+                    d = learned_range_d(table, step, prediction[:, channels:])
+            latents, x0 = solver_step(row, latents, prediction[:, :channels], x0, noise, d)
+            step_done(step, latents)
+        self._replace(model)
+        return latents
+
+    def _encode(self, prompts, negative_prompt, clips):
+        """Text and null-text conditions of every clip, in the transformer's dtype."""
+        if negative_prompt is None:
+            negative_prompt = ""
+        negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
+        if len(negatives) not in (1, len(prompts)):
+            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
+        self._place(self.text_encoder)
+        text = self.text_encoder.encode(prompts).repeat(clips)
+        null_text = self.text_encoder.encode(negatives)
+        self._replace(self.text_encoder)
+        null_text = null_text.repeat(text.batch // null_text.batch)
+        dtype = self.transformer.patch_embed.weight.dtype
+        return text.to(self.device, dtype), null_text.to(self.device, dtype)
+
+    def _check(self, prompts, frames, size, clips, output_type, lambda_t, lambda_m) -> None:
+        if not prompts:
+            raise ValueError("no prompt was given")
+        if clips < 1:
+            raise ValueError(f"clips per prompt must be at least 1, got {clips}")
+        if not 1 <= frames <= MAX_FRAMES:
+            raise ValueError(f"frames must be 1 … {MAX_FRAMES}, got {frames}")
+        if frames > 1 and not self.transformer.config.temporal:
+            raise ValueError(f"this model makes images: {frames} frames were asked for")
+        if output_type not in ("frames", "latent"):
+            raise ValueError(f'output_type must be "frames" or "latent", got {output_type!r}')
+        for name, value in (("lambda_t", lambda_t), ("lambda_m", lambda_m)):
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be a number, got {value}")
+        self.vae.check_size(*size, self.transformer.config.patch_size)
+
+    def _parts(self) -> tuple[nn.Module, ...]:
+        return self.transformer, self.text_encoder, self.vae
+
+    def _place(self, part: nn.Module) -> None:
+        if self._offloads:
+            part.to(self.device)
+
+    def _replace(self, part: nn.Module) -> None:
+        if self._offloads:
+            part.to("cpu")
+
+
+def _clip_seeds(seed: int | Sequence[int], prompts: int, clips: int) -> list[int]:
+    if isinstance(seed, int):
+        return [seed + clip for clip in range(clips)] * prompts
+    seeds = list(seed)
+    if len(seeds) != prompts * clips:
+        raise ValueError(f"{len(seeds)} seeds for {prompts} prompts × {clips} clips")
+    return seeds
+
+
+def _write_json(path: Path, values: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(aside, path)

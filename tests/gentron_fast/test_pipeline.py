@@ -1,0 +1,124 @@
+"""The pipeline: folder round trip, seeds and neighbours, null text, sizes, offload, errors."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from gentron_fast import GenTronPipeline
+
+CALL = {"steps": 3, "frames": 2, "size": (32, 32), "progress": False}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_pipeline_folder):
+    return GenTronPipeline.from_pretrained(tiny_pipeline_folder)
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_saved_loaded_and_saved_again_is_the_same(pipeline, tiny_pipeline_folder, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    files = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
+    originals = [p for p in Path(tiny_pipeline_folder).rglob("*") if p.is_file()]
+    assert len(files) == len(originals)
+    for name in files:
+        assert (tmp_path / name).read_bytes() == (tiny_pipeline_folder / name).read_bytes(), name
+    assert {p.suffix for p in files} == {".json", ".safetensors"}
+
+
+def test_a_folder_without_its_index_is_no_pipeline(tiny_pipeline_folder, tmp_path):
+    shutil.copytree(tiny_pipeline_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model_index.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json"):
+        GenTronPipeline.from_pretrained(tmp_path)
+
+
+def test_frames_and_latents(pipeline):
+    output = pipeline("a red circle", **CALL)
+    assert output.frames.shape == (1, 2, 32, 32, 3) and output.frames.dtype == torch.uint8
+    latent = pipeline("a red circle", output_type="latent", **CALL)
+    assert latent.frames is None and torch.equal(latent.latents, output.latents)
+
+
+@pytest.mark.parametrize("solver,eta", [("dpm++", 0.0), ("ddim", 1.0), ("ddpm", 0.0)])
+def test_a_clip_does_not_depend_on_its_neighbours(pipeline, solver, eta):
+    options = CALL | {"solver": solver, "eta": eta, "output_type": "latent"}
+    together = pipeline(["a red circle moving left", "a star"], clips=2, seed=5, **options).latents
+    alone = pipeline("a star", seed=6, **options).latents
+    assert relative_error(together[3:], alone) < 1e-5
+    by_list = pipeline(["a star", "a red circle"], seed=[6, 1], **options).latents
+    assert relative_error(by_list[:1], alone) < 1e-5
+    assert relative_error(together[2:3], alone) > 1e-2
+
+
+def test_negative_prompts_take_the_place_of_the_null_text(pipeline):
+    options = CALL | {"output_type": "latent"}
+    plain = pipeline("a star", **options).latents
+    assert torch.equal(plain, pipeline("a star", negative_prompt="", **options).latents)
+    negative = pipeline("a star", negative_prompt="a long text of several words", **options)
+    assert relative_error(negative.latents, plain) > 1e-3
+    each = pipeline(["a star", "a star"], negative_prompt=["", "a circle"], **options).latents
+    assert relative_error(each[:1], plain) < 1e-5
+
+
+def test_callback_sees_every_step(pipeline):
+    seen = []
+    output = pipeline(
+        "a star",
+        callback_on_step_end=lambda step, timestep, latents: seen.append((step, timestep, latents)),
+        **CALL,
+    )
+    assert [step for step, _, _ in seen] == [0, 1, 2]
+    assert [t for _, t, _ in seen] == sorted((t for _, t, _ in seen), reverse=True)
+    assert torch.equal(seen[-1][2], output.latents)
+
+
+def test_other_precisions_and_offload(tiny_pipeline_folder, pipeline):
+    reference = pipeline("a star", **CALL).latents
+    half = GenTronPipeline.from_pretrained(tiny_pipeline_folder, dtype=torch.bfloat16)
+    assert relative_error(half("a star", **CALL).latents, reference) < 0.2
+    offloaded = GenTronPipeline.from_pretrained(tiny_pipeline_folder)
+    offloaded.enable_offload("cpu")
+    assert torch.equal(offloaded("a star", **CALL).latents, reference)
+
+
+def test_images_from_an_image_model(tiny_t2i_folder):
+    pipeline = GenTronPipeline.from_pretrained(tiny_t2i_folder)
+    output = pipeline("a star", steps=2, size=(32, 64), progress=False)
+    assert output.frames.shape == (1, 1, 32, 64, 3)
+    with pytest.raises(ValueError, match="makes images: 2 frames were asked for"):
+        pipeline("a star", **CALL)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"prompt": []}, "no prompt"),
+        ({"size": (30, 32)}, "size 30x32 does not fit"),
+        ({"frames": 0}, "frames must be 1 … 32, got 0"),
+        ({"steps": 0}, "0 steps"),
+        ({"solver": "euler"}, "euler"),
+        ({"clips": 0}, "clips per prompt must be at least 1"),
+        ({"seed": [1, 2]}, "2 seeds for 1 prompts × 1 clips"),
+        ({"lambda_t": float("nan")}, "lambda_t must be a number"),
+        ({"output_type": "pil"}, "output_type"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+    ],
+)
+def test_wrong_calls_are_named(pipeline, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(**{"prompt": "a star"} | CALL | options)
+
+
+def test_parts_that_do_not_fit_are_named(tiny_pipeline_folder, tmp_path):
+    shutil.copytree(tiny_pipeline_folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"in_channels": 8}))
+    with pytest.raises(ValueError, match=r"tensor .* has shape"):
+        GenTronPipeline.from_pretrained(tmp_path)
