@@ -1,21 +1,20 @@
 """gentron_fast: the diffusion transformer GenTron, for images and video, with custom kernels."""
 
-from gentron_fast.config import PRESETS, GenTronConfig
-from gentron_fast.model import EncodedText, GenTron, TextCondition
+from importlib import import_module
 
-__all__ = [
-    "PRESETS",
-    "EncodedText",
-    "GenTron",
-    "GenTronConfig",
-    "GenTronPipeline",
-    "TextCondition",
-]
+from gentron_fast.config import PRESETS, GenTronConfig
+
+# Loaded when asked for: torch takes seconds, and the pipeline needs diffusers and transformers.
+_LAZY = {
+    "EncodedText": "model",
+    "GenTron": "model",
+    "GenTronPipeline": "pipeline",
+    "TextCondition": "model",
+}
+__all__ = ["PRESETS", "EncodedText", "GenTron", "GenTronConfig", "GenTronPipeline", "TextCondition"]
 
 
 def __getattr__(name: str):
-    if name == "GenTronPipeline":  # loaded when asked for: it needs diffusers and transformers
-        from gentron_fast.pipeline import GenTronPipeline
-
-        return GenTronPipeline
+    if name in _LAZY:
+        return getattr(import_module(f"gentron_fast.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

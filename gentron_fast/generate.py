@@ -1,0 +1,389 @@
+"""Clips and images from prompts: python -m gentron_fast.generate "a red circle moving left"."""
+
+import argparse
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+from gentron_fast.config import MAX_FRAMES, GenTronConfig
+
+# torch and the modules that need it are imported inside the functions, after the arguments have
+# been read: --help and most refusals answer at once.
+
+NAME = "gentron_fast.generate"
+CLIP_ENDINGS = (".mp4", ".gif")
+IMAGE_ENDINGS = (".png",)
+NAME_LENGTH = 48  # letters of the prompt in a file name: 4 bytes each stay below the usual 255
+
+HELP = f"""\
+usage: python -m {NAME} PROMPT... [options]
+       python -m {NAME} --prompts FILE [options]
+
+what    PROMPT...               one or many prompts, each in quotes
+        --prompts FILE          one prompt a line, # comments; what is already written is skipped
+        --negative-prompt TEXT  what to keep away from
+        --image                 one frame, written as .png
+        --frames N              frames a clip, 1 to {MAX_FRAMES}   --size H W      in pixels
+        --clips N               clips per prompt (1)     --seed N        of the first clip (0)
+how     --model FOLDER          pipeline folder (the small model that ships)
+        --steps N               denoising steps (50)     --solver NAME   ddpm, ddim, dpm++ (dpm++)
+        --lambda-t X            text guidance (7.5)      --lambda-m X    motion guidance (1.2)
+        --eta X                 noise of ddim, 0 to 1 (0)
+where   --device NAME           cpu, cuda, cuda:1, mps (cuda where there is one, else cpu)
+        --dtype NAME            float32, bfloat16, float16 (float32)
+        --batch N               clips made at once (1)   --compile       with torch.compile
+        --offload               each part is on the device only while it runs
+output  --out PATH              a folder (outputs/), or for one clip a .mp4, .gif or .png file
+        --grid                  also one .png of all frames
+        --fps N                 frames a second (4)
+        --verbose               every file as it is written; a traceback where something fails
+"""
+
+
+class Clip(NamedTuple):
+    """One clip or image to make, and the files that it becomes."""
+
+    prompt: str
+    seed: int
+    paths: list[Path]
+
+    @property
+    def is_written(self) -> bool:
+        return all(path.exists() for path in self.paths)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line. Returns 0, 2 after wrong input (told in one line), 130 after SIGINT."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        generate(parse_arguments(argv))
+    except KeyboardInterrupt:
+        print(f"{NAME}: interrupted; the files that are there are whole", file=sys.stderr)
+        return 130
+    except (OSError, ValueError) as error:
+        if "--verbose" in argv:
+            traceback.print_exc()
+        print(f"{NAME}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Make, write and report what the arguments ask for. Raises ValueError or OSError."""
+    prompts = read_prompts(args)
+    silence_libraries()
+    from gentron_fast.pipeline import ASSETS
+
+    folder = args.model or ASSETS
+    frames = choose_frames(args, folder)
+    clips = plan_clips(args, prompts, is_image=frames == 1)
+    check_solver(args, folder)
+    device = choose_device(args.device)
+    check_writable(clips[0].paths[0].parent)
+    if args.prompts is not None:
+        clips = leave_out_written(clips)
+        if not clips:
+            return
+
+    start = time.perf_counter()
+    pipeline = load_pipeline(args, folder, device)
+    load_seconds = time.perf_counter() - start
+    clip_seconds = make_clips(pipeline, args, clips, frames)
+    report(clips, load_seconds, clip_seconds, peak_memory(device))
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Read the command line. Raises ValueError where argparse would print its usage and exit."""
+    parser = argparse.ArgumentParser(prog=NAME, allow_abbrev=False)
+    parser.format_help = lambda: HELP
+    parser.error = refuse
+    parser.add_argument("prompt", nargs="*")
+    parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--negative-prompt")
+    parser.add_argument("--image", action="store_true")
+    parser.add_argument("--frames", type=whole_number(1, MAX_FRAMES))
+    parser.add_argument("--size", type=whole_number(1), nargs=2)
+    parser.add_argument("--clips", type=whole_number(1), default=1)
+    parser.add_argument("--seed", type=whole_number(0, 2**64 - 1), default=0)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--steps", type=whole_number(1), default=50)
+    parser.add_argument("--solver", default="dpm++")
+    parser.add_argument("--lambda-t", type=number, default=7.5)
+    parser.add_argument("--lambda-m", type=number, default=1.2)
+    parser.add_argument("--eta", type=number, default=0.0)
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--batch", type=whole_number(1), default=1)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--out", default="outputs/")
+    parser.add_argument("--grid", action="store_true")
+    parser.add_argument("--fps", type=whole_number(1, 100), default=4)
+    parser.add_argument("--verbose", action="store_true")
+    return parser.parse_intermixed_args(argv)
+
+
+def refuse(message: str):
+    raise ValueError(message)
+
+
+def whole_number(low: int, high: int | None = None):
+    """The argparse type of whole numbers from `low` to `high`."""
+    wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
+
+    def read(text: str) -> int:
+        value = int(text) if re.fullmatch(r"[+-]?\d+", text) else None
+        if value is None or value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"wanted a whole number {wanted}, got {text!r}")
+        return value
+
+    return read
+
+
+def number(text: str) -> float:
+    """The argparse type of finite numbers."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"wanted a number, got {text!r}")
+    return value
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts, each once, of the command line or of the file of --prompts."""
+    if args.prompts is None:
+        if not args.prompt:
+            raise ValueError("a prompt is needed: PROMPT, or --prompts FILE")
+        prompts = [prompt.strip() for prompt in args.prompt]
+        if not all(prompts):
+            raise ValueError("the prompt is empty")
+        return list(dict.fromkeys(prompts))
+    if args.prompt:
+        raise ValueError("give PROMPT or --prompts FILE, not both")
+    if not args.prompts.is_file():
+        raise ValueError(f"no prompts file {args.prompts}")
+    try:
+        lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"the prompts file {args.prompts} is not UTF-8 text") from None
+    prompts = [line.strip() for line in lines]
+    prompts = [prompt for prompt in prompts if prompt and not prompt.startswith("#")]
+    if not prompts:
+        raise ValueError(f"the prompts file {args.prompts} holds no prompt")
+    return list(dict.fromkeys(prompts))
+
+
+def choose_frames(args: argparse.Namespace, folder: Path) -> int | None:
+    """Frames a clip: 1 is an image, None the pipeline's own number."""
+    config = read_model_config(folder)
+    if args.image and args.frames not in (None, 1):
+        raise ValueError(f"--image is one frame, --frames asks for {args.frames}")
+    if not config.temporal and args.frames not in (None, 1):
+        raise ValueError(f"the model in {folder} makes images, --frames asks for {args.frames}")
+    return 1 if args.image or not config.temporal else args.frames
+
+
+def read_model_config(folder: Path) -> GenTronConfig:
+    """The configuration of the model in a pipeline folder, without loading the model."""
+    from gentron_fast.model import read_json
+    from gentron_fast.pipeline import INDEX_NAME
+
+    if not (folder / INDEX_NAME).is_file():
+        raise ValueError(f"no pipeline in {folder}: it has no {INDEX_NAME}")
+    path = folder / "transformer" / "config.json"
+    try:
+        return GenTronConfig.from_dict(read_json(path))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} describes no GenTron: {error}") from error
+
+
+def plan_clips(args: argparse.Namespace, prompts: list[str], is_image: bool) -> list[Clip]:
+    """Every clip with its seed and its files: --clips of each prompt, in the folder --out or in
+    the one file --out."""
+    out, ending = Path(args.out), Path(args.out).suffix.lower()
+    wanted = [(prompt, args.seed + i) for prompt in prompts for i in range(args.clips)]
+    if args.out.endswith(("/", os.sep)) or not ending or out.is_dir():
+        endings = IMAGE_ENDINGS if is_image else CLIP_ENDINGS
+        if args.grid and not is_image:
+            endings += (".png",)
+        return [
+            Clip(prompt, seed, [out / f"{file_name(prompt)}-seed{seed}{end}" for end in endings])
+            for prompt, seed in wanted
+        ]
+    if ending not in CLIP_ENDINGS + IMAGE_ENDINGS:
+        raise ValueError(
+            f"--out {out} ends in {ending}: wanted .mp4, .gif, .png or a folder ({out}/)"
+        )
+    if len(wanted) > 1:
+        raise ValueError(f"--out {out} is one file, wanted a folder for {len(wanted)} clips")
+    if is_image and ending not in IMAGE_ENDINGS:
+        raise ValueError(f"--out {out} ends in {ending}, an image is written as .png")
+    if not is_image and ending in IMAGE_ENDINGS and not args.grid:
+        raise ValueError(f"--out {out} is one picture of a clip: add --grid or --image")
+    paths = [out, out.with_suffix(".png")] if args.grid and ending != ".png" else [out]
+    return [Clip(*wanted[0], paths)]
+
+
+def file_name(prompt: str) -> str:
+    """The prompt as a file name: a-red-circle-moving-left.
+
+    What the letters do not tell (case, punctuation, the end of a long prompt) goes into a checksum
+    behind them, so that different prompts have different names.
+    """
+    name = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:NAME_LENGTH]
+    if name.replace("-", " ") == prompt:
+        return name
+    return f"{name}-{zlib.crc32(prompt.encode()):08x}".lstrip("-")
+
+
+def check_solver(args: argparse.Namespace, folder: Path) -> None:
+    """Raise ValueError unless solver, steps and eta go with each other and with the schedule."""
+    from gentron_fast.model import read_json
+    from gentron_fast.pipeline import SCHEDULER_PATH
+    from gentron_fast.solvers import make_table
+
+    make_table(args.solver, read_json(folder / SCHEDULER_PATH), args.steps, args.eta)
+
+
+def choose_device(name: str | None):
+    """The torch.device of that name, tried out; without a name CUDA where there is one."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"unknown device {name!r}: wanted cpu, cuda, cuda:N or mps")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name} here: {str(error).splitlines()[0]}") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder and try a file in it, before the work begins."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write into {folder}: {error.strerror}") from error
+
+
+def leave_out_written(clips: list[Clip]) -> list[Clip]:
+    """The clips that are still to make; tells in one line how many are there already."""
+    missing = [clip for clip in clips if not clip.is_written]
+    if len(missing) < len(clips):
+        where = clips[0].paths[0].parent
+        print(f"skipped      {len(clips) - len(missing)} of {len(clips)} clips, already in {where}")
+    return missing
+
+
+def silence_libraries() -> None:
+    """Keep the libraries' advice and bars away from ours; our own warnings are shown."""
+    warnings.filterwarnings("ignore", module="(?!gentron_fast)")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def load_pipeline(args: argparse.Namespace, folder: Path, device):
+    """The pipeline in the folder, on its device. A damaged folder is a ValueError."""
+    import torch
+    from safetensors import SafetensorError
+
+    from gentron_fast.pipeline import GenTronPipeline
+
+    dtype = getattr(torch, args.dtype)
+    start_device = "cpu" if args.offload else device
+    try:
+        pipeline = GenTronPipeline.from_pretrained(folder, dtype, start_device)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"cannot load {folder}: {error}") from error
+    if args.offload:
+        pipeline.enable_offload(device)
+    if args.compile:
+        pipeline.transformer.compile()
+    if args.verbose:
+        print(f"loaded       {folder} on {device} in {args.dtype}", flush=True)
+    return pipeline
+
+
+def make_clips(pipeline, args: argparse.Namespace, clips: list[Clip], frames: int | None) -> float:
+    """Make the clips, --batch of them at a time, and write each batch as soon as it is there.
+
+    Returns the seconds per clip from prompt to frames; writing is not counted.
+    """
+    from tqdm import tqdm
+
+    seconds = 0.0
+    batches = [clips[i : i + args.batch] for i in range(0, len(clips), args.batch)]
+    with tqdm(total=len(batches) * args.steps, unit="step", leave=False, disable=None) as bar:
+        for batch in batches:
+            bar.set_description(batch[0].prompt[:40])
+            start = time.perf_counter()
+            output = pipeline(
+                [clip.prompt for clip in batch],
+                negative_prompt=args.negative_prompt,
+                frames=frames,
+                size=args.size,
+                steps=args.steps,
+                solver=args.solver,
+                eta=args.eta,
+                lambda_t=args.lambda_t,
+                lambda_m=args.lambda_m,
+                seed=[clip.seed for clip in batch],
+                callback_on_step_end=lambda step, timestep, latents: bar.update(1),
+                progress=False,
+            )
+            seconds += time.perf_counter() - start
+            for clip, pictures in zip(batch, output.frames, strict=True):
+                write_clip(clip, pictures, args.fps)
+                if args.verbose:
+                    bar.write(f"wrote        {', '.join(map(str, clip.paths))}")
+    return seconds / len(clips)
+
+
+def write_clip(clip: Clip, frames, fps: int) -> None:
+    """Write frames, uint8 (T, H, W, 3), to each file of the clip; a .png of many is a grid."""
+    from gentron_fast.media import contact_sheet, write_media
+
+    for path in clip.paths:
+        is_grid = path.suffix.lower() == ".png" and len(frames) > 1
+        write_media(path, contact_sheet([frames])[None] if is_grid else frames, fps)
+
+
+def peak_memory(device) -> int:
+    """Bytes: the most that torch held on a CUDA device, else the most that the process held."""
+    import resource
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def report(clips: list[Clip], load_seconds: float, clip_seconds: float, memory: int) -> None:
+    """Print where the clips are, and what they took."""
+    paths = clips[0].paths
+    where = ", ".join(map(str, paths)) if len(clips) == 1 else f"{paths[0].parent}"
+    print(f"{'wrote' if len(clips) == 1 else f'{len(clips)} clips':<12} {where}")
+    print(f"load time    {load_seconds:.2f} s")
+    print(f"per clip     {clip_seconds:.2f} s")
+    print(f"peak memory  {memory / 2**20:.0f} MiB")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
