@@ -1,0 +1,297 @@
+"""The small world: what is in a scene, what is said of it, and the shards it is written to."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gentron_train import shapes
+from gentron_train.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    FILLS,
+    FPS,
+    MOTIONS,
+    PHRASES,
+    REACH,
+    SHAPES,
+    SIZE,
+    SPAN,
+    Scene,
+    Thing,
+)
+
+
+def scene_of(seed, index=0):
+    return shapes.sample_scene(np.random.default_rng([seed, index]))
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [scene_of(7, index) for index in range(3000)]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    shapes.write_shards(folder, images=6, clips=4, shard_size=3, processes=2, progress=False)
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_one_combination_in_ten_is_held_out():
+    held = shapes.held_out()
+    assert len(held) == 24
+    assert all(shapes.is_held_out(*triple) for triple in held)
+    assert ("circle", "red", "left") not in held
+    assert {motion: sum(t[2] == motion for t in held) for motion in MOTIONS} == dict.fromkeys(
+        MOTIONS, 3
+    )
+
+
+def test_training_shows_all_but_what_is_held_out(scenes):
+    shown = {(o.shape, o.colour, s.motion) for s in scenes for o in s.objects}
+    assert not shown & shapes.held_out()
+    assert len(shown) == 240 - 24
+
+
+def test_prompts_are_seen_or_unseen():
+    for draw, unseen in ((shapes.seen_prompts, False), (shapes.unseen_prompts, True)):
+        prompts = draw(200, seed=3)
+        assert prompts == draw(200, seed=3) != draw(200, seed=4)
+        for text, scene in prompts:
+            (thing,) = scene.objects
+            assert shapes.is_held_out(thing.shape, thing.colour, scene.motion) == unseen
+            assert thing.shape in text
+            assert thing.colour in text
+            assert any(phrase in text for phrase in PHRASES[scene.motion])
+
+
+def test_readme_prompt_is_one_of_the_captions():
+    rng = np.random.default_rng(0)
+    scene = shapes.make_scene(rng, "circle", "red", "left")
+    assert "a red circle moving left" in {shapes.caption(scene, rng) for _ in range(300)}
+
+
+def test_captions_are_true_short_and_of_known_words(scenes):
+    rng, words = np.random.default_rng(1), set()
+    for scene in scenes:
+        text = shapes.caption(scene, rng)
+        assert text == text.lower()
+        assert len(text.encode()) <= shapes.TEXT_BYTES
+        assert len(text.replace(",", " ,").split()) <= 75  # CLIP's 77 tokens less the two ends
+        said = text.replace(",", "").split()
+        words.update(said)
+        for thing in scene.objects:
+            assert f"{thing.colour} {thing.shape}" in text
+        assert any(phrase in text for phrase in PHRASES[scene.motion])
+        assert set(said) & set(FILLS) <= {thing.fill for thing in scene.objects}
+        assert set(said) & set(shapes.RADII) <= {thing.size for thing in scene.objects}
+        if "background" in said:
+            assert set(said) & set(BACKGROUNDS) == {scene.background}
+        if scene.relation:
+            assert any(
+                f" {phrase} a " in text for phrase in shapes.RELATION_PHRASES[scene.relation]
+            )
+    assert words == set(shapes.vocabulary())
+
+
+def test_caption_without_motion_names_none(scenes):
+    rng = np.random.default_rng(2)
+    phrases = [phrase for known in PHRASES.values() for phrase in known]
+    for scene in scenes[:300]:
+        text = shapes.caption(scene, rng, motion=False)
+        assert not any(phrase in text for phrase in phrases)
+
+
+def test_objects_move_far_enough_and_stay_in_the_frame(scenes):
+    sampled = 42 / FPS  # from the first to the last of eight frames, every sixth
+    times = np.linspace(0, SPAN, 9)
+    for scene in scenes:
+        for thing in scene.objects:
+            x, y, radius, _ = thing.pose(times)
+            reach = REACH[thing.shape] * radius
+            for centre in (x, y):
+                assert (centre - reach).min() >= 1
+                assert (centre + reach).max() <= SIZE - 1
+            if scene.motion in DIRECTIONS:
+                moved = np.multiply(thing.velocity, sampled)
+                assert np.dot(moved, DIRECTIONS[scene.motion]) >= 14
+            elif scene.motion in ("growing", "shrinking"):
+                early, late = (thing.pose(t)[2] for t in (5 / FPS, 5 / FPS + sampled))
+                assert max(early / late, late / early) >= 1.6
+            elif scene.motion == "spinning":
+                assert 60 <= abs(np.degrees(thing.spin)) <= 120
+                assert (thing.shape, thing.fill) != ("circle", "plain")
+
+
+def test_two_objects_differ_in_colour_and_do_not_touch(scenes):
+    pairs = [scene for scene in scenes if len(scene.objects) == 2]
+    assert 0.2 < len(pairs) / len(scenes) < 0.3
+    for scene in pairs:
+        first, second = scene.objects
+        assert first.colour != second.colour
+        assert first.velocity == second.velocity
+        away = np.subtract((first.x, first.y), (second.x, second.y))
+        reach = sum(REACH[thing.shape] * thing.radius for thing in scene.objects)
+        assert np.dot(away, shapes.RELATIONS[scene.relation]) > reach
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_render_covers_the_area_of_its_shape(shape):
+    thing = Thing(shape, "red", "plain", None, 32, 32, 13.0)
+    frame = shapes.render_frame(Scene((thing,), "black", "still"))
+    area = (frame[..., 0] - 15.0).sum() / (COLOURS["red"][0] - 15)
+    polygon = {
+        "circle": np.pi,
+        "square": (2 * 0.886) ** 2,
+        "triangle": 0.75 * np.sqrt(3) * 1.4**2,
+        "star": 5 * 0.45 * 1.4**2 * np.sin(np.pi / 5),
+        "cross": 8 * 1.1 * 0.42 - 4 * 0.42**2,
+    }[shape]
+    assert area == pytest.approx(polygon * 13**2, rel=0.02)
+    assert np.abs(frame - np.flip(frame, 1).astype(float)).max() <= 1  # left is right
+
+
+def test_only_objects_are_coloured():
+    for background in BACKGROUNDS:
+        thing = Thing("star", "cyan", "striped", None, 20, 20, 8.0)
+        scene = Scene((thing,), background, "still", tilt=1.0)
+        clip = shapes.render_clip(scene, clean=False, rng=np.random.default_rng(0)).astype(int)
+        chroma = clip.max(-1) - clip.min(-1)
+        assert chroma[:, 5:35, 5:35].max() > 50
+        assert chroma[:, 35:].max() == chroma[:, :, 35:].max() == 0
+
+
+def test_clips_are_blurred_and_marked_and_clean_ones_are_frames():
+    scene = shapes.make_scene(np.random.default_rng(3), "square", "blue", "right")
+    clean = shapes.render_clip(scene)
+    assert clean.shape == (48, 64, 64, 3)
+    assert clean.dtype == np.uint8
+    assert (clean[12] == shapes.render_frame(scene, 12 / FPS)).all()
+    real = shapes.render_clip(scene, clean=False, rng=np.random.default_rng(0))
+    background = (clean == clean[0, 0, 0]).all((0, 3))
+    assert (real != clean).any(-1)[:, background].any()  # the watermark
+    assert (real != clean).any(-1)[:, ~background].any()  # the blur
+    with pytest.raises(ValueError, match="needs an rng"):
+        shapes.render_clip(scene, clean=False)
+
+
+def test_wrong_words_are_refused():
+    with pytest.raises(ValueError, match="'hexagon' is not one of circle"):
+        shapes.make_scene(np.random.default_rng(0), "hexagon", "red", "left")
+
+
+@pytest.mark.parametrize("kind", ["images", "clips"])
+def test_samples_depend_on_seed_kind_and_index_alone(kind):
+    sample = shapes.make_sample(5, kind, 2)
+    assert sample == shapes.make_sample(5, kind, 2)
+    assert sample["json"] != shapes.make_sample(5, kind, 3)["json"]
+    assert sample["json"] != shapes.make_sample(6, kind, 2)["json"]
+
+
+def test_image_that_names_its_motion_shows_its_first_frame():
+    named = 0
+    for index in range(40):
+        sample = shapes.make_sample(0, "images", index)
+        facts = json.loads(sample["json"])
+        said = any(phrase in sample["txt"].decode() for phrase in PHRASES[facts["motion"]])
+        assert said == facts["named"]
+        assert facts["time"] == 0 or not said
+        named += said
+    assert 10 < named < 30
+
+
+def test_shards_are_the_same_bytes_from_any_number_of_processes(shards, tmp_path):
+    paths = shapes.write_shards(tmp_path, 6, 4, shard_size=3, processes=1, progress=False)
+    assert [path.name for path in paths] == [
+        "images-00000.tar",
+        "images-00001.tar",
+        "clips-00000.tar",
+        "clips-00001.tar",
+    ]
+    assert contents(tmp_path) == contents(shards)
+    assert set(contents(shards)) == {"index.json", *(path.name for path in paths)}
+
+
+def test_cut_off_run_goes_on(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "copy")
+    lost, kept = tmp_path / "copy" / "clips-00001.tar", tmp_path / "copy" / "images-00000.tar"
+    lost.unlink()
+    (tmp_path / "copy" / ".clips-00001.tar.part").write_bytes(b"half")
+    before = kept.stat().st_mtime_ns
+    shapes.write_shards(tmp_path / "copy", 6, 4, shard_size=3, progress=False)
+    assert kept.stat().st_mtime_ns == before
+    assert contents(tmp_path / "copy") == contents(shards)
+
+
+def test_other_parameters_need_another_folder(shards):
+    with pytest.raises(ValueError, match="choose another folder"):
+        shapes.write_shards(shards, 6, 4, seed=1, shard_size=3, progress=False)
+
+
+def test_webdataset_reads_the_shards(shards):
+    webdataset = pytest.importorskip("webdataset")
+    av = pytest.importorskip("av")
+    from PIL import Image
+
+    urls = [str(path) for path in sorted(shards.glob("*.tar"))]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert len(samples) == 10
+    for sample in samples:
+        facts = json.loads(sample["json"])
+        assert all(thing["colour"] in sample["txt"].decode() for thing in facts["objects"])
+        if "png" in sample:
+            assert Image.open(io.BytesIO(sample["png"])).size == (64, 64)
+        else:
+            with av.open(io.BytesIO(sample["mp4"])) as container:
+                stream = container.streams.video[0]
+                assert stream.average_rate == FPS
+                frames = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
+            assert np.shape(frames) == (48, 64, 64, 3)
+
+
+def test_command_line(tmp_path):
+    command = [sys.executable, "-m", "gentron_train.shapes", str(tmp_path / "out")]
+    options = ["--images", "2", "--clips", "1", "--seed", "3", "--processes", "1"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 shards" in done.stdout
+    assert (
+        shapes.make_sample(3, "clips", 0)["mp4"]
+        in (tmp_path / "out" / "clips-00000.tar").read_bytes()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: out"),
+        (["OUT", "--images", "many"], "invalid int value: 'many'"),
+        (["OUT", "--clips", "-1"], "clips is -1, must be at least 0"),
+        (["OUT", "--shard-size", "0"], "shard_size is 0, must be at least 1"),
+        (["OUT", "--processes", "0"], "processes is 0, must be at least 1"),
+        (["FILE"], "exists"),
+        (["SHARDS", "--seed", "9"], "choose another folder"),
+    ],
+    ids=str,
+)
+def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, shards, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    places = {
+        "OUT": str(tmp_path / "out"),
+        "FILE": str(tmp_path / "file"),
+        "SHARDS": str(shards),
+    }
+    assert shapes.main([places.get(argument, argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
