@@ -1,0 +1,193 @@
+"""Train the small model's autoencoder on frames of the small world; one process, CPU or GPU.
+
+python train/vae.py --out runs/vae
+"""
+
+import argparse
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from gentron_fast.vae import VideoVAE
+from gentron_train.data import decode_clip, decode_image, seeded
+from gentron_train.shapes import write_shards
+from gentron_train.small import small_vae
+
+# Shapes: B batch, H × W pixels.
+KL_WEIGHT = 1e-4  # against an error of about 0.02 per pixel: keeps the latents near a normal
+CHROMA_WEIGHT = 4.0  # objects cover a tenth of a frame and alone have colour
+SQUARE_WEIGHT = 2.0  # of the squared error beside the absolute one, which forgets small objects
+CLIP_FRAMES = 4  # frames taken of each clip
+STATE_NAME = "state.safetensors"
+
+
+@dataclass(frozen=True)
+class VaeTraining:
+    """What one run of the autoencoder's training depends on."""
+
+    steps: int = 2200
+    batch: int = 8
+    lr: float = 2e-3
+    warmup: int = 100
+    images: int = 8000
+    clips: int = 1500
+    seed: int = 0
+    save_every: int = 500
+
+
+def read_frames(data: Path, images: int, clips: int) -> Tensor:
+    """Frames of the first images and of the first clips, CLIP_FRAMES each: uint8 (N, H, W, 3)."""
+    import webdataset
+
+    frames = []
+    for kind, limit in (("images", images), ("clips", clips)):
+        shards = [str(path) for path in sorted(Path(data).glob(f"{kind}-*.tar"))]
+        samples = webdataset.WebDataset(shards, shardshuffle=False)
+        with tqdm(total=limit, desc=kind, unit="sample", leave=False) as bar:
+            for _, sample in zip(range(limit), samples, strict=False):
+                if kind == "images":
+                    frames.append(decode_image(sample["png"])[None])
+                else:
+                    clip = decode_clip(sample["mp4"])[0]
+                    frames.append(clip[:: len(clip) // CLIP_FRAMES][:CLIP_FRAMES])
+                bar.update()
+    if not frames:
+        raise FileNotFoundError(f"no shards in {data}")
+    return torch.cat(frames)
+
+
+def vae_loss(vae: VideoVAE, pixels: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Error of the pixels, coloured ones first, and KL divergence to a standard normal.
+
+    pixels (B, 3, 1, H, W) in [-1, 1]; noise like the latents. Returns the loss and its parts.
+    """
+    mean, std = (part.float() for part in vae.encode(pixels))
+    output = vae.decode(mean + std * noise, slice_frames=len(pixels), clamp=False).float()
+    error = output - pixels
+    chroma = pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True)
+    weighted = (1 + CHROMA_WEIGHT * chroma) * (error.abs() + SQUARE_WEIGHT * error.square())
+    kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
+    loss = weighted.mean() + KL_WEIGHT * kl
+    return loss, {"loss": loss, "square": error.square().mean(), "kl": kl}
+
+
+def learning_rate(step: int, training: VaeTraining) -> float:
+    """Linear warm-up, then half a cosine down to a hundredth."""
+    if step < training.warmup:
+        return training.lr * (step + 1) / training.warmup
+    done = (step - training.warmup) / max(training.steps - training.warmup, 1)
+    return training.lr * (0.01 + 0.99 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * done)).item()))
+
+
+def train(data: Path, out: Path, training: VaeTraining, device: str, resume: bool) -> None:
+    """Train, write OUT as a diffusers AutoencoderKL folder, and OUT.log.jsonl beside it."""
+    torch.manual_seed(training.seed)
+    vae = small_vae().to(device).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=training.lr, weight_decay=0.0)
+    folder = out.with_name(f"{out.name}.training")
+    first = load_state(folder / STATE_NAME, vae, optimizer) if resume else 0
+    frames = read_frames(data, training.images, training.clips)
+    log = out.with_name(f"{out.name}.log.jsonl")
+    start = time.monotonic()
+    with (
+        tqdm(total=training.steps, initial=first, desc="vae", mininterval=5) as bar,
+        open(log, "a" if first else "w") as lines,
+    ):
+        for step in range(first, training.steps):
+            generator = seeded(training.seed, "vae", step)
+            rows = torch.randint(len(frames), (training.batch,), generator=generator)
+            pixels = frames[rows].movedim(-1, 1)[:, :, None].to(device).float() / 127.5 - 1
+            side = pixels.shape[-1] // vae.factor
+            noise = torch.randn(len(rows), vae.latent_channels, 1, side, side, generator=generator)
+            with torch.autocast(device, torch.bfloat16):
+                loss, parts = vae_loss(vae, pixels, noise.to(device))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, training)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update()
+            if (step + 1) % 20 == 0:
+                values = {name: round(part.item(), 5) for name, part in parts.items()}
+                bar.set_postfix(values)
+                seconds = round(time.monotonic() - start, 1)
+                lines.write(json.dumps({"step": step + 1, "seconds": seconds} | values) + "\n")
+                lines.flush()
+            if (step + 1) % training.save_every == 0:
+                save_state(folder / STATE_NAME, vae, optimizer, step + 1)
+    set_scaling(vae.eval(), frames, device)
+    vae.cpu().save_pretrained(out)
+    (folder / STATE_NAME).unlink(missing_ok=True)
+    folder.rmdir() if folder.exists() else None
+
+
+@torch.no_grad()
+def set_scaling(vae: VideoVAE, frames: Tensor, device: str, sample: int = 2000) -> None:
+    """Set the scaling factor to 1 / the latents' standard deviation (Rombach et al., 2022)."""
+    rows = torch.linspace(0, len(frames) - 1, min(sample, len(frames))).long()
+    pixels = frames[rows].movedim(-1, 1)[:, :, None].float() / 127.5 - 1
+    means = [vae.encode(part.to(device))[0] for part in pixels.split(100)]
+    vae.autoencoder.register_to_config(scaling_factor=round(1 / torch.cat(means).std().item(), 5))
+
+
+def save_state(path: Path, vae: VideoVAE, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Weights and both AdamW moments in one safetensors file, written aside and renamed."""
+    tensors = {f"weight.{name}": value for name, value in vae.state_dict().items()}
+    for name, parameter in vae.named_parameters():
+        for moment in ("exp_avg", "exp_avg_sq", "step"):
+            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    save_file(tensors, aside, metadata={"step": str(step)})
+    os.replace(aside, path)
+
+
+def load_state(path: Path, vae: VideoVAE, optimizer: torch.optim.Optimizer) -> int:
+    """Read what `save_state` wrote; returns the step to go on with, 0 if there is no state."""
+    if not path.exists():
+        return 0
+    tensors = load_file(path)
+    vae.load_state_dict({name: tensors[f"weight.{name}"] for name in vae.state_dict()})
+    steps = 0
+    for name, parameter in vae.named_parameters():
+        moments = ("exp_avg", "exp_avg_sq", "step")
+        optimizer.state[parameter] = {
+            moment: tensors[f"{moment}.{name}"].to(parameter.device if moment != "step" else "cpu")
+            for moment in moments
+        }
+        steps = int(tensors[f"step.{name}"])
+    return steps
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; shards are made first if the data folder has none."""
+    parser = argparse.ArgumentParser(prog="train/vae.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("data/shapes"))
+    parser.add_argument("--out", type=Path, default=Path("runs/vae"))
+    parser.add_argument("--steps", type=int, default=VaeTraining.steps)
+    parser.add_argument("--batch", type=int, default=VaeTraining.batch)
+    parser.add_argument("--lr", type=float, default=VaeTraining.lr)
+    parser.add_argument("--seed", type=int, default=VaeTraining.seed)
+    parser.add_argument("--resume", action="store_true", help="go on from the last saved state")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if args.steps < 1 or args.batch < 1:
+        parser.error(f"--steps and --batch must be at least 1, got {args.steps}, {args.batch}")
+    if not list(args.data.glob("clips-*.tar")):
+        write_shards(args.data)
+    training = VaeTraining(steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    train(args.data, args.out, training, args.device, args.resume)
+    print(f"autoencoder in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
