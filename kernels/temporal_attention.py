@@ -7,9 +7,10 @@ alone, softmax over one key is 1, and the attention returns v.
 # Shapes: B batch, T frames, N tokens of a frame, H heads, Dh head size.
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+from gentron_kernels.attention import sdpa
 
 
 def temporal_attention(qkv: Tensor, motion_free: Tensor | bool | None = None) -> Tensor:
@@ -31,7 +32,7 @@ def temporal_attention_ref(qkv: Tensor, motion_free: Tensor | bool | None = None
     if frames == 1 or motion_free is True:
         return values
     q, k, v = rearrange(qkv, "b t n three h d -> three (b n) h t d")
-    out = F.scaled_dot_product_attention(q, k, v)
+    out = sdpa(q, k, v)
     out = rearrange(out, "(b n) h t d -> b t n (h d)", b=batch)
     if motion_free is None or motion_free is False:
         return out
