@@ -529,6 +529,18 @@ def write_shards(
     return [job[0] for job in jobs]
 
 
+def ensure_shards(folder, images: int = 20000, clips: int = 6000) -> None:
+    """Make a folder's shards if it has none, or finish those that `write_shards` began.
+
+    A folder of other shards, without our index.json, is left as it is.
+    """
+    index = Path(folder) / "index.json"
+    if index.exists():
+        write_shards(folder, **json.loads(index.read_text()))
+    elif not list(Path(folder).glob("*.tar")):
+        write_shards(folder, images, clips)
+
+
 def _refuse(message):
     raise ValueError(message)
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from gentron_fast.vae import VideoVAE
 from gentron_train.data import decode_clip, decode_image, seeded
-from gentron_train.shapes import write_shards
+from gentron_train.shapes import ensure_shards
 from gentron_train.small import small_vae
 
 # Shapes: B batch, H × W pixels.
@@ -49,6 +49,8 @@ def read_frames(data: Path, images: int, clips: int) -> Tensor:
     frames = []
     for kind, limit in (("images", images), ("clips", clips)):
         shards = [str(path) for path in sorted(Path(data).glob(f"{kind}-*.tar"))]
+        if not shards:
+            raise FileNotFoundError(f"no shards {kind}-*.tar in {data}")
         samples = webdataset.WebDataset(shards, shardshuffle=False)
         with tqdm(total=limit, desc=kind, unit="sample", leave=False) as bar:
             for _, sample in zip(range(limit), samples, strict=False):
@@ -58,8 +60,6 @@ def read_frames(data: Path, images: int, clips: int) -> Tensor:
                     clip = decode_clip(sample["mp4"])[0]
                     frames.append(clip[:: len(clip) // CLIP_FRAMES][:CLIP_FRAMES])
                 bar.update()
-    if not frames:
-        raise FileNotFoundError(f"no shards in {data}")
     return torch.cat(frames)
 
 
@@ -181,8 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.steps < 1 or args.batch < 1:
         parser.error(f"--steps and --batch must be at least 1, got {args.steps}, {args.batch}")
-    if not list(args.data.glob("clips-*.tar")):
-        write_shards(args.data)
+    ensure_shards(args.data)
     training = VaeTraining(steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     train(args.data, args.out, training, args.device, args.resume)

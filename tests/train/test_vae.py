@@ -1,0 +1,64 @@
+"""The autoencoder's training: what it writes, and that an interrupted run ends as a whole one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gentron_fast.vae import VideoVAE
+from gentron_train import vae as vae_training
+from gentron_train.shapes import write_shards
+from gentron_train.vae import VaeTraining, learning_rate, main, read_frames, train
+
+TRAINING = VaeTraining(steps=4, batch=2, save_every=2, warmup=2)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shapes")
+    write_shards(folder, images=6, clips=2, shard_size=4, processes=1, progress=False)
+    return folder
+
+
+def test_frames_of_images_and_clips(data):
+    frames = read_frames(data, images=5, clips=2)
+    assert frames.shape == (5 + 2 * vae_training.CLIP_FRAMES, 64, 64, 3)
+    with pytest.raises(FileNotFoundError, match="no shards"):
+        read_frames(data / "nothing", 1, 1)
+
+
+def test_an_interrupted_run_ends_as_a_whole_one(data, tmp_path, monkeypatch):
+    train(data, tmp_path / "whole", TRAINING, "cpu", resume=False)
+    save_state = vae_training.save_state
+
+    def save_and_stop(*args):
+        save_state(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vae_training, "save_state", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(data, tmp_path / "parts", TRAINING, "cpu", resume=False)
+    assert not (tmp_path / "parts").exists()
+    monkeypatch.undo()
+    train(data, tmp_path / "parts", TRAINING, "cpu", resume=True)
+
+    whole, parts = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert not (tmp_path / "parts.training").exists()
+    vae = VideoVAE.from_pretrained(tmp_path / "parts")
+    assert vae.factor == 4 and vae.scaling_factor != 1.0
+
+
+def test_the_rate_warms_up_and_falls():
+    rates = [learning_rate(step, VaeTraining(steps=100, warmup=10)) for step in range(100)]
+    assert max(rates) == pytest.approx(VaeTraining.lr) and rates.index(max(rates)) in (9, 10)
+    assert rates[-1] < 0.03 * VaeTraining.lr
+
+
+def test_wrong_input_is_one_line(data, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--data", str(data), "--steps", "0"])
+    assert stop.value.code == 2
+    assert "--steps and --batch must be at least 1" in capsys.readouterr().err

@@ -1,0 +1,305 @@
+"""Training data: shards to VAE latents, once, and the stream of batches drawn from them.
+
+A shard is a WebDataset tar: images as .png/.jpg/.webp + .txt, clips as .mp4 + .txt. Beside each one
+lies a safetensors file with the posterior (mean and standard deviation) of its latents, so that
+every read still samples the VAE; training itself decodes no pixels.
+"""
+
+import hashlib
+import io
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from gentron_fast.vae import VideoVAE
+
+# Shapes: N samples, S starts of a clip, B batch, C channels, T frames, h × w latents.
+IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp")
+CLIP_ENDINGS = ("mp4",)
+ENCODED_AT_ONCE = 64  # frames
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How frames are taken from a clip. Paper: 8 frames at 4 FPS from clips at 24 FPS."""
+
+    frames: int = 8
+    fps: float = 4.0
+    starts: int = 2  # random first frames of each clip, encoded once
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Latent posteriors in memory: mean and std (N, S, C, T, h, w) in 16 bits, N captions."""
+
+    mean: Tensor
+    std: Tensor
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def sample(self, index: int, start: int, draws: int, generator: torch.Generator) -> Tensor:
+        """Draws (K, C, T, h, w) fp32 from the posterior of one sample."""
+        mean, std = self.mean[index, start].float(), self.std[index, start].float()
+        return mean + std * torch.randn((draws, *mean.shape), generator=generator)
+
+
+def latents_path(shard: Path, vae_folder: Path, sampling: Sampling) -> Path:
+    """Where a shard's latents lie: the name holds a digest of the VAE and of the sampling."""
+    digest = hashlib.sha256(json.dumps(asdict(sampling), sort_keys=True).encode())
+    for path in sorted([vae_folder / "config.json", *vae_folder.glob("*.safetensors")]):
+        digest.update(path.read_bytes())
+    return shard.with_name(f"{shard.stem}.latents-{digest.hexdigest()[:12]}.safetensors")
+
+
+def precompute(
+    shards: list[Path],
+    vae_folder: Path,
+    sampling: Sampling,
+    rank: int = 0,
+    ranks: int = 1,
+    device: str | torch.device = "cpu",
+) -> list[Path]:
+    """Encode the shards whose latents are missing, this rank every `ranks`-th of them.
+
+    Returns every shard's latents file; other ranks' may not be there yet. A run that was cut off
+    goes on where it was.
+    """
+    paths = [latents_path(shard, vae_folder, sampling) for shard in shards]
+    missing = [(s, p) for s, p in zip(shards, paths, strict=True) if not p.exists()]
+    mine = missing[rank::ranks]
+    if mine:
+        vae = VideoVAE.from_pretrained(vae_folder).to(device)
+        with tqdm(mine, desc="latents", unit="shard", disable=rank != 0) as bar:
+            for shard, path in bar:
+                _encode_shard(shard, path, vae, sampling, device)
+    return paths
+
+
+def load_latents(paths: list[Path]) -> LatentSet:
+    """Join latents files of one kind, images or clips; ValueError if there are none."""
+    if not paths:
+        raise ValueError("no shards to train on")
+    means, stds, captions = [], [], []
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            means.append(file.get_tensor("mean"))
+            stds.append(file.get_tensor("std"))
+            captions += json.loads(file.metadata()["captions"])
+    return LatentSet(torch.cat(means), torch.cat(stds), captions)
+
+
+def _encode_shard(shard: Path, path: Path, vae: VideoVAE, sampling: Sampling, device) -> None:
+    import webdataset
+
+    pixels, posteriors, captions = [], [], []
+    for index, sample in enumerate(webdataset.WebDataset(str(shard), shardshuffle=False)):
+        generator = seeded(sampling.seed, index, shard.stem)
+        pixels.append(_pixels(sample, sampling, generator, shard))
+        if pixels[-1].shape != pixels[0].shape:
+            raise ValueError(
+                f"{sample['__key__']} in {shard.name} is {tuple(pixels[-1].shape[-2:])}, others "
+                f"are {tuple(pixels[0].shape[-2:])}: one training run takes one size"
+            )
+        captions.append(sample["txt"].decode())
+        if sum(part.shape[0] * part.shape[2] for part in pixels) >= ENCODED_AT_ONCE:
+            posteriors.append(_encode(vae, pixels, device))
+            pixels = []
+    if pixels:
+        posteriors.append(_encode(vae, pixels, device))
+    mean, std = (torch.cat(parts) for parts in zip(*posteriors, strict=True))
+    part = path.with_name(f".{path.name}.part")
+    save_file({"mean": mean, "std": std}, part, metadata={"captions": json.dumps(captions)})
+    os.replace(part, path)
+
+
+@torch.no_grad()
+def _encode(vae: VideoVAE, pixels: list[Tensor], device) -> tuple[Tensor, Tensor]:
+    """Samples of (S, 3, T, H, W) -> mean and std (N, S, C, T, h, w) fp16 on the CPU."""
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        posterior = vae.encode(torch.cat(pixels).to(device))
+    return tuple(part.half().cpu().unflatten(0, (len(pixels), -1)) for part in posterior)
+
+
+def _pixels(sample: dict, sampling: Sampling, generator, shard: Path) -> Tensor:
+    """Pixels in [-1, 1] of one sample: (1, 3, 1, H, W) of an image, (S, 3, T, H, W) of a clip."""
+    for ending in IMAGE_ENDINGS:
+        if ending in sample:
+            return _scale(decode_image(sample[ending])[None, None])
+    for ending in CLIP_ENDINGS:
+        if ending in sample:
+            frames, fps = decode_clip(sample[ending])
+            where = f"{sample['__key__']} in {shard.name}"
+            picks = [
+                pick_frames(len(frames), fps, sampling, generator, where)
+                for _ in range(sampling.starts)
+            ]
+            return _scale(torch.stack([frames[pick] for pick in picks]))
+    raise ValueError(f"{sample['__key__']} in {shard.name} holds neither an image nor a clip")
+
+
+def _scale(frames: Tensor) -> Tensor:
+    """uint8 (B, T, H, W, 3) -> (B, 3, T, H, W) in [-1, 1]."""
+    return frames.movedim(-1, 1).float() / 127.5 - 1
+
+
+def decode_image(content: bytes) -> Tensor:
+    """An image file's bytes -> uint8 (H, W, 3)."""
+    import numpy
+    from PIL import Image
+
+    return torch.from_numpy(numpy.array(Image.open(io.BytesIO(content)).convert("RGB")))
+
+
+def decode_clip(content: bytes) -> tuple[Tensor, float]:
+    """An mp4 file's bytes -> all frames, uint8 (T, H, W, 3), and frames per second."""
+    import av
+
+    with av.open(io.BytesIO(content)) as container:
+        stream = container.streams.video[0]
+        # Threads and a new colour converter for each frame cost ten times a small clip's decoding.
+        stream.codec_context.thread_count = 1
+        converter = av.video.reformatter.VideoReformatter()
+        frames = [
+            torch.from_numpy(converter.reformat(frame, format="rgb24", threads=1).to_ndarray())
+            for frame in container.decode(stream)
+        ]
+        return torch.stack(frames), float(stream.average_rate)
+
+
+def pick_frames(
+    length: int, fps: float, sampling: Sampling, generator: torch.Generator, where: str = "a clip"
+) -> Tensor:
+    """Indices of `sampling.frames` frames at `sampling.fps` from a random start: (T,) int64.
+
+    From 24 FPS that is every 6th frame. ValueError for a clip that is too short: it is not padded.
+    """
+    offsets = (torch.arange(sampling.frames) * fps / sampling.fps).round().long()
+    starts = length - int(offsets[-1])
+    if starts < 1:
+        raise ValueError(
+            f"{where} has {length} frames at {fps:g} FPS; {sampling.frames} frames at "
+            f"{sampling.fps:g} FPS need {int(offsets[-1]) + 1}"
+        )
+    return offsets + torch.randint(starts, (), generator=generator)
+
+
+def seeded(*key: object) -> torch.Generator:
+    """A generator whose stream depends on the key alone."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank trains on in one micro-step, on the CPU: B captions, K noise draws of each.
+
+    latents and noise (B·K, C, T, h, w) fp32; timestep (B·K,) int64; motion_free (B·K,) bool, None
+    for images; caption (B,) row of `Stream.captions`, whose row 0 is the null text.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timestep: Tensor
+    motion_free: Tensor | None
+    caption: Tensor
+
+
+class Stream:
+    """An endless stream of captioned samples; sample g is a function of (seed, g) and nothing else.
+
+    Resuming, or another number of ranks, therefore changes nothing in what is drawn: the data
+    position is one number, and each rank takes its own part of the next samples. With clips, the
+    fraction p_motion_free of the stream is images, repeated to T frames, spread evenly; each
+    kind runs through its own permutations, one an epoch, so that an epoch sees each sample once.
+    The texts are dropped (row 0 of `captions`) with probability p_null. Each sample comes with
+    `draws` pairs of timestep and noise, and as many draws of its posterior.
+    """
+
+    def __init__(
+        self,
+        images: LatentSet | None,
+        clips: LatentSet | None,
+        seed: int,
+        timesteps: int = 1000,
+        p_null: float = 0.1,
+        p_motion_free: float = 0.2,
+        draws: int = 1,
+    ):
+        if images is None and clips is None:
+            raise ValueError("a stream needs images, clips or both")
+        self.images, self.clips = images, clips
+        self.seed, self.timesteps, self.p_null, self.draws = seed, timesteps, p_null, draws
+        self.p_image = 1.0 if clips is None else 0.0 if images is None else p_motion_free
+        if not 0 <= self.p_image <= 1:
+            raise ValueError(f"p_motion_free is {p_motion_free}, must be between 0 and 1")
+        self.captions = [""]
+        self._first_row = {}  # of each set, in captions
+        for source in (images, clips):
+            if source is not None:
+                self._first_row[id(source)] = len(self.captions)
+                self.captions += source.captions
+        self._orders: dict[str, tuple[int, Tensor]] = {}
+
+    def batch(self, position: int, size: int) -> Batch:
+        """Samples position … position + size - 1 of the stream."""
+        rows = [self._sample(number) for number in range(position, position + size)]
+        latents, noise, timestep, is_image, caption = zip(*rows, strict=True)
+        motion_free = torch.tensor(is_image).repeat_interleave(self.draws)
+        return Batch(
+            torch.cat(latents),
+            torch.cat(noise),
+            torch.cat(timestep),
+            None if self.clips is None else motion_free,
+            torch.tensor(caption),
+        )
+
+    def _sample(self, number: int) -> tuple[Tensor, Tensor, Tensor, bool, int]:
+        # Of the first n samples exactly floor(p · n) are images.
+        earlier_images = int(self.p_image * number)
+        is_image = int(self.p_image * (number + 1)) > earlier_images
+        generator = self._generator(number)
+        source = self.images if is_image else self.clips
+        nth = earlier_images if is_image else number - earlier_images
+        index = self._shuffled("images" if is_image else "clips", nth, len(source))
+        keep = float(torch.rand((), generator=generator)) >= self.p_null
+        start = int(torch.randint(source.mean.shape[1], (), generator=generator))
+        timestep = torch.randint(self.timesteps, (self.draws,), generator=generator)
+        latents = source.sample(index, start, self.draws, generator)
+        if is_image and self.clips is not None:  # each draw of the posterior, repeated to T frames
+            latents = latents.expand(-1, -1, self.clips.mean.shape[3], -1, -1)
+        noise = torch.randn(latents.shape, generator=generator)
+        caption = self._first_row[id(source)] + index if keep else 0
+        return latents, noise, timestep, is_image, caption
+
+    def _generator(self, number: int) -> torch.Generator:
+        # The CPU generator reads 32 bits of its seed; an odd multiplier keeps numbers distinct.
+        return torch.Generator().manual_seed((self.seed * 0x9E3779B1 + number) & 0xFFFFFFFF)
+
+    def _shuffled(self, kind: str, nth: int, length: int) -> int:
+        epoch, place = divmod(nth, length)
+        if self._orders.get(kind, (None,))[0] != epoch:
+            order = torch.randperm(length, generator=seeded(self.seed, kind, epoch))
+            self._orders[kind] = (epoch, order)
+        return int(self._orders[kind][1][place])
+
+
+def select_tokens(
+    tokens: dict[str, tuple[Tensor, Tensor]], rows: Tensor, multiple: int = 8
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rows of tokenised captions, cut to the longest of them, rounded up to a multiple."""
+    return {name: _cut(ids[rows], mask[rows], multiple) for name, (ids, mask) in tokens.items()}
+
+
+def _cut(ids: Tensor, mask: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    longest = -(-int(mask.sum(1).max()) // multiple) * multiple
+    return ids[:, :longest], mask[:, :longest]

@@ -1,0 +1,32 @@
+"""Train a text-to-video GenTron from a text-to-image pipeline: deepspeed train/t2v.py"""
+
+from pathlib import Path
+
+import torch
+
+from gentron_fast.model import GenTron
+from gentron_train.engine import (
+    Settings,
+    Trainer,
+    load_text_encoder,
+    parse_settings,
+    prepare_data,
+    run,
+    start_distributed,
+)
+
+
+def main() -> None:
+    defaults = Settings(run=Path("runs/t2v"), init=Path("runs/t2i/pipeline"), batch=32, draws=1)
+    settings = parse_settings(defaults, __doc__)
+    device = start_distributed()
+    image_model = GenTron.from_pretrained(settings.init / "transformer", torch.float32)
+    stream = prepare_data(settings, ("images", "clips"), device)
+    torch.manual_seed(settings.seed)
+    transformer = GenTron.from_t2i(image_model)
+    text_encoder = load_text_encoder(settings)
+    Trainer(settings, transformer, text_encoder, stream, device, train_text=False).train()
+
+
+if __name__ == "__main__":
+    run(main)
