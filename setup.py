@@ -8,5 +8,5 @@ FOLDERS = {"gentron_kernels": "kernels", "gentron_train": "train"}
 setup(
     packages=["gentron_fast", *FOLDERS],
     package_dir=FOLDERS,
-    package_data={"gentron_fast": ["assets/**/*", "assets/*"], "gentron_train": ["configs/*.yaml"]},
+    package_data={"gentron_fast": ["assets/**/*", "assets/*"]},
 )

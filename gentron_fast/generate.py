@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -27,24 +28,25 @@ HELP = f"""\
 usage: python -m {NAME} PROMPT... [options]
        python -m {NAME} --prompts FILE [options]
 
-what    PROMPT...               one or many prompts, each in quotes
-        --prompts FILE          one prompt a line, # comments; what is already written is skipped
-        --negative-prompt TEXT  what to keep away from
-        --image                 one frame, written as .png
-        --frames N              frames a clip, 1 to {MAX_FRAMES}   --size H W      in pixels
-        --clips N               clips per prompt (1)     --seed N        of the first clip (0)
-how     --model FOLDER          pipeline folder (the small model that ships)
-        --steps N               denoising steps (50)     --solver NAME   ddpm, ddim, dpm++ (dpm++)
-        --lambda-t X            text guidance (7.5)      --lambda-m X    motion guidance (1.2)
-        --eta X                 noise of ddim, 0 to 1 (0)
-where   --device NAME           cpu, cuda, cuda:1, mps (cuda where there is one, else cpu)
-        --dtype NAME            float32, bfloat16, float16 (float32)
-        --batch N               clips made at once (1)   --compile       with torch.compile
-        --offload               each part is on the device only while it runs
-output  --out PATH              a folder (outputs/), or for one clip a .mp4, .gif or .png file
-        --grid                  also one .png of all frames
-        --fps N                 frames a second (4)
-        --verbose               every file as it is written; a traceback where something fails
+PROMPT...               one or many prompts, each in quotes
+--prompts FILE          one a line, # comments; what is written is skipped
+--negative-prompt TEXT  what to keep away from
+--image                 one frame, written as .png
+--frames N              frames a clip, 1 to {MAX_FRAMES}
+--size H W              in pixels
+--clips N --seed N      clips per prompt (1), seed of the first one (0)
+--model FOLDER          pipeline folder (the small model that ships)
+--steps N --solver S    denoising steps (50), ddpm, ddim or dpm++ (dpm++)
+--lambda-t X            text guidance (7.5)
+--lambda-m X            motion guidance (1.2)
+--eta X                 noise of ddim, 0 to 1 (0)
+--device D --dtype T    cpu, cuda, cuda:1; float32, bfloat16, float16
+--batch N --compile     clips made at once (1); with torch.compile
+--offload               encode first; each part on the device while it runs
+--out PATH              a folder (outputs/), or one .mp4, .gif or .png file
+--grid                  also one .png of all frames
+--fps N                 frames a second (4)
+--verbose               tell each file; a traceback where something fails
 """
 
 
@@ -63,6 +65,7 @@ class Clip(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns 0, 2 after wrong input (told in one line), 130 after SIGINT."""
     argv = sys.argv[1:] if argv is None else argv
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     try:
         generate(parse_arguments(argv))
     except KeyboardInterrupt:
@@ -96,6 +99,8 @@ def generate(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     pipeline = load_pipeline(args, folder, device)
     load_seconds = time.perf_counter() - start
+    if args.offload:
+        pipeline.encode_ahead([args.negative_prompt or "", *(clip.prompt for clip in clips)])
     clip_seconds = make_clips(pipeline, args, clips, frames)
     report(clips, load_seconds, clip_seconds, peak_memory(device))
 
@@ -252,7 +257,10 @@ def check_solver(args: argparse.Namespace, folder: Path) -> None:
     from gentron_fast.pipeline import SCHEDULER_PATH
     from gentron_fast.solvers import make_table
 
-    make_table(args.solver, read_json(folder / SCHEDULER_PATH), args.steps, args.eta)
+    try:
+        make_table(args.solver, read_json(folder / SCHEDULER_PATH), args.steps, args.eta)
+    except TypeError as error:
+        raise ValueError(f"no noise schedule in {folder / SCHEDULER_PATH}: {error}") from error
 
 
 def choose_device(name: str | None):
@@ -261,8 +269,8 @@ def choose_device(name: str | None):
 
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise ValueError(f"unknown device {name!r}: wanted cpu, cuda, cuda:N or mps")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"unknown device {name!r}: wanted cpu, cuda or cuda:N")
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -48,12 +48,12 @@ def guided_prediction(
     channels = model.config.in_channels
     guided = variance = None
     for weight, (condition, motion_free) in zip(weights, branches, strict=True):
-        weight = torch.as_tensor(weight, dtype=torch.float64, device=latents.device)
+        weight = torch.as_tensor(weight, dtype=torch.float64)
         if not weight.any():
             continue
         prediction = model(latents, timestep, condition, motion_free)
         prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         noise, variance = prediction[:, :channels], prediction[:, channels:]
-        noise = weight.to(noise.dtype).reshape(-1, 1, 1, 1, 1) * noise
+        noise = weight.to(noise).reshape(-1, 1, 1, 1, 1) * noise
         guided = noise if guided is None else guided + noise
     return torch.cat([guided, variance], dim=1)

@@ -45,6 +45,11 @@ class EncodedText(NamedTuple):
             tokens=F.pad(self.tokens, (0, 0, 0, extra)), mask=F.pad(self.mask, (0, extra))
         )
 
+    def trim(self) -> "EncodedText":
+        """The same text without the token places that are padding in every row."""
+        length = int(self.mask.sum(1).max())
+        return self._replace(tokens=self.tokens[:, :length], mask=self.mask[:, :length])
+
 
 class TextCondition(NamedTuple):
     """What the text encoders say of a batch of prompts; an encoder that is not used is None."""
@@ -259,9 +264,7 @@ class GenTron(nn.Module):
         aside = folder / f".{WEIGHTS_NAME}.part"
         save_file(tensors, aside, metadata={"format": "pt"})
         os.replace(aside, folder / WEIGHTS_NAME)
-        aside = folder / f".{CONFIG_NAME}.part"
-        aside.write_text(json.dumps(config, indent=2) + "\n")
-        os.replace(aside, folder / CONFIG_NAME)
+        write_json(folder / CONFIG_NAME, config)
 
     @classmethod
     def from_pretrained(
@@ -290,9 +293,20 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, it holds a {type(values).__name__}")
+    return values
+
+
+def write_json(path: Path, values: dict) -> None:
+    """A JSON object into a file, written aside and renamed; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(aside, path)
 
 
 def _read_tensors(folder: Path, expected: dict[str, Tensor], dtype, device) -> dict[str, Tensor]:

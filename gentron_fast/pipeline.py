@@ -2,7 +2,6 @@
 
 # Shapes: N clips (prompts × clips per prompt), C channels, T frames, H × W pixels, h × w latents.
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from gentron_fast.config import MAX_FRAMES
 from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
 from gentron_fast.guidance import guided_prediction
-from gentron_fast.model import GenTron, read_json
+from gentron_fast.model import GenTron, TextCondition, read_json, write_json
 from gentron_fast.solvers import SolverTable, learned_range_d, make_table, solver_step
 from gentron_fast.text import SUBFOLDERS, TextEncoder
 from gentron_fast.vae import VideoVAE
@@ -67,11 +66,18 @@ class GenTronPipeline:
         self.default_size = tuple(default_size)
         self.device = transformer.patch_embed.weight.device
         self._offloads = False
+        self._encoded: dict[str, TextCondition] = {}
         if vae.latent_channels != transformer.config.in_channels:
             raise ValueError(
                 f"the VAE makes {vae.latent_channels} latent channels, "
                 f"the transformer takes {transformer.config.in_channels}"
             )
+        for name in transformer.config.encoders:
+            if text_encoder.width(name) != (wanted := transformer.config.text_width(name)):
+                raise ValueError(
+                    f"the {name} text encoder is {text_encoder.width(name)} wide, "
+                    f"the transformer takes {wanted}"
+                )
 
     @classmethod
     def from_pretrained(
@@ -111,13 +117,15 @@ class GenTronPipeline:
         self.transformer.save_pretrained(folder / "transformer")
         self.text_encoder.save_pretrained(folder)
         self.vae.save_pretrained(folder / "vae")
-        _write_json(folder / SCHEDULER_PATH, self.scheduler)
+        write_json(folder / SCHEDULER_PATH, self.scheduler)
         index = {"_class_name": "GenTronPipeline"} | COMPONENTS
         for name in self.transformer.config.encoders:
             index |= dict(zip(SUBFOLDERS[name], TEXT_COMPONENTS[name], strict=True))
         index["default_frames"] = self.default_frames
         index["default_size"] = list(self.default_size)
-        _write_json(folder / INDEX_NAME, index)
+        for path in folder.rglob("*.safetensors"):
+            path.chmod(0o644)  # safetensors keeps its files from other users
+        write_json(folder / INDEX_NAME, index)
 
     def to(
         self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
@@ -221,13 +229,35 @@ class GenTronPipeline:
         negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
         if len(negatives) not in (1, len(prompts)):
             raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
-        self._place(self.text_encoder)
-        text = self.text_encoder.encode(prompts).repeat(clips)
-        null_text = self.text_encoder.encode(negatives)
-        self._replace(self.text_encoder)
+        text = self._texts(prompts).repeat(clips)
+        null_text = self._texts(negatives)
         null_text = null_text.repeat(text.batch // null_text.batch)
         dtype = self.transformer.patch_embed.weight.dtype
         return text.to(self.device, dtype), null_text.to(self.device, dtype)
+
+    def encode_ahead(self, prompts: Sequence[str], batch: int = 16) -> None:
+        """Encode all prompts of a run, negative ones too, then release the text encoders.
+
+        For long runs beside a large encoder (T5-XXL takes 9.5 GB in bf16). "" is always among them;
+        a later prompt that is not raises RuntimeError.
+        """
+        prompts = sorted({"", *prompts})
+        self._place(self.text_encoder)
+        for start in range(0, len(prompts), batch):
+            chunk = prompts[start : start + batch]
+            text = self.text_encoder.encode(chunk).to("cpu")
+            for i, prompt in enumerate(chunk):
+                encoded = text.select(slice(i, i + 1))
+                self._encoded[prompt] = TextCondition(*(part and part.trim() for part in encoded))
+        self.text_encoder.release()
+
+    def _texts(self, prompts: list[str]) -> TextCondition:
+        if all(prompt in self._encoded for prompt in prompts):
+            return TextCondition.cat([self._encoded[prompt] for prompt in prompts])
+        self._place(self.text_encoder)
+        text = self.text_encoder.encode(prompts)
+        self._replace(self.text_encoder)
+        return text
 
     def _check(self, prompts, frames, size, clips, output_type, lambda_t, lambda_m) -> None:
         if not prompts:
@@ -264,10 +294,3 @@ def _clip_seeds(seed: int | Sequence[int], prompts: int, clips: int) -> list[int
     if len(seeds) != prompts * clips:
         raise ValueError(f"{len(seeds)} seeds for {prompts} prompts × {clips} clips")
     return seeds
-
-
-def _write_json(path: Path, values: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(aside, path)

@@ -77,6 +77,13 @@ class TextEncoder(nn.Module):
             model.save_pretrained(model_folder)
             _save_tokenizer(self.tokenizers[name], tokenizer_folder)
 
+    def width(self, name: str) -> int | None:
+        """Width of the tokens of "clip" or "t5"; None without that encoder."""
+        if name not in self.encoders:
+            return None
+        config = self.encoders[name].config
+        return config.hidden_size if name == "clip" else config.d_model
+
     def tokenize(self, prompts: list[str]) -> Tokens:
         """Token ids (B, L) and mask (B, L), True on real tokens, for each encoder.
 

@@ -30,7 +30,8 @@ class VideoVAE(nn.Module):
     ) -> VideoVAE:
         """Load config.json and the safetensors weights of an AutoencoderKL from a local folder.
 
-        Raises FileNotFoundError if the folder holds no autoencoder.
+        Raises FileNotFoundError if the folder holds no autoencoder, ValueError if its tensors do
+        not fit its configuration.
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
@@ -39,13 +40,23 @@ class VideoVAE(nn.Module):
             raise FileNotFoundError(f"no autoencoder at {folder}: it has no .safetensors weights")
         from diffusers import AutoencoderKL
 
-        autoencoder = AutoencoderKL.from_pretrained(
+        autoencoder, report = AutoencoderKL.from_pretrained(
             folder,
             torch_dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
+            output_loading_info=True,
         )
+        # diffusers would go on with random values in place of what is missing.
+        missing, surplus = (
+            sorted(report[f"{kind}_keys"])[:4] for kind in ("missing", "unexpected")
+        )
+        if missing or surplus:
+            raise ValueError(
+                f"the tensors in {folder} do not fit its config.json: "
+                f"missing {missing or 'none'}, surplus {surplus or 'none'}"
+            )
         return cls(autoencoder.eval())
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:

@@ -77,7 +77,8 @@ def test_process_refuses_in_one_line(tiny_pipeline_folder, tmp_path, arguments, 
     assert_refused(done.returncode, done.stdout, done.stderr, *words)
 
 
-def test_interrupt_leaves_no_half_file(tiny_pipeline_folder, tmp_path):
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_interrupt_leaves_no_half_file(signal_number, tiny_pipeline_folder, tmp_path):
     arguments = [PROMPT, "--model", str(tiny_pipeline_folder), "--steps", "1000", "--verbose"]
     running = subprocess.Popen(
         [sys.executable, "-m", "gentron_fast.generate", *arguments],
@@ -89,7 +90,7 @@ def test_interrupt_leaves_no_half_file(tiny_pipeline_folder, tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert running.stdout.readline().startswith("loaded")
-    running.send_signal(signal.SIGINT)
+    running.send_signal(signal_number)
     _, err = running.communicate(timeout=300)
     assert running.returncode == 130
     assert err.count("\n") == 1 and "interrupted" in err
@@ -102,7 +103,7 @@ def test_help_fits_one_screen_and_names_every_option(capsys):
     assert stop.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == HELP.splitlines()
-    assert len(lines) <= 24 and max(map(len, lines)) <= 100
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
     assert all(solver in HELP for solver in SOLVERS)
     source = sys.modules[main.__module__].__loader__.get_source(main.__module__)
     options = [part.split('"')[0] for part in source.split('add_argument("--')[1:]]

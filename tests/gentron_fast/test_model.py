@@ -195,6 +195,42 @@ def test_every_option_changes_the_output_and_trains(option, tiny_config, make_mo
     assert other.shape != out.shape or (other - out).abs().max() > 1e-4
 
 
+def test_sinusoids_and_positions_have_the_values_of_their_sources(tiny_config):
+    steps = torch.tensor([0.0, 3.0, 999.0])
+    angles = steps[:, None] * 10000 ** (-torch.arange(128) / 128)
+    table = torch.cat([angles.sin(), angles.cos()], dim=1)
+    torch.testing.assert_close(sincos(steps, 256), table, rtol=1e-4, atol=1e-4)
+    halves = sincos(steps, 256, cos_first=True).chunk(2, dim=1)
+    assert torch.equal(torch.cat(halves[::-1], dim=1), sincos(steps, 256))
+
+    plain = patch_positions(16, 16, tiny_config, "cpu")
+    based = replace(tiny_config, position_base_size=16)
+    assert torch.equal(patch_positions(16, 16, based, "cpu"), plain)
+    wide = patch_positions(8, 32, based, "cpu").unflatten(0, (8, 32))
+    assert torch.equal(wide[4, 10], plain.unflatten(0, (16, 16))[8, 5])
+    stretched = patch_positions(16, 16, replace(based, position_interpolation=2.0), "cpu")
+    assert torch.equal(stretched.unflatten(0, (16, 16))[4, 6], plain.unflatten(0, (16, 16))[2, 3])
+    # The first half of the channels is the column, the second the row.
+    column, row = plain.unflatten(0, (16, 16))[2, 3].chunk(2)
+    assert torch.equal(column, sincos(torch.tensor(3), 24))
+    assert torch.equal(row, sincos(torch.tensor(2), 24))
+
+
+def test_condition_of_size_and_final_table(tiny_config, make_model, make_text):
+    config = replace(tiny_config, size_embedding=True, final_table=True, pooled_text=False)
+    model, text = make_model(config), make_text(config)
+    latents, timestep = inputs(config, height=4, width=8)
+    size = torch.tensor([[256.0, 512.0], [100.0, 50.0]])
+    c, time = model.condition(latents, timestep, text, size)
+    sides = [model.size_embed.side(size[:, i]) for i in range(2)]
+    aspect = model.size_embed.aspect(torch.tensor([0.5, 2.0]))
+    expected = model.time_embed(timestep) + torch.cat([*sides, aspect], dim=1)
+    torch.testing.assert_close(c, expected)
+    torch.testing.assert_close(
+        model.final.modulation(c, time), model.final.table + expected[:, None]
+    )
+
+
 def test_size_embedding_reads_the_given_size(tiny_config, make_model, make_text):
     config = replace(tiny_config, size_embedding=True)
     model, text = make_model(config), make_text(config)

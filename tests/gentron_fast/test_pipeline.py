@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gentron_fast import GenTronPipeline
 
@@ -87,6 +89,18 @@ def test_other_precisions_and_offload(tiny_pipeline_folder, pipeline):
     assert torch.equal(offloaded("a star", **CALL).latents, reference)
 
 
+def test_prompts_encoded_ahead_need_no_encoder(tiny_pipeline_folder, pipeline):
+    options = CALL | {"negative_prompt": ["", "a circle"]}
+    prompts = ["a star", "a blue square moving right"]
+    reference = pipeline(prompts, **options).latents
+    released = GenTronPipeline.from_pretrained(tiny_pipeline_folder)
+    released.encode_ahead([*prompts, "a circle"], batch=3)
+    assert not list(released.text_encoder.parameters())
+    assert relative_error(released(prompts, **options).latents, reference) < 1e-4
+    with pytest.raises(RuntimeError, match="released"):
+        released("another prompt", **CALL)
+
+
 def test_images_from_an_image_model(tiny_t2i_folder):
     pipeline = GenTronPipeline.from_pretrained(tiny_t2i_folder)
     output = pipeline("a star", steps=2, size=(32, 64), progress=False)
@@ -121,4 +135,28 @@ def test_parts_that_do_not_fit_are_named(tiny_pipeline_folder, tmp_path):
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"in_channels": 8}))
     with pytest.raises(ValueError, match=r"tensor .* has shape"):
+        GenTronPipeline.from_pretrained(tmp_path)
+
+
+def test_an_autoencoder_without_a_tensor_is_named(tiny_pipeline_folder, tmp_path):
+    shutil.copytree(tiny_pipeline_folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors["decoder.conv_out.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing \['decoder.conv_out.weight'\]"):
+        GenTronPipeline.from_pretrained(tmp_path)
+
+
+def test_an_encoder_of_another_width_is_named(pipeline, make_model, tiny_config):
+    model = make_model(replace(tiny_config, t5_width=64), torch.float32)
+    with pytest.raises(ValueError, match="t5 text encoder is 128 wide, the transformer takes 64"):
+        GenTronPipeline(model, pipeline.text_encoder, pipeline.vae)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "scheduler/scheduler_config.json"])
+def test_json_that_is_no_object_is_named(name, tiny_pipeline_folder, tmp_path):
+    shutil.copytree(tiny_pipeline_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_text("[]")
+    with pytest.raises(ValueError, match="must hold a JSON object, it holds a list"):
         GenTronPipeline.from_pretrained(tmp_path)
