@@ -75,8 +75,9 @@ def precompute(
     goes on where it was.
     """
     paths = [latents_path(shard, vae_folder, sampling) for shard in shards]
-    missing = [(s, p) for s, p in zip(shards, paths, strict=True) if not p.exists()]
-    mine = missing[rank::ranks]
+    pairs = list(zip(shards, paths, strict=True))
+    # Shared out before looking what is missing: ranks may look at different times.
+    mine = [(shard, path) for shard, path in pairs[rank::ranks] if not path.exists()]
     if mine:
         vae = VideoVAE.from_pretrained(vae_folder).to(device)
         with tqdm(mine, desc="latents", unit="shard", disable=rank != 0) as bar:
@@ -99,10 +100,8 @@ def load_latents(paths: list[Path]) -> LatentSet:
 
 
 def _encode_shard(shard: Path, path: Path, vae: VideoVAE, sampling: Sampling, device) -> None:
-    import webdataset
-
     pixels, posteriors, captions = [], [], []
-    for index, sample in enumerate(webdataset.WebDataset(str(shard), shardshuffle=False)):
+    for index, sample in enumerate(_samples(shard)):
         generator = seeded(sampling.seed, index, shard.stem)
         pixels.append(_pixels(sample, sampling, generator, shard))
         if pixels[-1].shape != pixels[0].shape:
@@ -110,6 +109,8 @@ def _encode_shard(shard: Path, path: Path, vae: VideoVAE, sampling: Sampling, de
                 f"{sample['__key__']} in {shard.name} is {tuple(pixels[-1].shape[-2:])}, others "
                 f"are {tuple(pixels[0].shape[-2:])}: one training run takes one size"
             )
+        if "txt" not in sample:
+            raise ValueError(f"{sample['__key__']} in {shard.name} has no caption (.txt)")
         captions.append(sample["txt"].decode())
         if sum(part.shape[0] * part.shape[2] for part in pixels) >= ENCODED_AT_ONCE:
             posteriors.append(_encode(vae, pixels, device))
@@ -120,6 +121,13 @@ def _encode_shard(shard: Path, path: Path, vae: VideoVAE, sampling: Sampling, de
     part = path.with_name(f".{path.name}.part")
     save_file({"mean": mean, "std": std}, part, metadata={"captions": json.dumps(captions)})
     os.replace(part, path)
+
+
+def _samples(shard: Path):
+    """The samples of one shard, whatever the rank: shards are shared out before."""
+    import webdataset
+
+    return webdataset.WebDataset(str(shard), shardshuffle=False, nodesplitter=lambda shards: shards)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gentron_fast.config import PRESETS
-from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule, diffusion_loss
+from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule, diffusion_loss, vlb_loss
 from gentron_fast.model import GenTron, TextCondition
+from gentron_fast.pipeline import GenTronPipeline
 from gentron_fast.text import SUBFOLDERS, TextEncoder, Tokens
 from gentron_fast.vae import VideoVAE
 from gentron_train.data import Sampling, Stream, load_latents, precompute, select_tokens
@@ -71,7 +73,6 @@ class Settings:
     starts: int = option(2, "random starts of each clip that are encoded")
     seed: int = option(0, "seed of the weights and of the data")
     dtype: str = option("bf16", "compute in; parameters stay fp32", choices=["fp32", "bf16"])
-    compile: bool = option(False, "torch.compile the blocks")
     checkpoint_activations: bool = option(False, "recompute each block in the backward pass")
     log_every: int = option(20, "steps between log lines")
     save_every: int = option(500, "steps between checkpoints")
@@ -99,6 +100,8 @@ class Settings:
                 raise ValueError(f"--{_flag(name)} is {getattr(self, name)}, must be in 0 … 1")
         if not self.lr > 0:
             raise ValueError(f"--lr is {self.lr}, must be above 0")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"--ema is {self.ema}, must be at least 0 and below 1")
 
 
 def _flag(name: str) -> str:
@@ -162,7 +165,10 @@ class Objective(nn.Module):
         text = text.repeat(len(latents) // text.batch)
         with torch.autocast(latents.device.type, self.dtype, enabled=self.dtype != torch.float32):
             prediction = self.transformer(noisy, timestep, text, motion_free)
-        return diffusion_loss(prediction, noise)
+        loss = diffusion_loss(prediction, noise)
+        if self.transformer.config.learned_range:
+            loss = loss + vlb_loss(self.schedule, prediction, noise, timestep)
+        return loss
 
 
 class StopRequest:
@@ -209,6 +215,23 @@ def start_distributed() -> torch.device:
     return torch.device("cpu")
 
 
+def latest_checkpoint(run: Path) -> str | None:
+    """Name of the last whole checkpoint of a run folder."""
+    path = run / "checkpoints" / "latest"
+    return path.read_text().strip() if path.exists() else None
+
+
+def check_run_folder(settings: Settings) -> None:
+    """Raise ValueError, before any work, unless --resume and the run folder go together."""
+    latest = latest_checkpoint(settings.run)
+    if settings.resume and latest is None:
+        raise ValueError(f"no checkpoint in {settings.run} to resume from")
+    if latest is not None and not settings.resume:
+        raise ValueError(
+            f"{settings.run} holds checkpoints: add --resume, or name another --run folder"
+        )
+
+
 def prepare_data(settings: Settings, kinds: tuple[str, ...], device: torch.device) -> Stream:
     """Make what is missing (shards, autoencoder, latents) and load the latents of `kinds`.
 
@@ -219,7 +242,7 @@ def prepare_data(settings: Settings, kinds: tuple[str, ...], device: torch.devic
     if dist.get_rank() == 0:
         ensure_shards(settings.data, settings.images, settings.clips)
         if not (settings.vae / "config.json").exists():
-            train_vae(["--data", str(settings.data), "--out", str(settings.vae)])
+            train_vae(["--data", str(settings.data), "--out", str(settings.vae), "--resume"])
     torch.distributed.barrier(patient)
     sampling = Sampling(frames=settings.frames, starts=settings.starts)
     paths = {}
@@ -291,11 +314,8 @@ class Trainer:
         """The text encoder trains too, or is frozen and stays out of the engine."""
         self.settings, self.stream, self.device = settings, stream, device
         self.checkpoints = settings.run / "checkpoints"
-        if not settings.resume and self.latest() is not None:
-            raise ValueError(
-                f"{settings.run} holds checkpoints: add --resume, or name another --run folder"
-            )
         self.step = self.position = 0
+        self.seconds = 0.0  # that earlier parts of a resumed run took
         self.config = transformer.config
         self.tokens = text_encoder.tokenize(stream.captions)
         self.frozen_text = None if train_text else text_encoder.to(device).eval()
@@ -316,8 +336,6 @@ class Trainer:
             config=deepspeed_config(settings, parameters, device),
         )
         self.ema = ShardedEMA(self.engine.module, settings.ema)
-        if settings.compile:
-            self.engine.compile(backend="inductor")
         if settings.resume:
             self._load()
 
@@ -325,15 +343,10 @@ class Trainer:
     def is_main(self) -> bool:
         return dist.get_rank() == 0
 
-    def latest(self) -> str | None:
-        """Name of the last whole checkpoint."""
-        path = self.checkpoints / "latest"
-        return path.read_text().strip() if path.exists() else None
-
     def train(self) -> None:
         """Train to the end of the steps or of the time, or to a signal; then save and export."""
         settings, stop = self.settings, StopRequest()
-        first, start, logged = self.step, time.monotonic(), time.monotonic()
+        first, start, logged = self.step, time.monotonic() - self.seconds, time.monotonic()
         ranks = dist.get_world_size()
         samples = settings.batch * settings.draws * settings.accumulation * ranks
         progress, losses, interrupted = self.step / settings.steps, [], False
@@ -348,6 +361,7 @@ class Trainer:
                 if settings.minutes:
                     progress = max(progress, (time.monotonic() - start) / (60 * settings.minutes))
                 loss, progress, interrupted = self._agree(loss, progress, bool(stop))
+                self.seconds = time.monotonic() - start
                 losses.append(loss)
                 bar.update()
                 if self.step % settings.log_every == 0 or self.step == settings.steps:
@@ -375,8 +389,8 @@ class Trainer:
         self.save()
         if interrupted:
             self._say(f"stopped at step {self.step}; go on with --resume")
-        else:
-            self.export()
+            sys.exit(130)
+        self.export()
 
     def _step(self, rate: float) -> Tensor:
         settings, rank, ranks = self.settings, dist.get_rank(), dist.get_world_size()
@@ -418,6 +432,9 @@ class Trainer:
         if dist.get_world_size() > 1:
             dist.all_reduce(values)
         loss, progress, stops = values.tolist()
+        if not math.isfinite(loss):
+            last = latest_checkpoint(self.settings.run) or "none"
+            raise ValueError(f"the loss is {loss} at step {self.step}; last checkpoint: {last}")
         return loss / dist.get_world_size(), progress, stops > 0
 
     def _log(self, bar: tqdm, **values) -> None:
@@ -437,14 +454,19 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint aside, rename it, let `latest` name it, remove those too old."""
         name = f"step-{self.step:08d}"
-        if self.latest() == name:
+        if latest_checkpoint(self.settings.run) == name:
             return
         aside = self.checkpoints / ".partial"
         if self.is_main:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         dist.barrier()
-        state = {"step": self.step, "position": self.position, "ema_updates": self.ema.updates}
+        state = {
+            "step": self.step,
+            "position": self.position,
+            "ema_updates": self.ema.updates,
+            "seconds": self.seconds,
+        }
         self.engine.save_checkpoint(str(aside), tag=name, client_state=state, save_latest=False)
         self.ema.save(aside / name / f"ema-rank{dist.get_rank()}.safetensors")
         dist.barrier()
@@ -455,19 +477,34 @@ class Trainer:
             pointer.write_text(name + "\n")
             os.replace(pointer, self.checkpoints / "latest")
             shutil.rmtree(aside)
-            for old in sorted(self.checkpoints.glob("step-*"))[: -self.settings.keep]:
+            # Later ones than `latest` are of a run that stopped before it named them.
+            whole = sorted(p for p in self.checkpoints.glob("step-*") if p.name <= name)
+            for old in whole[: -self.settings.keep]:
                 shutil.rmtree(old)
         dist.barrier()
 
     def _load(self) -> None:
-        name = self.latest()
-        if name is None:
-            raise ValueError(f"no checkpoint in {self.checkpoints} to resume from")
+        name = latest_checkpoint(self.settings.run)
+        ranks = len(list((self.checkpoints / name).glob("ema-rank*.safetensors")))
+        if ranks != dist.get_world_size():
+            raise ValueError(
+                f"{name} was written by {ranks} ranks, this run has {dist.get_world_size()}: "
+                f"resume it with --num_gpus {ranks}"
+            )
         _, state = self.engine.load_checkpoint(str(self.checkpoints), tag=name)
         self.step, self.position = state["step"], state["position"]
+        self.seconds = state["seconds"]
         shards = self.checkpoints / name / f"ema-rank{dist.get_rank()}.safetensors"
         self.ema.load(shards, state["ema_updates"])
+        if self.is_main:
+            self._cut_log()
         self._say(f"going on at step {self.step}")
+
+    def _cut_log(self) -> None:
+        """Remove the lines of steps that will run again."""
+        log = self.settings.run / "log.jsonl"
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
 
     def export(self) -> None:
         """Write the pipeline folder with the averaged weights, one parameter gathered at a time."""
@@ -483,13 +520,12 @@ class Trainer:
         dist.barrier()
 
     def _write_pipeline(self, weights: dict[str, dict[str, Tensor]], dtype: torch.dtype) -> None:
-        from gentron_fast.pipeline import GenTronPipeline
-
         transformer = GenTron(self.config).to(dtype)
         transformer.load_state_dict(weights["transformer"])
         text_encoder = deepcopy(self.exported_text).to("cpu", dtype)
         # Tied weights have one name here and two in the encoder: not strict.
-        text_encoder.load_state_dict(weights["text_encoder"], strict=False)
+        report = text_encoder.load_state_dict(weights["text_encoder"], strict=False)
+        assert not report.unexpected_keys
         vae = VideoVAE.from_pretrained(self.settings.vae, dtype)
         latents = (self.stream.images or self.stream.clips).mean
         pipeline = GenTronPipeline(
@@ -512,7 +548,6 @@ def run(main: Callable[[], None]) -> None:
     """Call an entry point; wrong input ends it with one line and exit code 2."""
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    except (ValueError, OSError) as error:
+        print(f"rank {os.environ.get('RANK', 0)}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -8,6 +8,7 @@ from gentron_fast.model import GenTron
 from gentron_train.engine import (
     Settings,
     Trainer,
+    check_run_folder,
     load_text_encoder,
     parse_settings,
     prepare_data,
@@ -19,6 +20,7 @@ from gentron_train.engine import (
 def main() -> None:
     defaults = Settings(run=Path("runs/t2v"), init=Path("runs/t2i/pipeline"), batch=32, draws=1)
     settings = parse_settings(defaults, __doc__)
+    check_run_folder(settings)
     device = start_distributed()
     image_model = GenTron.from_pretrained(settings.init / "transformer", torch.float32)
     stream = prepare_data(settings, ("images", "clips"), device)

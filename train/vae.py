@@ -6,6 +6,7 @@ python train/vae.py --out runs/vae
 import argparse
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,9 +125,12 @@ def train(data: Path, out: Path, training: VaeTraining, device: str, resume: boo
             if (step + 1) % training.save_every == 0:
                 save_state(folder / STATE_NAME, vae, optimizer, step + 1)
     set_scaling(vae.eval(), frames, device)
-    vae.cpu().save_pretrained(out)
-    (folder / STATE_NAME).unlink(missing_ok=True)
-    folder.rmdir() if folder.exists() else None
+    aside = out.with_name(f".{out.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    vae.cpu().save_pretrained(aside)
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(aside, out)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @torch.no_grad()
