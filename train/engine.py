@@ -57,16 +57,19 @@ class Settings:
     clip: str | None = option(None, "pretrained CLIP, frozen: folder or hub name")
     t5: str | None = option(None, "pretrained T5, frozen: folder or hub name")
     preset: str = option("small", "model size", choices=[n for n in PRESETS if "T2V" not in n])
-    steps: int = option(20000, "optimizer steps")
+    steps: int = option(1500, "optimizer steps")
     minutes: float | None = option(None, "stop, with checkpoint and export, after this time")
     batch: int = option(32, "samples per rank and micro-step")
     accumulation: int = option(1, "micro-steps per optimizer step")
-    lr: float = option(5e-4, "AdamW learning rate; the paper's models take 1e-4, small ones more")
+    lr: float = option(
+        1e-3, "AdamW learning rate; the paper's models take 1e-4, the small one more"
+    )
     warmup: int = option(100, "steps of linear warm-up")
-    decay_last: float = option(0.0, "share of the run at whose end the rate falls linearly to 0")
+    decay_last: float = option(0.3, "share of the run at whose end the rate falls linearly to 0")
     clip_norm: float = option(1.0, "largest gradient norm")
     ema: float = option(0.999, "decay of the weights' moving average, which is what is exported")
     draws: int = option(1, "noises and timesteps per sample; they share its text encoding")
+    weight_cap: float = option(300.0, "weight of a timestep: 1 / ᾱ up to this; 1: the plain ε loss")
     p_null: float = option(0.1, "probability of the empty caption")
     p_motion_free: float = option(0.2, "share of image-text pairs in T2V training")
     frames: int = option(8, "frames of a clip, at 4 FPS")
@@ -100,6 +103,8 @@ class Settings:
                 raise ValueError(f"--{_flag(name)} is {getattr(self, name)}, must be in 0 … 1")
         if not self.lr > 0:
             raise ValueError(f"--lr is {self.lr}, must be above 0")
+        if not self.weight_cap >= 1:
+            raise ValueError(f"--weight-cap is {self.weight_cap}, must be at least 1")
         if not 0 <= self.ema < 1:
             raise ValueError(f"--ema is {self.ema}, must be at least 0 and below 1")
 
@@ -143,12 +148,15 @@ class Objective(nn.Module):
         text_encoder: TextEncoder | None,
         schedule: NoiseSchedule,
         dtype: torch.dtype,
+        weight_cap: float = 1.0,
     ):
         super().__init__()
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.schedule = schedule
         self.dtype = dtype
+        # x0 = (x - σ·ε) / α: an error of ε is an error of x0, 1 / ᾱ times as large in square.
+        self.weights = (1 / schedule.alphas_cumprod).clamp(max=weight_cap).float()
 
     def forward(
         self,
@@ -165,7 +173,8 @@ class Objective(nn.Module):
         text = text.repeat(len(latents) // text.batch)
         with torch.autocast(latents.device.type, self.dtype, enabled=self.dtype != torch.float32):
             prediction = self.transformer(noisy, timestep, text, motion_free)
-        loss = diffusion_loss(prediction, noise)
+        weight = self.weights.to(timestep.device)[timestep]
+        loss = diffusion_loss(prediction, noise, weight)
         if self.transformer.config.learned_range:
             loss = loss + vlb_loss(self.schedule, prediction, noise, timestep)
         return loss
@@ -326,6 +335,7 @@ class Trainer:
             text_encoder if train_text else None,
             NoiseSchedule.from_config(SCHEDULER_CONFIG),
             DTYPES[settings.dtype],
+            settings.weight_cap,
         )
         parameters = sum(p.numel() for p in objective.parameters())
         self.engine, *_ = deepspeed.initialize(

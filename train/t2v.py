@@ -18,14 +18,15 @@ from gentron_train.engine import (
 
 
 def main() -> None:
-    defaults = Settings(run=Path("runs/t2v"), init=Path("runs/t2i/pipeline"), batch=32, draws=1)
+    defaults = Settings(run=Path("runs/t2v"), init=Path("runs/t2i/pipeline"), steps=2800, batch=16)
     settings = parse_settings(defaults, __doc__)
     check_run_folder(settings)
     device = start_distributed()
-    image_model = GenTron.from_pretrained(settings.init / "transformer", torch.float32)
+    transformer = GenTron.from_pretrained(settings.init / "transformer", torch.float32)
     stream = prepare_data(settings, ("images", "clips"), device)
     torch.manual_seed(settings.seed)
-    transformer = GenTron.from_t2i(image_model)
+    if not transformer.config.temporal:  # else --init names a T2V pipeline, to go on from
+        transformer = GenTron.from_t2i(transformer)
     text_encoder = load_text_encoder(settings)
     Trainer(settings, transformer, text_encoder, stream, device, train_text=False).train()
 
