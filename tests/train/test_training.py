@@ -196,6 +196,21 @@ def test_text_stands_for_several_draws():
     torch.testing.assert_close(once, objective(latents, noise, timestep, twice, None))
 
 
+@pytest.mark.parametrize("cap", [1.0, 300.0])
+def test_noisy_timesteps_weigh_more_up_to_the_cap(cap):
+    schedule = NoiseSchedule.from_config(SCHEDULER_CONFIG)
+    torch.manual_seed(0)
+    model = GenTron(PRESETS["small"])  # predicts zero: the error of a sample is its noise squared
+    objective = Objective(model, None, schedule, torch.float32, cap)
+    text = small_text_encoder(vocabulary()).eval().encode(["a star"] * 3)
+    latents, noise = torch.randn(2, 3, 4, 1, 16, 16)
+    timestep = torch.tensor([10, 500, 999])
+    expected = (1 / schedule.alphas_cumprod[timestep]).clamp(max=cap)
+    expected = (expected * noise.square().mean((1, 2, 3, 4))).mean()
+    loss = objective(latents, noise, timestep, text, None)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+
+
 def test_precompute(world):
     data, sampling = world / "data", Sampling(starts=2)
     shards = sorted(data.glob("clips-*.tar"))
