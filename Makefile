@@ -1,5 +1,5 @@
 # make demo   a clip by the model that ships        make test   everything the tests need, and the tests
-# make lint   ruff                                  make train  the model that ships, from nothing
+# make lint   ruff                                  make train  the small model, from nothing
 
 PYTHON ?= python3
 BIN := .venv/bin
