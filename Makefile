@@ -29,11 +29,13 @@ train: .venv/dev
 	$(INSTALL) torch
 	touch $@
 
-.venv/run: .venv/base setup.py pyproject.toml constraints.txt
+OPERATORS := $(wildcard csrc/ops/*)
+
+.venv/run: .venv/base setup.py pyproject.toml constraints.txt $(OPERATORS)
 	$(INSTALL) --no-build-isolation -e .
 	touch $@
 
-.venv/dev: .venv/base setup.py pyproject.toml constraints.txt
+.venv/dev: .venv/base setup.py pyproject.toml constraints.txt $(OPERATORS)
 	$(INSTALL) --no-build-isolation -e ".[dev]"
 	touch $@
 

@@ -1,0 +1,25 @@
+// The schemas of all CPU operators; each is implemented in the file of its name.
+
+#include <torch/library.h>
+
+TORCH_LIBRARY(gentron, m) {
+  m.def(
+      "layernorm_modulate_cpu(Tensor x, Tensor? shift, Tensor? shift_index, Tensor? scale, "
+      "Tensor? scale_index, float eps) -> Tensor");
+  m.def(
+      "residual_layernorm_modulate_cpu(Tensor x, Tensor y, Tensor? gate, Tensor? gate_index, "
+      "Tensor? shift, Tensor? shift_index, Tensor? scale, Tensor? scale_index, float eps) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "residual_layernorm_modulate_backward_cpu(Tensor? d_residual, Tensor d_out, "
+      "Tensor residual, Tensor? y, Tensor? gate, Tensor? gate_index, Tensor? scale, "
+      "Tensor? scale_index, int shift_rows, float eps) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("temporal_attention_cpu(Tensor qkv, Tensor? motion_free) -> Tensor");
+  m.def(
+      "temporal_attention_backward_cpu(Tensor d_out, Tensor qkv, Tensor? motion_free) -> Tensor");
+  m.def(
+      "guided_step_cpu(Tensor latents, Tensor? null_still, Tensor? null_motion, Tensor? text, "
+      "Tensor weights, Tensor row, Tensor? x0_previous, Tensor? noise, Tensor? d) "
+      "-> (Tensor, Tensor)");
+}
