@@ -104,11 +104,40 @@ class SelfAttention(nn.Module):
 
 
 class CrossContext(NamedTuple):
-    """A block's projected text: k, v (B, S, H, Dh) and mask (B, S) bool, True on real tokens."""
+    """A block's projected text: k, v (B, S, H, Dh); mask (B, S) bool, True on real tokens, or None.
+
+    One sample may stand for the whole batch.
+    """
 
     k: Tensor
     v: Tensor
-    mask: Tensor
+    mask: Tensor | None
+
+
+class FoldedContext(NamedTuple):
+    """Text of fewer tokens than the head size, with W_Q in its keys and W_O in its values.
+
+    keys, values (B, H · S, D), key_bias (B, H · S), -inf where a token is padding; out_bias (D,).
+    One sample may stand for the whole batch.
+    """
+
+    keys: Tensor
+    key_bias: Tensor
+    values: Tensor
+    out_bias: Tensor
+
+
+class ConstantContext(NamedTuple):
+    """Text of one token: softmax over one key is 1, and the output is one row (B, D) a sample."""
+
+    row: Tensor
+
+
+class BranchContexts(NamedTuple):
+    """Contexts of neighbouring parts of a batch: `sizes` samples each."""
+
+    sizes: tuple[int, ...]
+    parts: tuple[CrossContext | FoldedContext | ConstantContext, ...]
 
 
 class CrossAttention(nn.Module):
@@ -121,17 +150,72 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(text_width, 2 * config.width)  # rows k | v, then heads
         self.out = nn.Linear(config.width, config.width)
 
-    def project(self, tokens: Tensor, mask: Tensor) -> CrossContext:
+    def project(self, tokens: Tensor, mask: Tensor | None) -> CrossContext:
         """tokens (B, S, text width), mask (B, S) → the keys and values that `forward` takes."""
-        k, v = rearrange(self.kv(tokens), "b s (two h d) -> two b s h d", two=2, h=self.heads)
-        return CrossContext(k, v, mask)
+        return CrossContext(*self._split(self.kv(tokens)), mask)
 
-    def forward(self, x: Tensor, context: CrossContext) -> Tensor:
-        """x (B, T, N, D) → (B, T, N, D); the text is not repeated over frames."""
-        frames = x.shape[1]
-        q = rearrange(self.q(x), "b t n (h d) -> b (t n) h d", h=self.heads)
-        out = self.out(attention(q, *context))
-        return rearrange(out, "b (t n) d -> b t n d", t=frames)
+    def fold(self, tokens: Tensor, mask: Tensor | None) -> FoldedContext | ConstantContext:
+        """The same as `project`, with the products of `q` and `out` made ahead.
+
+        scores = (W_Q·x + b_Q)·k / √Dh = x·(W_Qᵀk / √Dh) + b_Q·k / √Dh, and W_O·Σ p·v + b_O =
+        Σ p·(W_O·v) + b_O, head by head. Made in fp32 (fp64 for fp64 weights), cast once.
+        """
+        dtype = self.q.weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        k, v = self._split(F.linear(tokens.to(wide), *(p.to(wide) for p in self.kv.parameters())))
+        q_weight, q_bias = (
+            rearrange(p.to(wide) * k.shape[-1] ** -0.5, "(h d) ... -> h d ...", h=self.heads)
+            for p in (self.q.weight, self.q.bias)
+        )
+        out_weight = rearrange(self.out.weight.to(wide), "o (h d) -> h d o", h=self.heads)
+        values = torch.einsum("bshd,hdo->bhso", v, out_weight)
+        if tokens.shape[1] == 1:
+            return ConstantContext((values.sum((1, 2)) + self.out.bias.to(wide)).to(dtype))
+        keys = torch.einsum("bshd,hdi->bhsi", k, q_weight)
+        key_bias = torch.einsum("bshd,hd->bhs", k, q_bias)
+        if mask is not None:
+            key_bias = key_bias.masked_fill(~mask[:, None], float("-inf"))
+        flat = (t.flatten(1, 2).to(dtype) for t in (keys, key_bias, values))
+        return FoldedContext(*flat, self.out.bias)
+
+    def _split(self, kv: Tensor) -> Tensor:
+        return rearrange(kv, "b s (two h d) -> two b s h d", two=2, h=self.heads)
+
+    def forward(self, x: Tensor, context) -> Tensor | tuple[Tensor, ...]:
+        """x (B, T, N, D) → like x, a row (B, D) for a ConstantContext, a tuple for BranchContexts.
+
+        The text is not repeated over frames.
+        """
+        if isinstance(context, BranchContexts):
+            parts = zip(x.split(context.sizes), context.parts, strict=True)
+            return tuple(self(part, own) for part, own in parts)
+        if isinstance(context, ConstantContext):
+            return context.row.expand(len(x), -1)
+        tokens = x.flatten(1, 2)
+        if isinstance(context, FoldedContext):
+            return self._attend_folded(tokens, context).view_as(x)
+        q = rearrange(self.q(tokens), "b l (h d) -> b l h d", h=self.heads)
+        k, v, mask = (None if t is None else t.expand(len(x), *t.shape[1:]) for t in context)
+        return self.out(attention(q, k, v, mask)).view_as(x)
+
+    def _attend_folded(self, x: Tensor, context: FoldedContext) -> Tensor:
+        if len(context.keys) == 1:
+            scores = F.linear(x, context.keys[0], context.key_bias[0])
+        else:
+            scores = torch.baddbmm(context.key_bias[:, None], x, context.keys.mT)
+        weights = scores.unflatten(-1, (self.heads, -1)).softmax(-1).flatten(-2)
+        if len(context.keys) == 1:
+            return F.linear(weights, context.values[0].T, context.out_bias)
+        return torch.baddbmm(context.out_bias, weights, context.values)
+
+
+class LeadingMotionFree(NamedTuple):
+    """The first `count` samples of a batch are motion-free, and a block's merged value and output
+    projections: weight (D, D) and bias (D,), or None."""
+
+    count: int
+    weight: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class TemporalAttention(nn.Module):
@@ -151,13 +235,37 @@ class TemporalAttention(nn.Module):
         steps = torch.arange(frames, device=self.positions.device)
         self.positions = sincos(steps, width).to(self.positions.dtype)
 
-    def forward(self, x: Tensor, motion_free: Tensor | bool | None) -> Tensor:
-        """x (B, T, N, D), positions already added → (B, T, N, D)."""
+    def forward(self, x: Tensor, motion_free) -> Tensor | tuple[Tensor, ...]:
+        """x (B, T, N, D), positions already added → like x, or in two parts.
+
+        motion_free: (B,) bool, one bool for the batch, None as False, or LeadingMotionFree.
+        """
+        if isinstance(motion_free, LeadingMotionFree):
+            count = len(x) if x.shape[1] == 1 else motion_free.count
+            parts = x.split((count, len(x) - count))
+            parts = self.values(parts[0], *motion_free[1:]), parts[1]
+            return (parts[0], self(parts[1], False)) if count < len(x) else parts[0]
         batch, frames, tokens, width = x.shape
-        if frames == 1 or motion_free is True:  # the values alone: neither q nor k is needed
-            return self.out(F.linear(x, self.qkv.weight[-width:], self.qkv.bias[-width:]))
+        if frames == 1 or motion_free is True:
+            return self.values(x)
         qkv = self.qkv(x).view(batch, frames, tokens, 3, self.heads, -1)
         return self.out(temporal_attention(qkv, motion_free))
+
+    def values(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """What the identity mask leaves: out(value(x)), in one product where one is given."""
+        if weight is not None:
+            return F.linear(x, weight, bias)
+        width = x.shape[-1]
+        return self.out(F.linear(x, self.qkv.weight[-width:], self.qkv.bias[-width:]))
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """W_O·W_V and W_O·b_V + b_O, made in fp32 (fp64 for fp64 weights) and cast once."""
+        dtype, width = self.out.weight.dtype, self.out.weight.shape[0]
+        wide = torch.promote_types(dtype, torch.float32)
+        out_weight, out_bias = (p.to(wide) for p in (self.out.weight, self.out.bias))
+        value_weight, value_bias = (p[-width:].to(wide) for p in self.qkv.parameters())
+        weight, bias = out_weight @ value_weight, out_weight @ value_bias + out_bias
+        return weight.to(dtype), bias.to(dtype)
 
 
 class FeedForward(nn.Module):
@@ -206,14 +314,21 @@ class Block(nn.Module):
         encoded = getattr(text, self.encoder)
         return self.cross_attention.project(encoded.tokens, encoded.mask)
 
+    def folded_context(self, text) -> FoldedContext | ConstantContext | CrossContext | None:
+        """The cheapest form of `context` (CrossAttention.fold) for text without gradient."""
+        if self.encoder is None:
+            return None
+        encoded = getattr(text, self.encoder)
+        return self.cross_attention.fold(encoded.tokens, encoded.mask)
+
     def forward(
         self,
         x: Tensor,
         y: Tensor | None,
         gate: Tensor | None,
         modulation: Tensor,
-        context: CrossContext | None,
-        motion_free: Tensor | bool | None,
+        context: CrossContext | FoldedContext | ConstantContext | BranchContexts | None,
+        motion_free: Tensor | bool | LeadingMotionFree | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One block on the stream x + gate · y.
 
@@ -229,20 +344,28 @@ class Block(nn.Module):
                 x, h = residual_layernorm_modulate(x, y, gate)
             else:
                 x = h = add_residual_ref(x, y, gate)
-            y, gate = self.cross_attention(h, context), None
+            y, gate = _joined(self.cross_attention(h, context), x), None
         if self.temporal_attention is not None:
-            x, y = self._temporal(x, y, gate, motion_free)
-            gate = None
+            frame = torch.arange(x.shape[1], device=x.device).repeat(len(x))
+            shift = self.temporal_attention.positions, frame
+            x, h = residual_layernorm_modulate(x, y, gate, shift)
+            y, gate = _joined(self.temporal_attention(h, motion_free), x), None
         x, h = residual_layernorm_modulate(x, y, gate, shift_m, scale_m)
         return x, self.mlp(h), gate_m
 
-    def _temporal(self, x, y, gate, motion_free) -> tuple[Tensor, Tensor]:
-        batch, frames = x.shape[:2]
-        shift = self.temporal_attention.positions[:frames].repeat(batch, 1)  # (B·T, D)
-        gate = None if gate is None else gate.repeat_interleave(frames, 0)
-        x, h = residual_layernorm_modulate(x.flatten(0, 1), y.flatten(0, 1), gate, shift)
-        x, h = (tensor.unflatten(0, (batch, frames)) for tensor in (x, h))
-        return x, self.temporal_attention(h, motion_free)
+
+def _joined(y: Tensor | tuple[Tensor, ...], x: Tensor) -> Tensor:
+    """A sub-layer's output, in parts of the batch, as one tensor; one row (B, D) stays one."""
+    if isinstance(y, Tensor):
+        return y
+    rows = [part.ndim == 2 for part in y]
+    if all(rows):
+        return torch.cat(y)
+    whole = [
+        part[:, None, None].expand(-1, *x.shape[1:]) if is_row else part
+        for part, is_row in zip(y, rows, strict=True)
+    ]
+    return torch.cat(whole)
 
 
 class FinalLayer(nn.Module):

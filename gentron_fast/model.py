@@ -169,7 +169,9 @@ class GenTron(nn.Module):
         Returns (B, C, T, H, W), 2·C channels with learned-range variance.
         """
         self._check(latents, timestep, text, motion_free)
-        c, time = self.condition(latents, timestep, text, size)
+        if size is None and self.config.size_embedding:
+            size = self.pixel_size(latents)
+        c, time = self.condition(timestep, text, size)
         text = self.project_captions(text)
         x, y, gate = self.embed(latents), None, None
         for block in self.blocks:
@@ -181,15 +183,20 @@ class GenTron(nn.Module):
         patches = self.final(x, y, gate, self.final.modulation(c, time))
         return self.unpatchify(patches, *latents.shape[-2:])
 
+    def pixel_size(self, latents: Tensor) -> Tensor:
+        """Pixel height and width of every sample of latents (B, ..., H, W): (B, 2)."""
+        pixels = torch.tensor(latents.shape[-2:], device=latents.device)
+        return (pixels * self.config.pixels_per_latent).expand(len(latents), 2)
+
     def condition(
-        self, latents: Tensor, timestep: Tensor, text: TextCondition, size: Tensor | None = None
+        self, timestep: Tensor, text: TextCondition, size: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The adaLN condition c = time + size + pooled text, and the time part alone: (B, D)."""
+        """The adaLN condition c = time + size + pooled text, and the part without text: (B, D).
+
+        size (B, 2) in pixels for models with a size embedding.
+        """
         time = self.time_embed(timestep)
         if self.config.size_embedding:
-            if size is None:
-                pixels = torch.tensor(latents.shape[-2:], device=latents.device)
-                size = (pixels * self.config.pixels_per_latent).expand(len(latents), 2)
             time = time + self.size_embed(size)
         c = time
         for name, mlp in self.pooled_embed.items():

@@ -221,7 +221,7 @@ def test_condition_of_size_and_final_table(tiny_config, make_model, make_text):
     model, text = make_model(config), make_text(config)
     latents, timestep = inputs(config, height=4, width=8)
     size = torch.tensor([[256.0, 512.0], [100.0, 50.0]])
-    c, time = model.condition(latents, timestep, text, size)
+    c, time = model.condition(timestep, text, size)
     sides = [model.size_embed.side(size[:, i]) for i in range(2)]
     aspect = model.size_embed.aspect(torch.tensor([0.5, 2.0]))
     expected = model.time_embed(timestep) + torch.cat([*sides, aspect], dim=1)
