@@ -321,7 +321,7 @@ def load_pipeline(args: argparse.Namespace, folder: Path, device):
     if args.offload:
         pipeline.enable_offload(device)
     if args.compile:
-        pipeline.transformer.compile()
+        pipeline.transformer.compile_blocks()
     if args.verbose:
         print(f"loaded       {folder} on {device} in {args.dtype}", flush=True)
     return pipeline

@@ -1,16 +1,30 @@
-"""Classifier-free and motion-free guidance: the definition that faster paths are held against.
+"""Classifier-free and motion-free guidance: the definition, and the denoiser that shares its work.
 
     ε̃ = ε(∅,∅) + λ_T · (ε(c_T,c_M) - ε(∅,c_M)) + λ_M · (ε(∅,c_M) - ε(∅,∅))
 
 c_T is the text and c_M the motion: full temporal attention, where ∅ is the identity mask.
 """
 
-# Shapes: B batch, C channels, T frames, H × W latents.
+# Shapes: B batch, C channels, T frames, H × W latents, S sampling steps, D width.
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gentron_fast.model import GenTron, TextCondition
+from gentron_fast.layers import (
+    BranchContexts,
+    ConstantContext,
+    CrossContext,
+    FoldedContext,
+    LeadingMotionFree,
+)
+from gentron_fast.model import EncodedText, GenTron, TextCondition
+from gentron_fast.solvers import SolverTable, learned_range_d
+from gentron_kernels.guided_step import guided_step
+
+MODULATION_BYTES = 64 << 20  # of the modulation rows that are made ahead
 
 
 def guidance_weights(
@@ -57,3 +71,216 @@ def guided_prediction(
         noise = weight.to(noise).reshape(-1, 1, 1, 1, 1) * noise
         guided = noise if guided is None else guided + noise
     return torch.cat([guided, variance], dim=1)
+
+
+def guidance_schedule(
+    scale: float | Tensor, steps: int, start: float = 0.0, stop: float = 1.0
+) -> Tensor:
+    """A guidance scale within a range of the steps and 1, no guidance, outside: (S, B) float64.
+
+    scale a number or one a sample (B,); start and stop in 0 … 1 of the steps, from the noisiest on
+    (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+    """
+    if not 0 <= start <= stop <= 1:
+        raise ValueError(f"the guidance range must be 0 ≤ start ≤ stop ≤ 1, got {start}, {stop}")
+    place = torch.arange(steps, dtype=torch.float64)[:, None] / steps
+    scale = torch.as_tensor(scale, dtype=torch.float64).reshape(1, -1)
+    return torch.where((place >= start) & (place < stop), scale, 1.0)
+
+
+class _Plan(NamedTuple):
+    """How the branches of a step run: where their rows are, and what each block is given."""
+
+    branches: tuple[bool, bool, bool]
+    conditions: Tensor  # rows of the modulation table, one a sample of the stacked batch
+    contexts: list
+    motion_free: list
+
+
+class GuidedDenoiser:
+    """The guided noise of `guided_prediction`, with the work that the branches share done once.
+
+    One batched forward runs the branches that a step needs: ε(∅,∅), ε(∅,c_M), ε(c_T,c_M), in this
+    order, one behind the other along the batch. Before the first step the text of every block
+    becomes keys and values, folded into W_Q and W_O where it is shorter than the head size; the
+    modulation rows of all steps are made ahead, in chunks of at most MODULATION_BYTES; the
+    motion-free branch takes the merged value and output projections. All of it is the same
+    function as the definition, in other products.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: GenTron,
+        text: TextCondition,
+        null_text: TextCondition,
+        table: SolverTable,
+        lambda_t: float | Tensor,
+        lambda_m: float | Tensor,
+        latent_shape: Sequence[int],
+        *,
+        fold: bool = True,
+        merge: bool = True,
+    ):
+        """text of B prompts and null_text, the empty or the negative prompt, of 1 or B; lambda_t
+        and lambda_m a number, one a sample (B,), or a schedule (S, 1) or (S, B); latent_shape
+        (C, T, H, W). fold, merge: whether to do as above.
+        """
+        if null_text.batch not in (1, text.batch):
+            raise ValueError(f"null_text has {null_text.batch} prompts, not 1 or {text.batch}")
+        self.model, self.table, self.batch = model, table, text.batch
+        self.latent_shape = tuple(latent_shape)
+        self.device, self.dtype = model.patch_embed.weight.device, model.patch_embed.weight.dtype
+        self.has_motion = model.config.temporal and latent_shape[1] > 1
+        scales = [_per_step(scale, table, self.batch) for scale in (lambda_t, lambda_m)]
+        weights = guidance_weights(*scales, self.has_motion)
+        weights = torch.stack([torch.as_tensor(w).expand_as(scales[0]) for w in weights], -1)
+        self._active = [tuple(row) for row in (weights != 0).any(1).tolist()]
+        self._weights, self._rows = weights.to(self.device), table.rows.to(self.device)
+
+        null_text, text = _trimmed(_shared(null_text)), _trimmed(text)
+        self._nulls = null_text.batch
+        self._pooled = TextCondition.cat([_pooled_only(null_text), _pooled_only(text)])
+        null_text, text = (model.project_captions(part) for part in (null_text, text))
+        self._null_contexts = [block.context(null_text, fold) for block in model.blocks]
+        self._text_contexts = [block.context(text, fold) for block in model.blocks]
+        self._merged = [
+            block.temporal_attention.merged() if merge else (None, None)
+            for block in model.blocks
+            if model.config.temporal
+        ]
+        self._plans = {branches: self._plan(branches) for branches in set(self._active)}
+
+        latents = torch.empty(self._pooled.batch, *self.latent_shape, device="meta")
+        sized = model.config.size_embedding
+        self._size = model.pixel_size(latents, self.device) if sized else None
+        values = (6 * model.config.depth + 2) * model.config.width * self._pooled.batch
+        self._chunk = max(1, MODULATION_BYTES // (values * model.patch_embed.weight.element_size()))
+        self._chunk_start = None
+
+    @torch.no_grad()
+    def step(
+        self,
+        latents: Tensor,
+        step: int,
+        x0_previous: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Step number `step` of the table: latents at the next noise level, and this step's x0.
+
+        latents, x0_previous, noise (B, C, T, H, W); returned in fp32, or fp64 for fp64 latents.
+        """
+        branches = self.branches(latents, step)
+        channels, d = latents.shape[1], None
+        if self.table.log_variance is not None and self.model.config.learned_range:
+            last = [branch for branch in branches if branch is not None][-1]
+            d = learned_range_d(self.table, step, last[:, channels:])
+        branches = [branch if branch is None else branch[:, :channels] for branch in branches]
+        return guided_step(
+            latents, branches, self._weights[step], self._rows[step], x0_previous, noise, d
+        )
+
+    @torch.no_grad()
+    def branches(self, latents: Tensor, step: int) -> tuple[Tensor | None, ...]:
+        """The predictions ε(∅,∅), ε(∅,c_M) and ε(c_T,c_M) that the step needs, None for others."""
+        if latents.shape != (self.batch, *self.latent_shape):
+            wanted = (self.batch, *self.latent_shape)
+            raise ValueError(f"latents must be {wanted}, got {tuple(latents.shape)}")
+        model, plan = self.model, self._plans[self._active[step]]
+        rows, final_rows = (part[plan.conditions] for part in self._modulation(step))
+        x = model.embed(latents.to(self.dtype)).repeat(sum(plan.branches), 1, 1, 1)
+        y = gate = None
+        parts = zip(model.blocks, plan.contexts, plan.motion_free, strict=True)
+        for index, (block, context, motion_free) in enumerate(parts):
+            x, y, gate = block(x, y, gate, rows[:, index], context, motion_free)
+        patches = model.final(x, y, gate, final_rows)
+        runs = iter(model.unpatchify(patches, *latents.shape[-2:]).split(self.batch))
+        return tuple(next(runs) if needed else None for needed in plan.branches)
+
+    def _plan(self, branches: tuple[bool, bool, bool]) -> _Plan:
+        nulls, texts = branches[0] + branches[1], int(branches[2])
+        null_rows = torch.arange(self._nulls).expand(self.batch).repeat(nulls)
+        text_rows = self._nulls + torch.arange(self.batch).repeat(texts)
+        contexts = []
+        for null_context, text_context in zip(
+            self._null_contexts, self._text_contexts, strict=True
+        ):
+            if nulls and self._nulls > 1 and null_context is not None:
+                null_context = _repeated(null_context, nulls)
+            if nulls and texts and null_context is not None:
+                sizes = nulls * self.batch, self.batch
+                contexts.append(BranchContexts(sizes, (null_context, text_context)))
+            else:
+                contexts.append(text_context if texts else null_context)
+        still = self.batch * (branches[0] if self.has_motion else nulls + texts)
+        motion_free = [LeadingMotionFree(still, *merged) for merged in self._merged]
+        conditions = torch.cat([null_rows, text_rows]).to(self.device)
+        return _Plan(branches, conditions, contexts, motion_free or [None] * len(contexts))
+
+    def _modulation(self, step: int) -> tuple[Tensor, Tensor]:
+        """Rows of a step, of every condition: the blocks' (P, depth, 6, D), the final layer's."""
+        start = step - step % self._chunk
+        if self._chunk_start != start:
+            timesteps = self.table.timesteps[start : start + self._chunk].to(self.device)
+            steps, conditions = len(timesteps), self._pooled.batch
+            text = self._pooled.map(lambda t: t.repeat(steps, *(1,) * (t.ndim - 1)))
+            size = None if self._size is None else self._size.repeat(steps, 1)
+            c, time = self.model.condition(timesteps.repeat_interleave(conditions), text, size)
+            rows = torch.stack([block.modulation(c) for block in self.model.blocks], 1)
+            final_rows = self.model.final.modulation(c, time)
+            parts = rows, final_rows
+            self._table = [part.unflatten(0, (steps, conditions)) for part in parts]
+            self._chunk_start = start
+        return tuple(part[step - start] for part in self._table)
+
+
+def _per_step(scale: float | Tensor, table: SolverTable, batch: int) -> Tensor:
+    """A guidance scale of any accepted form as (S, B) float64."""
+    steps = len(table.timesteps)
+    scale = torch.as_tensor(scale, dtype=torch.float64, device="cpu")
+    shapes = {(), (1,), (batch,)} if scale.ndim < 2 else {(steps, 1), (steps, batch)}
+    if tuple(scale.shape) not in shapes:
+        raise ValueError(
+            f"a guidance scale must be a number, ({batch},), ({steps}, 1) or ({steps}, {batch}), "
+            f"got {tuple(scale.shape)}"
+        )
+    return scale.expand(steps, batch)
+
+
+def _shared(text: TextCondition) -> TextCondition:
+    """One prompt where all prompts of the condition are the same."""
+    tensors = [tensor for part in text if part is not None for tensor in part if tensor is not None]
+    if all(torch.equal(tensor, tensor[:1].expand_as(tensor)) for tensor in tensors):
+        return text.select(slice(0, 1))
+    return text
+
+
+def _trimmed(text: TextCondition) -> TextCondition:
+    """The condition without places that are padding everywhere, and no mask where none is left."""
+    parts = [part and part.trim() for part in text]
+    return TextCondition(
+        *(part._replace(mask=None) if part and part.mask.all() else part for part in parts)
+    )
+
+
+def _pooled_only(text: TextCondition) -> TextCondition:
+    """The condition without its tokens."""
+    return TextCondition(
+        *(
+            part and EncodedText(part.tokens[:, :0], part.tokens[:, :0, 0].bool(), part.pooled)
+            for part in text
+        )
+    )
+
+
+def _repeated(context, times: int):
+    """A context whose samples come `times` times, one whole batch behind the other."""
+
+    def repeat(tensor):
+        return None if tensor is None else tensor.repeat(times, *(1,) * (tensor.ndim - 1))
+
+    if isinstance(context, ConstantContext):
+        return ConstantContext(repeat(context.row))
+    if isinstance(context, FoldedContext):
+        return FoldedContext(*(repeat(t) for t in context[:3]), context.out_bias)
+    return CrossContext(*(repeat(t) for t in context))

@@ -145,7 +145,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: GenTronConfig, text_width: int):
         super().__init__()
-        self.heads = config.heads
+        self.heads, self.head_size = config.heads, config.head_size
         self.q = nn.Linear(config.width, config.width)
         self.kv = nn.Linear(text_width, 2 * config.width)  # rows k | v, then heads
         self.out = nn.Linear(config.width, config.width)
@@ -164,7 +164,7 @@ class CrossAttention(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         k, v = self._split(F.linear(tokens.to(wide), *(p.to(wide) for p in self.kv.parameters())))
         q_weight, q_bias = (
-            rearrange(p.to(wide) * k.shape[-1] ** -0.5, "(h d) ... -> h d ...", h=self.heads)
+            rearrange(p.to(wide) * self.head_size**-0.5, "(h d) ... -> h d ...", h=self.heads)
             for p in (self.q.weight, self.q.bias)
         )
         out_weight = rearrange(self.out.weight.to(wide), "o (h d) -> h d o", h=self.heads)
@@ -245,10 +245,9 @@ class TemporalAttention(nn.Module):
             parts = x.split((count, len(x) - count))
             parts = self.values(parts[0], *motion_free[1:]), parts[1]
             return (parts[0], self(parts[1], False)) if count < len(x) else parts[0]
-        batch, frames, tokens, width = x.shape
-        if frames == 1 or motion_free is True:
+        if x.shape[1] == 1 or motion_free is True:
             return self.values(x)
-        qkv = self.qkv(x).view(batch, frames, tokens, 3, self.heads, -1)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         return self.out(temporal_attention(qkv, motion_free))
 
     def values(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -307,19 +306,17 @@ class Block(nn.Module):
         """Condition c (B, D) → rows (B, 6, D): shift, scale, gate of attention, then of the MLP."""
         return self.adaln(F.silu(c)).unflatten(1, (6, -1))
 
-    def context(self, text) -> CrossContext | None:
-        """The block's keys and values of a TextCondition; None without cross-attention."""
-        if self.encoder is None:
-            return None
-        encoded = getattr(text, self.encoder)
-        return self.cross_attention.project(encoded.tokens, encoded.mask)
+    def context(self, text, fold: bool = False):
+        """The block's keys and values of a TextCondition; None without cross-attention.
 
-    def folded_context(self, text) -> FoldedContext | ConstantContext | CrossContext | None:
-        """The cheapest form of `context` (CrossAttention.fold) for text without gradient."""
+        fold: in the form of `CrossAttention.fold` where the text is shorter than the head size.
+        """
         if self.encoder is None:
             return None
-        encoded = getattr(text, self.encoder)
-        return self.cross_attention.fold(encoded.tokens, encoded.mask)
+        encoded, attention = getattr(text, self.encoder), self.cross_attention
+        short = encoded.tokens.shape[1] < attention.head_size
+        project = attention.fold if fold and short else attention.project
+        return project(encoded.tokens, encoded.mask)
 
     def forward(
         self,

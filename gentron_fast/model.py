@@ -183,9 +183,14 @@ class GenTron(nn.Module):
         patches = self.final(x, y, gate, self.final.modulation(c, time))
         return self.unpatchify(patches, *latents.shape[-2:])
 
-    def pixel_size(self, latents: Tensor) -> Tensor:
+    def compile_blocks(self) -> None:
+        """torch.compile each block in place: they share one compilation, unlike the whole model."""
+        for block in self.blocks:
+            block.compile(fullgraph=True)
+
+    def pixel_size(self, latents: Tensor, device=None) -> Tensor:
         """Pixel height and width of every sample of latents (B, ..., H, W): (B, 2)."""
-        pixels = torch.tensor(latents.shape[-2:], device=latents.device)
+        pixels = torch.tensor(latents.shape[-2:], device=device or latents.device)
         return (pixels * self.config.pixels_per_latent).expand(len(latents), 2)
 
     def condition(

@@ -2,7 +2,6 @@
 
 # Shapes: N clips (prompts × clips per prompt), C channels, T frames, H × W pixels, h × w latents.
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from tqdm import tqdm
 
 from gentron_fast.config import MAX_FRAMES
 from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
-from gentron_fast.guidance import guided_prediction
+from gentron_fast.guidance import GuidedDenoiser, guidance_schedule
 from gentron_fast.model import GenTron, TextCondition, read_json, write_json
-from gentron_fast.solvers import SolverTable, learned_range_d, make_table, solver_step
+from gentron_fast.solvers import make_table
 from gentron_fast.text import SUBFOLDERS, TextEncoder
 from gentron_fast.vae import VideoVAE
 
@@ -153,8 +152,9 @@ class GenTronPipeline:
         size: tuple[int, int] | None = None,
         steps: int = 50,
         solver: str = "dpm++",
-        lambda_t: float = 7.5,
-        lambda_m: float = 1.2,
+        lambda_t: float | Sequence[float] = 7.5,
+        lambda_m: float | Sequence[float] = 1.2,
+        guidance_range: tuple[float, float] = (0.0, 1.0),
         eta: float = 0.0,
         clips: int = 1,
         seed: int | Sequence[int] = 0,
@@ -165,21 +165,28 @@ class GenTronPipeline:
         """Sample `clips` clips of each prompt, the clips of one prompt next to each other.
 
         negative_prompt takes the place of the null text, one or one a prompt; size in pixels;
-        lambda_t, lambda_m the guidance of text and motion (paper: 7.5, and 1.0 … 1.3); eta the
-        noise of DDIM; seed a number, clip k of each prompt then has seed + k, or one a clip. The
-        callback gets (step, timestep, latents) behind each step. output_type "frames" or "latent".
+        lambda_t, lambda_m the guidance of text and motion (paper: 7.5, and 1.0 … 1.3), a number or
+        one a clip, within guidance_range of the steps and 1 outside; eta the noise of DDIM; seed a
+        number, clip k of each prompt then has seed + k, or one a clip. The callback gets (step,
+        timestep, latents) behind each step. output_type "frames" or "latent".
         ValueError for anything that does not fit the model, before any work is done.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         frames = self.default_frames if frames is None else frames
         height, width = self.default_size if size is None else size
-        self._check(prompts, frames, (height, width), clips, output_type, lambda_t, lambda_m)
         seeds = _clip_seeds(seed, len(prompts), clips)
+        self._check(prompts, frames, (height, width), clips, output_type)
         table = make_table(solver, self.scheduler, steps, eta)
+        scales = [
+            guidance_schedule(_clip_scales(name, scale, len(seeds)), steps, *guidance_range)
+            for name, scale in (("lambda_t", lambda_t), ("lambda_m", lambda_m))
+        ]
 
         text, null_text = self._encode(prompts, negative_prompt, clips)
         h, w = height // self.vae.factor, width // self.vae.factor
         shape = (self.transformer.config.in_channels, frames, h, w)
+        self._place(self.transformer)
+        denoiser = GuidedDenoiser(self.transformer, text, null_text, table, *scales, shape)
         with tqdm(total=steps, unit="step", disable=not progress) as bar:
 
             def step_done(step: int, latents: Tensor) -> None:
@@ -187,9 +194,8 @@ class GenTronPipeline:
                 if callback_on_step_end is not None:
                     callback_on_step_end(step, int(table.timesteps[step]), latents)
 
-            latents = self._denoise(
-                table, shape, seeds, text, null_text, lambda_t, lambda_m, step_done
-            )
+            latents = self._denoise(denoiser, seeds, step_done)
+        self._replace(self.transformer)
         if output_type == "latent":
             return PipelineOutput(None, latents)
         self._place(self.vae)
@@ -198,28 +204,14 @@ class GenTronPipeline:
         pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return PipelineOutput(pixels.permute(0, 2, 3, 4, 1).cpu(), latents)
 
-    def _denoise(
-        self, table: SolverTable, shape, seeds, text, null_text, lambda_t, lambda_m, step_done
-    ) -> Tensor:
+    def _denoise(self, denoiser: GuidedDenoiser, seeds, step_done) -> Tensor:
         """Noise of the seeds → latents (N, C, T, h, w) fp32, one guided step a row of the table."""
-        model, channels = self.transformer, shape[0]
-        self._place(model)
-        dtype = model.patch_embed.weight.dtype
-        latents = portable_noise(shape, seeds, 0).to(self.device)
-        x0 = None
-        for step, row in enumerate(table.rows):
-            timestep = table.timesteps[step].to(self.device).expand(len(latents))
-            prediction = guided_prediction(
-                model, latents.to(dtype), timestep, text, null_text, lambda_t, lambda_m
-            )
-            noise = d = None
-            if row[-1] != 0:
-                noise = portable_noise(shape, seeds, step + 1).to(self.device)
-                if table.log_variance is not None and model.config.learned_range:
-                    d = learned_range_d(table, step, prediction[:, channels:])
-            latents, x0 = solver_step(row, latents, prediction[:, :channels], x0, noise, d)
+        shape = denoiser.latent_shape
+        latents, x0 = portable_noise(shape, seeds, 0).to(self.device), None
+        for step, draws in enumerate((denoiser.table.rows[:, -1] != 0).tolist()):
+            noise = portable_noise(shape, seeds, step + 1).to(self.device) if draws else None
+            latents, x0 = denoiser.step(latents, step, x0, noise)
             step_done(step, latents)
-        self._replace(model)
         return latents
 
     def _encode(self, prompts, negative_prompt, clips):
@@ -231,7 +223,8 @@ class GenTronPipeline:
             raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
         text = self._texts(prompts).repeat(clips)
         null_text = self._texts(negatives)
-        null_text = null_text.repeat(text.batch // null_text.batch)
+        if null_text.batch > 1:
+            null_text = null_text.repeat(clips)
         dtype = self.transformer.patch_embed.weight.dtype
         return text.to(self.device, dtype), null_text.to(self.device, dtype)
 
@@ -259,7 +252,7 @@ class GenTronPipeline:
         self._replace(self.text_encoder)
         return text
 
-    def _check(self, prompts, frames, size, clips, output_type, lambda_t, lambda_m) -> None:
+    def _check(self, prompts, frames, size, clips, output_type) -> None:
         if not prompts:
             raise ValueError("no prompt was given")
         if clips < 1:
@@ -270,9 +263,6 @@ class GenTronPipeline:
             raise ValueError(f"this model makes images: {frames} frames were asked for")
         if output_type not in ("frames", "latent"):
             raise ValueError(f'output_type must be "frames" or "latent", got {output_type!r}')
-        for name, value in (("lambda_t", lambda_t), ("lambda_m", lambda_m)):
-            if not math.isfinite(value):
-                raise ValueError(f"{name} must be a number, got {value}")
         self.vae.check_size(*size, self.transformer.config.patch_size)
 
     def _parts(self) -> tuple[nn.Module, ...]:
@@ -294,3 +284,12 @@ def _clip_seeds(seed: int | Sequence[int], prompts: int, clips: int) -> list[int
     if len(seeds) != prompts * clips:
         raise ValueError(f"{len(seeds)} seeds for {prompts} prompts × {clips} clips")
     return seeds
+
+
+def _clip_scales(name: str, scale: float | Sequence[float], clips: int) -> Tensor:
+    scales = torch.as_tensor(scale, dtype=torch.float64).reshape(-1)
+    if len(scales) not in (1, clips):
+        raise ValueError(f"{len(scales)} values of {name} for {clips} clips")
+    if not scales.isfinite().all():
+        raise ValueError(f"{name} must be a number, got {scale}")
+    return scales

@@ -219,7 +219,7 @@ def test_sinusoids_and_positions_have_the_values_of_their_sources(tiny_config):
 def test_condition_of_size_and_final_table(tiny_config, make_model, make_text):
     config = replace(tiny_config, size_embedding=True, final_table=True, pooled_text=False)
     model, text = make_model(config), make_text(config)
-    latents, timestep = inputs(config, height=4, width=8)
+    timestep = inputs(config)[1]
     size = torch.tensor([[256.0, 512.0], [100.0, 50.0]])
     c, time = model.condition(timestep, text, size)
     sides = [model.size_embed.side(size[:, i]) for i in range(2)]
