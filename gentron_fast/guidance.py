@@ -138,7 +138,9 @@ class GuidedDenoiser:
         self._active = [tuple(row) for row in (weights != 0).any(1).tolist()]
         self._weights, self._rows = weights.to(self.device), table.rows.to(self.device)
 
-        null_text, text = _trimmed(_shared(null_text)), _trimmed(text)
+        null_text, text = (
+            TextCondition(*map(_trimmed, part)) for part in (_shared(null_text), text)
+        )
         self._nulls = null_text.batch
         self._pooled = TextCondition.cat([_pooled_only(null_text), _pooled_only(text)])
         null_text, text = (model.project_captions(part) for part in (null_text, text))
@@ -197,6 +199,53 @@ class GuidedDenoiser:
         runs = iter(model.unpatchify(patches, *latents.shape[-2:]).split(self.batch))
         return tuple(next(runs) if needed else None for needed in plan.branches)
 
+    def describe(self) -> str:
+        """In one line: branches a step, the form of each text, the share of the work saved."""
+        counts = [sum(branches) for branches in self._active]
+        parts = [f"{counts.count(n)} steps of {n} branches" for n in (3, 2, 1) if n in counts]
+        for name, contexts in (("null", self._null_contexts), ("text", self._text_contexts)):
+            for block, context in zip(self.model.blocks[:2], contexts, strict=False):
+                if context is not None:
+                    parts.append(f"{name} {block.encoder} {_FORMS[type(context)]}")
+        return "; ".join([*dict.fromkeys(parts), f"{self.work_saved():.1%} of the work saved"])
+
+    def work_saved(self) -> float:
+        """Share of the blocks' FLOPs saved against a separate forward for every branch of every
+        step (two where there is no motion), unpadded, the identity mask among them as a mask."""
+        every = (True, self.has_motion, True)
+        run = sum(self._flops(branches) for branches in self._active)
+        return 1 - run / (len(self._active) * self._flops(every, separate=True))
+
+    def _flops(self, branches: tuple[bool, bool, bool], separate: bool = False) -> int:
+        """FLOPs of the blocks in one step with these branches, for one sample."""
+        config, (_, frames, height, width) = self.model.config, self.latent_shape
+        d, patches = config.width, height * width // config.patch_size**2
+        values = 4 * d if separate or self._merged[:1] == [(None, None)] else 2 * d
+        count = sum(branches)
+        total = 0
+        for null_context, text_context in zip(
+            self._null_contexts, self._text_contexts, strict=True
+        ):
+            texts = (branches[0] + branches[1], null_context), (branches[2], text_context)
+            total += count * (8 * d + 4 * patches + int(4 * config.mlp_ratio * d))
+            total += sum(n * self._cross_flops(context, separate) for n, context in texts)
+            if config.temporal:
+                still = count if frames == 1 else 0 if separate else int(branches[0])
+                total += still * values + (count - still) * (8 * d + 4 * frames)
+        return total * d * frames * patches
+
+    def _cross_flops(self, context, separate: bool) -> int:
+        """FLOPs a token and channel of one cross-attention, in the context's form or as plain."""
+        d, heads = self.model.config.width, self.model.config.heads
+        if context is None or (isinstance(context, ConstantContext) and not separate):
+            return 0
+        if isinstance(context, ConstantContext):
+            return 4 * d + 4
+        if isinstance(context, FoldedContext):
+            rows = context.keys.shape[1]
+            return 4 * d + 4 * rows // heads if separate else 4 * rows
+        return 4 * d + 4 * context.k.shape[1]
+
     def _plan(self, branches: tuple[bool, bool, bool]) -> _Plan:
         nulls, texts = branches[0] + branches[1], int(branches[2])
         null_rows = torch.arange(self._nulls).expand(self.batch).repeat(nulls)
@@ -234,6 +283,9 @@ class GuidedDenoiser:
         return tuple(part[step - start] for part in self._table)
 
 
+_FORMS = {ConstantContext: "constant", FoldedContext: "folded", CrossContext: "as keys and values"}
+
+
 def _per_step(scale: float | Tensor, table: SolverTable, batch: int) -> Tensor:
     """A guidance scale of any accepted form as (S, B) float64."""
     steps = len(table.timesteps)
@@ -250,17 +302,17 @@ def _per_step(scale: float | Tensor, table: SolverTable, batch: int) -> Tensor:
 def _shared(text: TextCondition) -> TextCondition:
     """One prompt where all prompts of the condition are the same."""
     tensors = [tensor for part in text if part is not None for tensor in part if tensor is not None]
-    if all(torch.equal(tensor, tensor[:1].expand_as(tensor)) for tensor in tensors):
+    if text.batch == 1 or all(torch.equal(t, t[:1].expand_as(t)) for t in tensors):
         return text.select(slice(0, 1))
     return text
 
 
-def _trimmed(text: TextCondition) -> TextCondition:
-    """The condition without places that are padding everywhere, and no mask where none is left."""
-    parts = [part and part.trim() for part in text]
-    return TextCondition(
-        *(part._replace(mask=None) if part and part.mask.all() else part for part in parts)
-    )
+def _trimmed(encoded: EncodedText | None) -> EncodedText | None:
+    """The text without places that are padding everywhere, and no mask where none is left."""
+    if encoded is None or encoded.mask is None:
+        return encoded
+    encoded = encoded.trim()
+    return encoded._replace(mask=None) if encoded.mask.all() else encoded
 
 
 def _pooled_only(text: TextCondition) -> TextCondition:

@@ -1,11 +1,22 @@
-"""The guided prediction against the paper's formula, and which branches run."""
+"""The guided prediction against the paper's formula, and the denoiser that shares its work against
+the guided prediction."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from gentron_fast.guidance import guidance_weights, guided_prediction
+from gentron_fast import PRESETS, EncodedText, GenTron, TextCondition
+from gentron_fast import guidance as guidance_module
+from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
+from gentron_fast.guidance import (
+    GuidedDenoiser,
+    guidance_schedule,
+    guidance_weights,
+    guided_prediction,
+)
+from gentron_fast.solvers import learned_range_d, make_table, solver_step
 
 
 @pytest.fixture
@@ -73,3 +84,260 @@ def test_learned_range_keeps_the_texts_variance(tiny_config, make_model, make_te
 def test_weights_add_up_to_one():
     for has_motion in (True, False):
         assert sum(guidance_weights(7.5, 1.2, has_motion)) == pytest.approx(1)
+
+
+# What differs between the models of the family, as changes of the tiny configuration.
+FAMILY = {
+    "both encoders": {},
+    "clip": {"encoders": ("clip",)},
+    "t5": {"encoders": ("t5",)},
+    "adaLN-zero": {"encoders": ("clip",), "cross_attention": False},
+    "images": {"temporal": False},
+    "PixArt": {
+        "encoders": ("t5",),
+        "cross_norm": False,
+        "caption_projection": True,
+        "pooled_text": False,
+        "final_table": True,
+        "learned_range": True,
+        "size_embedding": True,
+    },
+}
+TABLE = make_table("dpm++", SCHEDULER_CONFIG, 4)
+# Pairs of the options meet at least once: family, frames, batch, clip and t5 tokens, λ_T, λ_M.
+CASES = [
+    ("both encoders", 8, 1, 20, 40, 7.5, 1.2),
+    ("both encoders", 2, 3, 77, 256, 7.5, 1.0),
+    ("both encoders", 16, 1, 2, 1, 1.0, 1.0),
+    ("both encoders", 1, 3, 20, 2, 7.5, 1.3),
+    ("clip", 8, 3, 1, 1, 7.5, 1.2),
+    ("clip", 2, 1, 77, 1, 1.0, 1.0),
+    ("t5", 8, 1, 1, 256, 7.5, 1.0),
+    ("t5", 2, 3, 1, 20, 0.0, 1.2),
+    ("adaLN-zero", 8, 3, 20, 1, 7.5, 1.2),
+    ("adaLN-zero", 1, 1, 77, 1, 7.5, 1.0),
+    ("images", 1, 3, 20, 40, 7.5, 1.2),
+    ("images", 2, 1, 2, 256, 1.0, 1.0),
+    ("PixArt", 8, 1, 1, 77, 7.5, 1.2),
+    ("PixArt", 1, 3, 1, 20, 7.5, 1.0),
+]
+
+
+def guided(denoiser, latents, step=1):
+    """The guided noise of a denoiser's branches."""
+    weights = denoiser._weights[step]
+    channels = latents.shape[1]
+    return sum(
+        weight.reshape(-1, 1, 1, 1, 1) * branch[:, :channels].to(weight.dtype)
+        for weight, branch in zip(weights.unbind(1), denoiser.branches(latents, step), strict=True)
+        if branch is not None
+    )
+
+
+def relative(value, expected):
+    value, expected = value.double(), expected.double()
+    return ((value - expected).norm() / expected.norm()).item()
+
+
+def pad(text, row, places):
+    """The condition with the last `places` tokens of one prompt made padding."""
+    parts = []
+    for part in text:
+        if part is not None and places < part.tokens.shape[1]:
+            mask = part.mask.clone()
+            mask[row, -places:] = False
+            part = part._replace(mask=mask)
+        parts.append(part)
+    return TextCondition(*parts)
+
+
+@pytest.mark.parametrize("dtype,limit", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_denoiser_is_the_definition(tiny_config, make_model, make_text, case, dtype, limit):
+    family, frames, batch, clip, t5, lambda_t, lambda_m = case
+    config = replace(tiny_config, **FAMILY[family])
+    model = make_model(config, dtype)
+    latents = torch.randn(batch, 4, frames, 8, 4, generator=torch.Generator().manual_seed(3))
+    latents = latents.to(dtype)
+    text = pad(make_text(config, batch, clip, t5, dtype), batch - 1, 3)
+    timestep = TABLE.timesteps[1].expand(batch)
+    for null_batch in {1, batch}:
+        null_text = make_text(config, null_batch, 2, 1, dtype, seed=2)
+        repeated = null_text.repeat(batch // null_batch)
+        expected = guided_prediction(model, latents, timestep, text, repeated, lambda_t, lambda_m)[
+            :, :4
+        ]
+        denoiser = GuidedDenoiser(
+            model, text, null_text, TABLE, lambda_t, lambda_m, latents.shape[1:]
+        )
+        assert relative(guided(denoiser, latents), expected) <= limit
+
+
+def test_negative_prompts_and_a_scale_for_each_sample(tiny_config, make_model, make_text):
+    model = make_model(tiny_config)
+    latents = torch.randn(3, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    text = make_text(tiny_config, 3, 20, 5)
+    negative = pad(make_text(tiny_config, 3, 9, 30, seed=5), 1, 4)
+    scales = torch.tensor([[7.5, 1.0, 4.0], [1.2, 1.0, 1.0]], dtype=torch.float64)
+    lambda_t, lambda_m = scales
+    timestep = TABLE.timesteps[1].expand(3)
+    expected = guided_prediction(model, latents, timestep, text, negative, lambda_t, lambda_m)
+    denoiser = GuidedDenoiser(model, text, negative, TABLE, lambda_t, lambda_m, latents.shape[1:])
+    assert relative(guided(denoiser, latents), expected) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "lambda_t,lambda_m,runs",
+    [
+        (7.5, 1.2, (True, True, True)),
+        (7.5, 1.0, (False, True, True)),
+        (1.0, 1.0, (False, False, True)),
+        (1.2, 1.2, (True, False, True)),
+        (0.0, 1.2, (True, True, False)),
+        (0.0, 1.0, (False, True, False)),
+        (0.0, 0.0, (True, False, False)),
+    ],
+)
+def test_every_subset_of_branches(case, lambda_t, lambda_m, runs):
+    model, latents, _, text, null_text = case
+    denoiser = GuidedDenoiser(model, text, null_text, TABLE, lambda_t, lambda_m, latents.shape[1:])
+    branches = denoiser.branches(latents, 1)
+    assert tuple(branch is not None for branch in branches) == runs
+    timestep = TABLE.timesteps[1].expand(2)
+    expected = guided_prediction(model, latents, timestep, text, null_text, lambda_t, lambda_m)
+    assert relative(guided(denoiser, latents), expected) <= 1e-12
+
+
+@pytest.mark.parametrize("fold,merge", [(True, True), (True, False), (False, True)])
+def test_bf16_is_no_worse_than_plain_bf16(make_text, fold, merge):
+    config = replace(PRESETS["small-T2V"], depth=3)
+    torch.manual_seed(0)
+    model = GenTron(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
+            parameter.normal_(std=scale)
+    model = model.bfloat16()
+    exact = GenTron(config).double().eval()
+    exact.load_state_dict(model.state_dict())
+    for block, rounded in zip(exact.blocks, model.blocks, strict=True):
+        positions = rounded.temporal_attention.positions
+        block.temporal_attention.positions = positions.double()
+    errors = torch.zeros(2, dtype=torch.float64)
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        latents = torch.randn(1, 4, 4, 8, 8, generator=generator).bfloat16()
+        text = make_text(config, 1, 20, 40, torch.bfloat16, seed)
+        null_text = make_text(config, 1, 2, 1, torch.bfloat16, seed + 50)
+        inputs = TABLE.timesteps[1:2], text, null_text, 7.5, 1.2
+        wide = [part.to(dtype=torch.float64) for part in (text, null_text)]
+        expected = guided_prediction(exact, latents.double(), TABLE.timesteps[1:2], *wide, 7.5, 1.2)
+        plain = guided_prediction(model, latents, *inputs)
+        denoiser = GuidedDenoiser(
+            model, text, null_text, TABLE, 7.5, 1.2, latents.shape[1:], fold=fold, merge=merge
+        )
+        shared = guided(denoiser, latents)
+        errors += torch.tensor([relative(shared, expected), relative(plain, expected)])
+    assert errors[0] <= 1.1 * errors[1]
+
+
+@pytest.mark.parametrize("solver", ["dpm++", "ddpm"])
+def test_a_whole_sample_is_the_definitions(tiny_config, make_model, make_text, solver):
+    config = replace(tiny_config, learned_range=solver == "ddpm")
+    scheduler = SCHEDULER_CONFIG | {"variance_type": "learned_range"} if solver == "ddpm" else {}
+    table = make_table(solver, SCHEDULER_CONFIG | scheduler, 20)
+    model = make_model(config, torch.float32)
+    with torch.no_grad():  # weights at random would let the latents grow without bound
+        model.final.linear.weight.mul_(0.1)
+    text = make_text(config, 2, 20, 9, torch.float32)
+    null_text = make_text(config, 1, 2, 1, torch.float32, seed=2)
+    shape = (4, 4, 8, 8)
+    latents = plain = portable_noise(shape, [1, 2], 0)
+    x0 = x0_plain = None
+    denoiser = GuidedDenoiser(model, text, null_text, table, 7.5, 1.2, shape)
+    for step, timestep in enumerate(table.timesteps):
+        noise = portable_noise(shape, [1, 2], step + 1)
+        latents, x0 = denoiser.step(latents, step, x0, noise)
+        prediction = guided_prediction(
+            model, plain, timestep.expand(2), text, null_text.repeat(2), 7.5, 1.2
+        )
+        d = learned_range_d(table, step, prediction[:, 4:]) if config.learned_range else None
+        plain, x0_plain = solver_step(
+            table.rows[step], plain, prediction[:, :4], x0_plain, noise, d
+        )
+    assert relative(latents, plain) <= 1e-4
+
+
+def test_modulation_in_chunks_changes_nothing(case, monkeypatch):
+    model, latents, _, text, null_text = case
+    inputs = model, text, null_text, TABLE, 7.5, 1.2, latents.shape[1:]
+    whole = [guided(GuidedDenoiser(*inputs), latents, step) for step in range(4)]
+    row = (6 * model.config.depth + 2) * model.config.width * 8
+    monkeypatch.setattr(guidance_module, "MODULATION_BYTES", 2 * row * 4)
+    denoiser = GuidedDenoiser(*inputs)
+    assert denoiser._chunk == 2
+    for step in (0, 3, 1, 2):  # chunks are made again where steps go back
+        assert relative(guided(denoiser, latents, step), whole[step]) <= 1e-12
+
+
+def test_guidance_inside_a_range_of_the_steps(case):
+    model, latents, _, text, null_text = case
+    schedules = [guidance_schedule(scale, 4, 0.25, 0.75) for scale in (7.5, 1.2)]
+    assert schedules[0].flatten().tolist() == [1, 7.5, 7.5, 1]
+    denoiser = GuidedDenoiser(model, text, null_text, TABLE, *schedules, latents.shape[1:])
+    runs = [sum(b is not None for b in denoiser.branches(latents, step)) for step in range(4)]
+    assert runs == [1, 3, 3, 1]
+    with pytest.raises(ValueError, match="guidance range must be 0 ≤ start ≤ stop ≤ 1"):
+        guidance_schedule(7.5, 4, 0.8, 0.2)
+
+
+def test_wrong_input_is_named(case):
+    model, latents, _, text, null_text = case
+    inputs = model, text, null_text, TABLE
+    with pytest.raises(ValueError, match="null_text has 3 prompts, not 1 or 2"):
+        GuidedDenoiser(model, text, null_text.repeat(2).select(slice(3)), TABLE, 7.5, 1.2, (4,) * 4)
+    with pytest.raises(ValueError, match=r"a guidance scale must be a number, \(2,\)"):
+        GuidedDenoiser(*inputs, torch.ones(3), 1.2, latents.shape[1:])
+    denoiser = GuidedDenoiser(*inputs, 7.5, 1.2, latents.shape[1:])
+    with pytest.raises(ValueError, match=r"latents must be \(2, 4, 3, 8, 8\)"):
+        denoiser.branches(latents[:, :, :2], 0)
+
+
+def flops_of(function):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("preset", ["XL/2-T2V", "G/2-T2V"])
+@pytest.mark.parametrize("lambda_m,goal", [(1.2, 0.12), (1.0, 0.38)])
+def test_flops_saved(preset, lambda_m, goal):
+    """8 frames at 512², prompt of 20 CLIP and 40 T5 tokens, counted by torch on meta tensors."""
+    config = replace(PRESETS[preset], depth=2)  # one block of each encoder: the rest repeats them
+
+    def text(clip, t5):
+        lengths = {"clip": clip, "t5": t5}
+        return TextCondition(
+            **{
+                name: EncodedText(
+                    torch.empty(1, length, config.text_width(name)),
+                    None,
+                    torch.empty(1, config.text_width(name)),
+                )
+                for name, length in lengths.items()
+            }
+        )
+
+    with torch.device("meta"):
+        model = GenTron(config).eval()
+        prompt, null_text = text(20, 40), text(2, 1)
+        latents = torch.empty(1, 4, 8, 64, 64)
+        timestep, mask = torch.empty(1), torch.ones(1, dtype=torch.bool)
+        runs = (null_text, mask), (null_text, None), (prompt, None)
+    plain = sum(flops_of(lambda run=run: model(latents, timestep, *run)) for run in runs)
+    denoiser = GuidedDenoiser(model, prompt, null_text, TABLE, 7.5, lambda_m, latents.shape[1:])
+    shared = flops_of(lambda: denoiser.branches(latents, 0))
+    saved = 1 - shared / plain
+    print(f"{preset} λ_M {lambda_m}: {saved:.4f} saved of {plain / 1e12:.2f} TFLOP")
+    assert saved >= goal
+    assert denoiser.work_saved() == pytest.approx(saved, abs=0.003)
