@@ -39,6 +39,7 @@ PROMPT...               one or many prompts, each in quotes
 --steps N --solver S    denoising steps (50), ddpm, ddim or dpm++ (dpm++)
 --lambda-t X            text guidance (7.5)
 --lambda-m X            motion guidance (1.2)
+--guidance-range A B    guide in this part of the steps alone (0 1)
 --eta X                 noise of ddim, 0 to 1 (0)
 --device D --dtype T    cpu, cuda, cuda:1; float32, bfloat16, float16
 --batch N --compile     clips made at once (1); with torch.compile
@@ -46,7 +47,7 @@ PROMPT...               one or many prompts, each in quotes
 --out PATH              a folder (outputs/), or one .mp4, .gif or .png file
 --grid                  also one .png of all frames
 --fps N                 frames a second (4)
---verbose               tell each file; a traceback where something fails
+--verbose               tell the work shared and each file; tracebacks
 """
 
 
@@ -123,6 +124,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--solver", default="dpm++")
     parser.add_argument("--lambda-t", type=number, default=7.5)
     parser.add_argument("--lambda-m", type=number, default=1.2)
+    parser.add_argument("--guidance-range", type=number, nargs=2, default=(0.0, 1.0))
     parser.add_argument("--eta", type=number, default=0.0)
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -252,13 +254,15 @@ def file_name(prompt: str) -> str:
 
 
 def check_solver(args: argparse.Namespace, folder: Path) -> None:
-    """Raise ValueError unless solver, steps and eta go with each other and with the schedule."""
+    """Raise ValueError unless solver, steps, eta and guidance range go with the noise schedule."""
+    from gentron_fast.guidance import guidance_schedule
     from gentron_fast.model import read_json
     from gentron_fast.pipeline import SCHEDULER_PATH
     from gentron_fast.solvers import make_table
 
     try:
         make_table(args.solver, read_json(folder / SCHEDULER_PATH), args.steps, args.eta)
+        guidance_schedule(args.lambda_t, args.steps, *args.guidance_range)
     except TypeError as error:
         raise ValueError(f"no noise schedule in {folder / SCHEDULER_PATH}: {error}") from error
 
@@ -350,11 +354,14 @@ def make_clips(pipeline, args: argparse.Namespace, clips: list[Clip], frames: in
                 eta=args.eta,
                 lambda_t=args.lambda_t,
                 lambda_m=args.lambda_m,
+                guidance_range=tuple(args.guidance_range),
                 seed=[clip.seed for clip in batch],
                 callback_on_step_end=lambda step, timestep, latents: bar.update(1),
                 progress=False,
             )
             seconds += time.perf_counter() - start
+            if args.verbose:
+                bar.write(f"guidance     {output.guidance}")
             for clip, pictures in zip(batch, output.frames, strict=True):
                 write_clip(clip, pictures, args.fps)
                 if args.verbose:

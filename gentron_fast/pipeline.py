@@ -35,10 +35,12 @@ TEXT_COMPONENTS = {
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """frames uint8 (N, T, H, W, 3), None for output_type "latent"; latents fp32 (N, C, T, h, w)."""
+    """frames uint8 (N, T, H, W, 3), None for output_type "latent"; latents fp32 (N, C, T, h, w);
+    guidance: how the branches ran, in one line (GuidedDenoiser.describe)."""
 
     frames: Tensor | None
     latents: Tensor
+    guidance: str
 
 
 class GenTronPipeline:
@@ -197,12 +199,13 @@ class GenTronPipeline:
             latents = self._denoise(denoiser, seeds, step_done)
         self._replace(self.transformer)
         if output_type == "latent":
-            return PipelineOutput(None, latents)
+            return PipelineOutput(None, latents, denoiser.describe())
         self._place(self.vae)
         pixels = self.vae.decode(latents.to(self.vae.dtype))
         self._replace(self.vae)
         pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return PipelineOutput(pixels.permute(0, 2, 3, 4, 1).cpu(), latents)
+        pixels = pixels.permute(0, 2, 3, 4, 1).cpu()
+        return PipelineOutput(pixels, latents, denoiser.describe())
 
     def _denoise(self, denoiser: GuidedDenoiser, seeds, step_done) -> Tensor:
         """Noise of the seeds → latents (N, C, T, h, w) fp32, one guided step a row of the table."""

@@ -124,6 +124,7 @@ def test_reading_the_arguments_loads_no_torch():
         ([], ["a prompt is needed"]),
         (["  "], ["the prompt is empty"]),
         ([PROMPT, "--lambda-t", "nan"], ["--lambda-t", "'nan'"]),
+        ([PROMPT, "--guidance-range", 0.5, 0.2], ["guidance range", "0.5", "0.2"]),
         ([PROMPT, "--lambda-m", "inf"], ["--lambda-m", "'inf'"]),
         ([PROMPT, "--lambda-m", ""], ["--lambda-m", "''"]),
         ([PROMPT, "--steps", 0], ["--steps", "at least 1", "'0'"]),
@@ -257,6 +258,13 @@ def test_verbose_adds_the_traceback(generate):
     code, _, err = generate(PROMPT, "--verbose", "--solver", "euler")
     assert code == 2
     assert err.startswith("Traceback") and err.splitlines()[-1].startswith("gentron_fast.generate:")
+
+
+def test_verbose_tells_the_branches(generate):
+    code, out, _ = generate(PROMPT, "--verbose", "--guidance-range", 0, 0.5)
+    line = next(line for line in out.splitlines() if line.startswith("guidance "))
+    assert code == 0 and "1 steps of 3 branches; 1 steps of 1 branches" in line
+    assert "null t5 constant" in line and "of the work saved" in line
 
 
 def test_image_model_writes_png(generate, tiny_t2i_folder, tmp_path):
