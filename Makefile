@@ -1,11 +1,13 @@
 # make demo   a clip by the model that ships        make test   everything the tests need, and the tests
 # make lint   ruff                                  make train  the small model, from nothing
+# make gpu PART=test|ops|step|train|export [RESULTS=DIR]   on a CUDA machine, by its own python
+# make report   README's performance section, from bench/results
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint train clean
+.PHONY: demo test lint train gpu report clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -21,6 +23,12 @@ lint: .venv/dev
 train: .venv/dev
 	$(BIN)/deepspeed train/t2i.py
 	$(BIN)/deepspeed train/t2v.py
+
+gpu:
+	@$(PYTHON) bench/gpu.py $(PART) $(RESULTS)
+
+report: .venv/dev
+	$(BIN)/python bench/report.py
 
 # torch comes first: packages that build from source look at it.
 .venv/base:

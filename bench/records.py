@@ -1,0 +1,88 @@
+"""Where figures are kept: one JSON file a part, device and day, rewritten after every row."""
+
+import json
+import os
+import re
+import subprocess
+from datetime import datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+# What makes two rows the same measurement; a newer one takes the place of an older one.
+IDENTITY = ("operator", "direction", "preset", "shape", "dtype", "device")
+
+
+def environment(device: str) -> dict:
+    """What a row says of where it was measured. device: "cpu" or "cuda"."""
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "commit": commit(),
+        "time": datetime.now().isoformat(timespec="seconds"),
+    }
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's with its instruction set and the threads in use."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{_processor()} ({instructions}, {torch.get_num_threads()} threads)"
+
+
+@cache
+def commit() -> str:
+    """The checkout's commit, "-dirty" behind it when tracked files differ; COMMIT without git."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("COMMIT", "unknown")
+
+
+def append_row(folder: str | Path, part: str, row: dict) -> Path:
+    """Add a row to folder/PART-DEVICE-DATE.json at once, in place of an older one of the same kind.
+
+    The file is written aside and renamed: a process that is killed leaves the rows before.
+    """
+    name = re.sub(r"[^a-z0-9]+", "-", f"{part} {row['device']}".lower()).strip("-")
+    path = Path(folder) / f"{name}-{row['time'][:10]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = read_rows(path) if path.exists() else []
+    rows = [old for old in rows if identity(old) != identity(row)]
+    aside = path.with_suffix(".json.tmp")
+    lines = ",\n".join(json.dumps(row) for row in [*rows, row])
+    aside.write_text(f'{{"rows": [\n{lines}\n]}}\n')
+    aside.replace(path)
+    return path
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file; none if it is a JSON file of another kind."""
+    content = json.loads(path.read_text())
+    return content.get("rows", []) if isinstance(content, dict) else []
+
+
+def identity(row: dict) -> tuple:
+    return tuple(json.dumps(row.get(key)) for key in IDENTITY)
+
+
+@cache
+def _processor() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return re.sub(r"\((R|TM)\)", "", found[1]).strip() if found else os.uname().machine
+
+
+def _triton_version() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None

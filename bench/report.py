@@ -1,0 +1,173 @@
+"""make report: README's performance section and its roofline plot, from the rows in bench/results.
+
+Every figure comes from a file; a benchmark without one is not shown.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+
+from contest import OURS
+from records import ROOT, identity, read_rows
+
+RESULTS = ROOT / "bench/results"
+README = ROOT / "README.md"
+PLOT = ROOT / "docs/roofline.png"
+BEGIN = "<!-- performance begins: `make report` writes what stands between -->"
+END = "<!-- performance ends -->"
+LEGEND = (
+    "ms: ours, median and quartiles. % of copy: the time of copying as many bytes in the same run,"
+    " over ours. × NAME: that contender's time over ours, in the same run; – where it was absent."
+)
+
+
+def main() -> None:
+    rows = newest_rows(RESULTS)
+    text = section(rows)
+    if plot_roofline(rows, PLOT):
+        text += f"\n![Roofline]({PLOT.relative_to(ROOT)})\n"
+    README.write_text(replace_section(README.read_text(), text))
+    print(f"{len(rows)} rows of {len({row['device'] for row in rows})} devices in {README.name}")
+
+
+def newest_rows(folder: Path) -> list[dict]:
+    """The newest row of each benchmark, shape, dtype and device in the folder's files."""
+    found = [row for path in sorted(folder.glob("*.json")) for row in read_rows(path)]
+    found = [row for row in found if "contenders" in row]
+    newest = {identity(row): row for row in sorted(found, key=lambda row: row["time"])}
+    return sorted(newest.values(), key=_order)
+
+
+def section(rows: list[dict]) -> str:
+    """The tables in Markdown, one a device and operator."""
+    parts = [LEGEND] if rows else ["Nothing has been measured yet."]
+    for device in _names(rows, "device"):
+        mine = [row for row in rows if row["device"] == device]
+        parts += [f"### {device}", _provenance(mine)]
+        for operator in _names(mine, "operator"):
+            parts.append(_table(operator, [row for row in mine if row["operator"] == operator]))
+    return "\n\n".join(parts) + "\n"
+
+
+def replace_section(readme: str, text: str) -> str:
+    """The README with `text` between its markers; ValueError where they are missing."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md must hold the lines {BEGIN!r} and {END!r}")
+    return f"{before}{begin}\n\n{text}\n{end}{after}"
+
+
+def plot_roofline(rows: list[dict], path: Path) -> bool:
+    """Ours and the best other contender under each device's measured roofs; False without rows."""
+    rows = [row for row in rows if row["flops"] and row["copy"]]
+    if not rows:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    devices = _names(rows, "device")
+    figure, axes = plt.subplots(
+        1, len(devices), figsize=(6 * len(devices), 4.5), squeeze=False, layout="constrained"
+    )
+    operators = _names(rows, "operator")
+    colours = {operator: f"C{index}" for index, operator in enumerate(operators)}
+    for axis, device in zip(axes[0], devices, strict=True):
+        _draw_device(axis, [row for row in rows if row["device"] == device], colours)
+        axis.set_title(device, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp.png")
+    figure.savefig(aside, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    aside.replace(path)
+    return True
+
+
+def _draw_device(axis, rows: list[dict], colours: dict) -> None:
+    intensities = [row["flops"] / row["bytes"] for row in rows]
+    span = min(intensities) / 2, max(intensities) * 4
+    bandwidth = median(row["copy"]["gbs"] for row in rows)
+    for dtype, style in zip(_names(rows, "dtype"), ("-", "--", ":"), strict=False):
+        peak = 1e3 * median(row["product_tflops"] for row in rows if row["dtype"] == dtype)
+        ridge = min(max(peak / bandwidth, span[0]), span[1])
+        knees = [span[0], ridge, span[1]]
+        roof = [min(peak, bandwidth * x) for x in knees]
+        axis.plot(knees, roof, f"k{style}", linewidth=1, label=f"copy and product, {dtype}")
+    for row, intensity in zip(rows, intensities, strict=True):
+        colour = colours[row["operator"]]
+        others = [row["contenders"][name] for name in row["contenders"] if name != OURS]
+        others = [entry for entry in others if "ms" in entry]
+        best = min(others, key=lambda entry: entry["ms"], default=None)
+        if best is not None:
+            axis.plot(intensity, 1e3 * best["tflops"], "o", color=colour, fillstyle="none")
+        axis.plot(intensity, 1e3 * row["contenders"][OURS]["tflops"], "o", color=colour)
+    for operator in _names(rows, "operator"):
+        axis.plot([], [], "o", color=colours[operator], label=operator)
+    axis.plot([], [], "o", color="grey", fillstyle="none", label="best other contender")
+    axis.set(xscale="log", yscale="log", xlabel="FLOP / byte", ylabel="GFLOP/s")
+    axis.grid(alpha=0.3, which="both", linewidth=0.5)
+    axis.legend(fontsize=7)
+
+
+def _provenance(rows: list[dict]) -> str:
+    """What was measured where, when and by which command, and the roofs."""
+    facts = [f"torch {', '.join(_names(rows, 'torch'))}"]
+    facts += [f"triton {version}" for version in _names(rows, "triton") if version]
+    days = sorted({row["time"][:10] for row in rows})
+    facts.append(days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}")
+    facts.append(f"commit {', '.join(_names(rows, 'commit'))}")
+    copies = [row["copy"]["gbs"] for row in rows if row["copy"]]
+    if copies:
+        facts.append(f"copy {_figure(median(copies))} GB/s")
+    for dtype in _names(rows, "dtype"):
+        rates = [r["product_tflops"] for r in rows if r["dtype"] == dtype and r["product_tflops"]]
+        if rates:
+            facts.append(f"{dtype} product {_figure(median(rates))} TFLOP/s")
+    commands = "".join(f"\n    {command}" for command in _names(rows, "command"))
+    return f"{'; '.join(facts)}.\n{commands}"
+
+
+def _table(operator: str, rows: list[dict]) -> str:
+    names = [name for row in rows for name in row["contenders"] if name != OURS]
+    names = [name for name in dict.fromkeys(names) if any(_has(row, name) for row in rows)]
+    has_bytes = any(row["bytes"] for row in rows)
+    head = [operator, "direction", "shape", "dtype", "ms"]
+    head += ["GB/s", "% of copy"] * has_bytes + [f"× {name}" for name in names]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        ours = row["contenders"][OURS]
+        low, high = ours["iqr"]
+        shape = " × ".join(map(str, row["shape"]))
+        cells = [row["preset"] or "", row["direction"], shape, row["dtype"]]
+        cells.append(f"{_figure(ours['ms'])} ({_figure(low)} to {_figure(high)})")
+        if has_bytes:
+            cells += [_figure(ours.get(key)) for key in ("gbs", "percent_of_copy")]
+        entries = [row["contenders"].get(name, {}) for name in names]
+        lines.append([*cells, *(_figure(entry.get("speedup")) for entry in entries)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _figure(value: float | None) -> str:
+    """Three significant digits, whole numbers in full; – for None."""
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _has(row: dict, name: str) -> bool:
+    return "ms" in row["contenders"].get(name, {})
+
+
+def _names(rows: Iterable[dict], key: str) -> list:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def _order(row: dict) -> tuple:
+    keys = "device", "operator", "direction", "preset", "dtype"
+    return *(row[key] or "" for key in keys), row["shape"]
+
+
+if __name__ == "__main__":
+    main()
