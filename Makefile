@@ -1,13 +1,14 @@
 # make demo   a clip by the model that ships        make test   everything the tests need, and the tests
 # make lint   ruff                                  make train  the small model, from nothing
 # make gpu PART=test|ops|step|train|export [RESULTS=DIR]   on a CUDA machine, by its own python
+# make large    one step of the whole G/2-T2V on the CPU, plain against shared: 12 GB of memory
 # make report   README's performance section, from bench/results
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint train gpu report clean
+.PHONY: demo test lint train gpu large report clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -26,6 +27,9 @@ train: .venv/dev
 
 gpu:
 	@$(PYTHON) bench/gpu.py $(PART) $(RESULTS)
+
+large: .venv/dev
+	$(BIN)/python bench/large.py
 
 report: .venv/dev
 	$(BIN)/python bench/report.py

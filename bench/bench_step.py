@@ -1,0 +1,274 @@
+"""One guided sampling step, text and motion: what a user would run today, and ours.
+
+pytest bench/bench_step.py --benchmark-only
+"""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from contest import DTYPES, OURS, Contender, absent
+from torch.utils.flop_counter import FlopCounterMode
+
+from gentron_fast import PRESETS, EncodedText, GenTron, TextCondition, layers
+from gentron_fast.diffusion import SCHEDULER_CONFIG
+from gentron_fast.guidance import GuidedDenoiser, guidance_weights, guided_prediction
+from gentron_fast.solvers import make_table, solver_step
+from gentron_kernels.temporal_attention import temporal_attention_ref
+
+LAMBDA_T, LAMBDA_M = 7.5, 1.2
+PROMPT, NULL = {"clip": 20, "t5": 40}, {"clip": 2, "t5": 1}  # tokens
+TABLE = make_table("dpm++", SCHEDULER_CONFIG, 50)
+STEP = 25
+
+
+def plain_chain(x, y=None, gate=None, shift=None, scale=None):
+    """The chain between two sub-layers as DiT's code has it, in x's own dtype."""
+
+    def rows(value):
+        value = value[0][value[1]] if isinstance(value, tuple) else value
+        leading = x.shape[:1] if len(value) == len(x) else x.shape[:2]
+        return value.reshape(*leading, *(1,) * (x.ndim - 1 - len(leading)), -1)
+
+    if y is not None:
+        x = x + (y if gate is None else rows(gate) * y)
+    h = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    if scale is not None:
+        h = h * (1 + rows(scale))
+    return x, h if shift is None else h + rows(shift)
+
+
+@contextlib.contextmanager
+def plain_operators():
+    """The model on eager torch operators alone, as it would be written without this engine."""
+    ours = layers.residual_layernorm_modulate, layers.temporal_attention
+    layers.residual_layernorm_modulate = plain_chain
+    layers.temporal_attention = temporal_attention_ref
+    try:
+        yield
+    finally:
+        layers.residual_layernorm_modulate, layers.temporal_attention = ours
+
+
+def plainly(function):
+    def run(*inputs):
+        with plain_operators():
+            return function(*inputs)
+
+    return run
+
+
+def text_of(config, lengths, dtype, device) -> TextCondition:
+    generator = torch.Generator().manual_seed(sum(lengths.values()))
+
+    def encoded(length, width):
+        tokens = torch.randn(1, length, width, generator=generator)
+        # On the meta device, where FLOPs are counted, no mask can be looked at.
+        mask = None if device == "meta" else torch.ones(1, length, dtype=torch.bool)
+        return EncodedText(tokens, mask, tokens.mean(1))
+
+    parts = {name: encoded(lengths[name], config.text_width(name)) for name in config.encoders}
+    return TextCondition(**parts).to(device, dtype)
+
+
+def random_model(config, dtype, device) -> GenTron:
+    """A model with no zero weights: a fresh one skips half of its arithmetic."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = GenTron(config).eval().to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5 * parameter.shape[-1] ** -0.5)
+    return model
+
+
+class Step:
+    """The contenders of one model and shape, each (latents, x0 of the step before) → the next."""
+
+    def __init__(self, config, shape, dtype, device):
+        self.model = random_model(config, dtype, device)
+        self.dtype, self.device, self.shape = dtype, device, shape
+        self.text = text_of(config, PROMPT, dtype, device)
+        self.null_text = text_of(config, NULL, dtype, device)
+        self.timestep = TABLE.timesteps[STEP : STEP + 1].to(device)
+        self.compiled = torch.compile(self.stacked, dynamic=False)
+
+    def denoiser(self) -> GuidedDenoiser:
+        return GuidedDenoiser(
+            self.model, self.text, self.null_text, TABLE, LAMBDA_T, LAMBDA_M, self.shape[1:]
+        )
+
+    def definition(self, latents, x0_previous):
+        """Three forwards in the dtype of the latents, and the solver's step."""
+        model = self.model
+        if latents.dtype != self.dtype:
+            model = GenTron(model.config).to(self.device, latents.dtype)
+            model.load_state_dict(self.model.state_dict())
+        texts = (part.to(dtype=latents.dtype) for part in (self.text, self.null_text))
+        with torch.no_grad():
+            noise = guided_prediction(model, latents, self.timestep, *texts, LAMBDA_T, LAMBDA_M)
+        return solver_step(TABLE.rows[STEP], latents, noise, x0_previous)
+
+    def separate(self, latents, x0_previous):
+        """Three forwards, one behind the other."""
+        mask = torch.ones(1, dtype=torch.bool, device=self.device)
+        x = latents.to(self.dtype)
+        runs = (self.null_text, mask), (self.null_text, None), (self.text, None)
+        with torch.no_grad():
+            parts = [self.model(x, self.timestep, text, flags) for text, flags in runs]
+        return self.update(latents, parts, x0_previous)
+
+    def stacked(self, x, text, flags):
+        return self.model(x, self.timestep.expand(3), text, flags)
+
+    def batched(self, latents, x0_previous, forward=None):
+        """One forward of the three branches, texts padded to one length and masked."""
+        text = TextCondition.cat([self.null_text, self.null_text, self.text])
+        flags = torch.tensor([True, False, False], device=self.device)
+        x = latents.to(self.dtype).repeat(3, 1, 1, 1, 1)
+        with torch.no_grad():
+            parts = (forward or self.stacked)(x, text, flags).split(1)
+        return self.update(latents, parts, x0_previous)
+
+    def batched_compiled(self, latents, x0_previous):
+        return self.batched(latents, x0_previous, self.compiled)
+
+    def update(self, latents, parts, x0_previous):
+        weights = guidance_weights(LAMBDA_T, LAMBDA_M)
+        noise = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+        return solver_step(TABLE.rows[STEP], latents, noise, x0_previous)
+
+    def ours(self):
+        denoiser = self.denoiser()
+        return lambda latents, x0_previous: denoiser.step(latents, STEP, x0_previous)
+
+    def ours_compiled(self):
+        """The same weights in a model whose blocks are compiled."""
+        model = GenTron(self.model.config).eval().to(self.device, self.dtype)
+        model.load_state_dict(self.model.state_dict(), assign=True)
+        model.compile_blocks()
+        plain, self.model = self.model, model
+        denoiser, self.model = self.denoiser(), plain
+        return lambda latents, x0_previous: denoiser.step(latents, STEP, x0_previous)
+
+    def latte(self, depth: int) -> Contender:
+        """diffusers' text-to-video transformer of equal width, and as many branches."""
+        try:
+            from diffusers import LatteTransformer3DModel
+        except ImportError:
+            return absent("Latte", "diffusers is not installed")
+        config, (_, channels, frames, height, _) = self.model.config, self.shape
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            model = LatteTransformer3DModel(
+                num_attention_heads=config.heads,
+                attention_head_dim=config.head_size,
+                in_channels=channels,
+                out_channels=channels,
+                num_layers=depth,
+                cross_attention_dim=config.width,
+                attention_bias=True,
+                sample_size=height,
+                patch_size=config.patch_size,
+                activation_fn="gelu-approximate",
+                num_embeds_ada_norm=1000,
+                norm_type="ada_norm_single",
+                norm_elementwise_affine=False,
+                norm_eps=1e-6,
+                caption_channels=config.t5_width,
+                video_length=frames,
+            )
+        model = model.eval().to(self.dtype)
+        tokens = self.text.t5.tokens.repeat(3, 1, 1)
+
+        def run(latents, x0_previous):
+            x = latents.to(self.dtype).repeat(3, 1, 1, 1, 1)
+            with torch.no_grad():
+                timestep = self.timestep.expand(3)
+                parts = model(x, timestep, tokens, return_dict=False)[0].split(1)
+            return self.update(latents, parts, x0_previous)
+
+        note = f"{depth} layers for {config.depth}"
+        return Contender("Latte", run, note, checked=False)
+
+
+def flops_of(run, *inputs) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run(*inputs)
+    return counter.get_total_flops()
+
+
+def latte_depth(counted: Step, flops: int, inputs) -> tuple[int, int]:
+    """Layers of Latte that come nearest to these FLOPs, and their count; 0, 0 without diffusers."""
+    if counted.latte(1).run is None:
+        return 0, 0
+    one, two = (flops_of(counted.latte(depth).run, *inputs) for depth in (1, 2))
+    depth = max(1, 1 + round((flops - one) / (two - one)))
+    return depth, one + (depth - 1) * (two - one)
+
+
+def compete(measure, contest, name, config, shape, dtype):
+    step = Step(config, shape, dtype, contest.device)
+    contenders = [
+        Contender(OURS, step.ours()),
+        Contender("three eager forwards", plainly(step.separate)),
+        Contender("one batched forward", plainly(step.batched)),
+    ]
+    if contest.smoke:
+        contenders.append(absent("batched, torch.compile", "not compiled in a dry run"))
+        contenders.append(absent("ours, compiled", "not compiled in a dry run"))
+    else:
+        contenders.append(Contender("batched, torch.compile", plainly(step.batched_compiled)))
+        contenders.append(Contender("ours, compiled", step.ours_compiled()))
+    counted = Step(config, shape, dtype, "meta")
+    ours = counted.ours()
+    inputs = [torch.empty(shape, device="meta") for _ in range(2)]
+    ours(*inputs)  # makes the modulation rows of all steps
+    with plain_operators():
+        plain, shared = flops_of(counted.separate, *inputs), flops_of(ours, *inputs)
+    depth, latte_flops = latte_depth(counted, plain, inputs)
+    contenders.append(step.latte(depth))
+    row = measure(
+        name,
+        shape,
+        dtype,
+        make=lambda randn: tuple(randn(*shape, dtype=torch.float32) for _ in range(2)),
+        definition=step.definition,
+        contenders=contenders,
+        flops=shared,
+        preset=None,
+        plain_flops=plain,
+        latte_flops=latte_flops,
+        amdahl_ceiling=plain / shared,
+        work=step.denoiser().describe(),
+    )
+    print(
+        f"\n{name}: {plain / 1e9:.1f} GFLOP plain, {shared / 1e9:.1f} ours, "
+        f"{latte_flops / 1e9:.1f} Latte ({depth} layers for {config.depth}); "
+        f"ceiling {row['amdahl_ceiling']:.3f}\n{row['work']}"
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small(measure, contest, dtype):
+    """The small preset at its own size: 8 frames of 64 × 64 pixels."""
+    compete(measure, contest, "guided step, small", PRESETS["small-T2V"], (1, 4, 8, 8, 8), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slice(measure, contest, dtype):
+    """Four blocks of XL/2-T2V: 8 frames at 128², on a GPU at 512²."""
+    side = 4 if contest.smoke else 64 if contest.device == "cuda" else 16
+    config = replace(PRESETS["XL/2-T2V"], depth=2 if contest.smoke else 4)
+    name = "guided step, 4 blocks of XL/2-T2V"
+    compete(measure, contest, name, config, (1, 4, 8, side, side), dtype)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_whole_model(measure, contest):
+    """G/2-T2V, 8 frames at 512², bf16."""
+    shape = 1, 4, 8, 64, 64
+    name = "guided step, G/2-T2V"
+    compete(measure, contest, name, PRESETS["G/2-T2V"], shape, torch.bfloat16)
