@@ -23,17 +23,18 @@ LEGEND = (
 
 def main() -> None:
     rows = newest_rows(RESULTS)
-    text = section(rows)
+    text = section(rows) + work_section(newest_rows(RESULTS, "saved"))
     if plot_roofline(rows, PLOT):
         text += f"\n![Roofline]({PLOT.relative_to(ROOT)})\n"
     README.write_text(replace_section(README.read_text(), text))
     print(f"{len(rows)} rows of {len({row['device'] for row in rows})} devices in {README.name}")
 
 
-def newest_rows(folder: Path) -> list[dict]:
-    """The newest row of each benchmark, shape, dtype and device in the folder's files."""
+def newest_rows(folder: Path, kind: str = "contenders") -> list[dict]:
+    """The newest row of each benchmark, shape, dtype and device in the folder's files, among the
+    rows that hold `kind`."""
     found = [row for path in sorted(folder.glob("*.json")) for row in read_rows(path)]
-    found = [row for row in found if "contenders" in row]
+    found = [row for row in found if kind in row]
     newest = {identity(row): row for row in sorted(found, key=lambda row: row["time"])}
     return sorted(newest.values(), key=_order)
 
@@ -47,6 +48,23 @@ def section(rows: list[dict]) -> str:
         for operator in _names(mine, "operator"):
             parts.append(_table(operator, [row for row in mine if row["operator"] == operator]))
     return "\n\n".join(parts) + "\n"
+
+
+def work_section(rows: list[dict]) -> str:
+    """The table of bench/work.py: FLOPs of a guided step saved, by source; nothing without rows."""
+    if not rows:
+        return ""
+    sources = list(rows[0]["saved"])
+    head = ["model", "guidance", "three forwards", *sources]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        shares = (f"{row['saved'][source]:.1%}" for source in sources)
+        lines.append([row["preset"], row["direction"], f"{row['flops'] / 1e12:.1f} TFLOP", *shares])
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    shape = " × ".join(map(str, rows[0]["shape"]))
+    return (
+        f"\n### Work saved in a guided step, latents {shape} (`python bench/work.py`)\n\n{table}\n"
+    )
 
 
 def replace_section(readme: str, text: str) -> str:
