@@ -121,11 +121,17 @@ class GuidedDenoiser:
         *,
         fold: bool = True,
         merge: bool = True,
+        reuse: int = 1,
+        cuda_graph: bool | None = None,
     ):
         """text of B prompts and null_text, the empty or the negative prompt, of 1 or B; lambda_t
         and lambda_m a number, one a sample (B,), or a schedule (S, 1) or (S, B); latent_shape
-        (C, T, H, W). fold, merge: whether to do as above.
+        (C, T, H, W). fold, merge: whether to do as above. reuse: only every so many steps all
+        branches run; the others add the last difference to the text's branch, which is faster and
+        another function. cuda_graph: replay the forward, by default for images on CUDA.
         """
+        if reuse < 1:
+            raise ValueError(f"reuse must be at least 1 step, got {reuse}")
         if null_text.batch not in (1, text.batch):
             raise ValueError(f"null_text has {null_text.batch} prompts, not 1 or {text.batch}")
         self.model, self.table, self.batch = model, table, text.batch
@@ -151,7 +157,7 @@ class GuidedDenoiser:
             for block in model.blocks
             if model.config.temporal
         ]
-        self._plans = {branches: self._plan(branches) for branches in set(self._active)}
+        self._plans: dict[tuple, _Plan] = {}
 
         latents = torch.empty(self._pooled.batch, *self.latent_shape, device="meta")
         sized = model.config.size_embedding
@@ -159,6 +165,10 @@ class GuidedDenoiser:
         values = (6 * model.config.depth + 2) * model.config.width * self._pooled.batch
         self._chunk = max(1, MODULATION_BYTES // (values * model.patch_embed.weight.element_size()))
         self._chunk_start = None
+        self.reuse, self._difference = reuse, None
+        if cuda_graph is None:
+            cuda_graph = self.device.type == "cuda" and latent_shape[1] == 1
+        self._graphs: dict | None = {} if cuda_graph else None
 
     @torch.no_grad()
     def step(
@@ -172,32 +182,77 @@ class GuidedDenoiser:
 
         latents, x0_previous, noise (B, C, T, H, W); returned in fp32, or fp64 for fp64 latents.
         """
-        branches = self.branches(latents, step)
+        reuses = self.reuse > 1 and self._active[step][2]
+        if reuses and step % self.reuse and self._difference is not None:
+            text = self.branches(latents, step, only_text=True)[2]
+            branches, weights = (self._difference, None, text), self._weights.new_ones(3)
+        else:
+            branches, weights = self.branches(latents, step), self._weights[step]
+            if reuses:
+                self._difference = self._guidance_difference(branches, weights)
         channels, d = latents.shape[1], None
         if self.table.log_variance is not None and self.model.config.learned_range:
             last = [branch for branch in branches if branch is not None][-1]
             d = learned_range_d(self.table, step, last[:, channels:])
         branches = [branch if branch is None else branch[:, :channels] for branch in branches]
-        return guided_step(
-            latents, branches, self._weights[step], self._rows[step], x0_previous, noise, d
+        return guided_step(latents, branches, weights, self._rows[step], x0_previous, noise, d)
+
+    def _guidance_difference(self, branches, weights: Tensor) -> Tensor:
+        """What the guided noise adds to the text's branch, (B, C, T, H, W)."""
+        guided = sum(
+            weight.reshape(-1, 1, 1, 1, 1) * branch
+            for weight, branch in zip(weights.unbind(1), branches, strict=True)
+            if branch is not None
         )
+        return (guided - branches[2]).to(torch.promote_types(self.dtype, torch.float32))
 
     @torch.no_grad()
-    def branches(self, latents: Tensor, step: int) -> tuple[Tensor | None, ...]:
-        """The predictions ε(∅,∅), ε(∅,c_M) and ε(c_T,c_M) that the step needs, None for others."""
+    def branches(
+        self, latents: Tensor, step: int, only_text: bool = False
+    ) -> tuple[Tensor | None, ...]:
+        """The predictions ε(∅,∅), ε(∅,c_M) and ε(c_T,c_M) that the step needs, None for others.
+
+        Under cuda_graph they are overwritten by the next call.
+        """
         if latents.shape != (self.batch, *self.latent_shape):
             wanted = (self.batch, *self.latent_shape)
             raise ValueError(f"latents must be {wanted}, got {tuple(latents.shape)}")
-        model, plan = self.model, self._plans[self._active[step]]
-        rows, final_rows = (part[plan.conditions] for part in self._modulation(step))
-        x = model.embed(latents.to(self.dtype)).repeat(sum(plan.branches), 1, 1, 1)
-        y = gate = None
+        active = (False, False, True) if only_text else self._active[step]
+        if active not in self._plans:
+            self._plans[active] = self._plan(active)
+        plan = self._plans[active]
+        rows = [part[plan.conditions] for part in self._modulation(step)]
+        forward = self._forward if self._graphs is None else self._replay
+        runs = iter(forward(plan, latents.to(self.dtype), *rows).split(self.batch))
+        return tuple(next(runs) if needed else None for needed in plan.branches)
+
+    def _forward(self, plan: _Plan, latents: Tensor, rows: Tensor, final_rows: Tensor) -> Tensor:
+        model = self.model
+        x, y, gate = model.embed(latents).repeat(sum(plan.branches), 1, 1, 1), None, None
         parts = zip(model.blocks, plan.contexts, plan.motion_free, strict=True)
         for index, (block, context, motion_free) in enumerate(parts):
             x, y, gate = block(x, y, gate, rows[:, index], context, motion_free)
-        patches = model.final(x, y, gate, final_rows)
-        runs = iter(model.unpatchify(patches, *latents.shape[-2:]).split(self.batch))
-        return tuple(next(runs) if needed else None for needed in plan.branches)
+        return model.unpatchify(model.final(x, y, gate, final_rows), *latents.shape[-2:])
+
+    def _replay(self, plan: _Plan, *inputs: Tensor) -> Tensor:
+        """`_forward` as a CUDA graph, captured at its first call: its buffers are its own."""
+        if plan.branches not in self._graphs:
+            static = [tensor.clone() for tensor in inputs]
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # compiles kernels and fills caches, which no capture may do
+                    self._forward(plan, *static)
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = self._forward(plan, *static)
+            self._graphs[plan.branches] = graph, static, result
+        graph, static, result = self._graphs[plan.branches]
+        for buffer, tensor in zip(static, inputs, strict=True):
+            buffer.copy_(tensor)
+        graph.replay()
+        return result
 
     def describe(self) -> str:
         """In one line: branches a step, the form of each text, the share of the work saved."""

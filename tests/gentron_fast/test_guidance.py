@@ -291,6 +291,41 @@ def test_guidance_inside_a_range_of_the_steps(case):
         guidance_schedule(7.5, 4, 0.8, 0.2)
 
 
+def test_reused_differences(case):
+    model, latents, _, text, null_text = case
+    inputs = model, text, null_text, TABLE, 7.5, 1.2, latents.shape[1:]
+    denoiser, whole = GuidedDenoiser(*inputs, reuse=2), GuidedDenoiser(*inputs)
+    after, _ = denoiser.step(latents, 0)
+    assert torch.equal(after, whole.step(latents, 0)[0])
+    difference = guided(whole, latents, 0) - whole.branches(latents, 0)[2]
+    calls = count_calls(model.blocks[0])
+    reused, _ = denoiser.step(after, 1, latents)
+    assert len(calls) == 1
+    noise = whole.branches(after, 1)[2] + difference
+    expected, _ = solver_step(TABLE.rows[1], after, noise, latents)
+    torch.testing.assert_close(reused, expected)
+    torch.testing.assert_close(denoiser.step(after, 2, latents), whole.step(after, 2, latents))
+    with pytest.raises(ValueError, match="reuse must be at least 1 step, got 0"):
+        GuidedDenoiser(*inputs, reuse=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("frames", [1, 3])
+def test_the_cuda_graph_is_the_forward(tiny_config, make_model, make_text, frames):
+    model = make_model(tiny_config, torch.float32).cuda()
+    text, null_text = (
+        make_text(tiny_config, 2, clip, t5, torch.float32, seed).to("cuda")
+        for clip, t5, seed in ((9, 20, 1), (2, 1, 2))
+    )
+    inputs = model, text, null_text, TABLE, 7.5, 1.2, (4, frames, 8, 8)
+    replayed, plain = (GuidedDenoiser(*inputs, cuda_graph=graph) for graph in (True, False))
+    latents = torch.randn(2, 4, frames, 8, 8, device="cuda")
+    for step in (0, 1, 3):  # captured, then replayed on other inputs
+        found, expected = replayed.step(latents, step), plain.step(latents, step)
+        torch.testing.assert_close(found, expected)
+        latents = expected[0]
+
+
 def test_wrong_input_is_named(case):
     model, latents, _, text, null_text = case
     inputs = model, text, null_text, TABLE
