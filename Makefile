@@ -1,11 +1,12 @@
 # make demo   a clip by the model that ships        make test   everything the tests need, and the tests
 # make lint   ruff                                  make train  the small model, from nothing
+# make kernels  registers, spills and shared memory of every Triton kernel, compiled without a GPU
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint train clean
+.PHONY: demo test lint train kernels clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -21,6 +22,9 @@ lint: .venv/dev
 train: .venv/dev
 	$(BIN)/deepspeed train/t2i.py
 	$(BIN)/deepspeed train/t2v.py
+
+kernels: .venv/dev
+	$(BIN)/python tests/kernels/aot.py
 
 # torch comes first: packages that build from source look at it.
 .venv/base:

@@ -1,5 +1,6 @@
 """What the operators share: which backend tensors get, and how a Triton kernel is reached."""
 
+import contextlib
 import functools
 import os
 from pathlib import Path
@@ -28,6 +29,13 @@ def launcher(kernel):
     """A kernel as a triton_op launches it; wrap_triton does not take interpreted ones."""
     interpreted = not isinstance(kernel, triton.runtime.JITFunction)
     return kernel if interpreted else torch.library.wrap_triton(kernel)
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Where Triton launches, which is the current device: x's, where there are several."""
+    if x.device.type == "cuda" and torch.cuda.device_count() > 1:
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
 
 
 @functools.cache
@@ -66,3 +74,11 @@ def backend(*tensors: Tensor) -> str:
     if device == "cpu" and all(x.dtype in CPU_DTYPES for x in tensors) and cpu_library():
         return "cpu"
     return "ref"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a CUDA device has; an H100's number where it is not at hand."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count

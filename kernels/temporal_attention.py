@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gentron_kernels import launch
 from gentron_kernels.attention import sdpa
-from gentron_kernels.launch import tl
+from gentron_kernels.launch import constexpr, tl
 
 ROWS = 64  # of a tile: 64 // T sequences of T frames
 MAX_SIZE = 128  # of a head, in the Triton kernels
@@ -63,7 +63,7 @@ def temporal_values(
 def merge_values(
     value_weight: Tensor, value_bias: Tensor, out_weight: Tensor, out_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """W_o · W_v and W_o · b_v + b_o, made in fp32 (fp64 for fp64), then cast once to W_o's dtype."""
+    """(W_o · W_v, W_o · b_v + b_o), made in fp32 (fp64 for fp64) and cast once, to W_o's dtype."""
     dtype = torch.promote_types(out_weight.dtype, torch.float32)
     with torch.autocast(out_weight.device.type, enabled=False):
         out_wide = out_weight.to(dtype)
@@ -92,30 +92,30 @@ def temporal_attention_ref(qkv: Tensor, motion_free: Tensor | bool | None = None
 
 
 @launch.jit
-def _tile(tokens, T: "tl.constexpr", H: "tl.constexpr", ROWS: "tl.constexpr"):
-    """The program's tile: its sample, each row's sequence in the tile, frame, row of (B, T, N) and
-    head, and whether it is one at all."""
-    SEQUENCES: tl.constexpr = ROWS // T
+def _tile(tokens, T: constexpr, H: constexpr, DH: constexpr, ROWS: constexpr):
+    """The program's tile: its sample, and each row's sequence in the tile, frame, address in qkv
+    and in out, and whether there is such a row."""
+    SEQUENCES: constexpr = ROWS // T
     tiles = tl.cdiv(tokens * H, SEQUENCES)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     row = tl.arange(0, ROWS)
     frame, sequence = row // SEQUENCES, row % SEQUENCES
     index = (tl.program_id(0) % tiles) * SEQUENCES + sequence
     token = (sample * T + frame) * tokens + index // H
-    return sample, sequence, frame, token, index % H, (frame < T) & (index < tokens * H)
+    column = index % H * DH
+    inside = (frame < T) & (index < tokens * H)
+    return sample, sequence, frame, token * 3 * H * DH + column, token * H * DH + column, inside
 
 
 @launch.jit
-def _load(pointer, rows, inside, START: "tl.constexpr", BLOCK: "tl.constexpr", DH: "tl.constexpr"):
+def _load(pointer, rows, inside, START: constexpr, BLOCK: constexpr, DH: constexpr):
     column = START + tl.arange(0, BLOCK)
     mask = inside[:, None] & (column < DH)[None, :]
     return tl.load(pointer + rows[:, None] + column[None, :], mask, 0)
 
 
 @launch.jit
-def _store(
-    pointer, rows, inside, value, START: "tl.constexpr", BLOCK: "tl.constexpr", DH: "tl.constexpr"
-):
+def _store(pointer, rows, inside, value, START: constexpr, BLOCK: constexpr, DH: constexpr):
     column = START + tl.arange(0, BLOCK)
     mask = inside[:, None] & (column < DH)[None, :]
     tl.store(pointer + rows[:, None] + column[None, :], value.to(pointer.dtype.element_ty), mask)
@@ -128,12 +128,13 @@ def _dot(a, b, total=None):
 
 
 @launch.jit
-def _softmax(scores, sequence, frame, T: "tl.constexpr", DH: "tl.constexpr"):
-    """Along the keys of each row's own sequence, in fp32; rows outside stay finite."""
+def _softmax(scores, sequence, frame, T: constexpr, DH: constexpr):
+    """The numerators, along the keys of each row's own sequence, and one over their sum, in fp32.
+    A row that is none stays finite."""
     own = (sequence[:, None] == sequence[None, :]) & (frame < T)[None, :]
     scores = tl.where(own, scores * (1.4426950408889634 / DH**0.5), -float("inf"))
     weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
-    return weights / tl.sum(weights, 1)[:, None]
+    return weights, 1 / tl.sum(weights, 1)[:, None]
 
 
 # I/O: read q, k, v; write out. Motion-free: read v, write out.
@@ -143,17 +144,15 @@ def _temporal_attention_fwd_kernel(
     motion_free_ptr,
     out_ptr,
     tokens,
-    HAS_FLAGS: "tl.constexpr",
-    T: "tl.constexpr",
-    H: "tl.constexpr",
-    DH: "tl.constexpr",
-    BLOCK: "tl.constexpr",
-    REST: "tl.constexpr",
-    ROWS: "tl.constexpr",
+    HAS_FLAGS: constexpr,
+    T: constexpr,
+    H: constexpr,
+    DH: constexpr,
+    BLOCK: constexpr,
+    REST: constexpr,
+    ROWS: constexpr,
 ):
-    sample, sequence, frame, token, head, inside = _tile(tokens, T, H, ROWS)
-    rows = token * (3 * H * DH) + head * DH
-    out_rows = token * (H * DH) + head * DH
+    sample, sequence, frame, rows, out_rows, inside = _tile(tokens, T, H, DH, ROWS)
     k_ptr, v_ptr = qkv_ptr + H * DH, qkv_ptr + 2 * H * DH
     motion_free = 0
     if HAS_FLAGS:
@@ -173,10 +172,11 @@ def _temporal_attention_fwd_kernel(
             q_rest = _load(qkv_ptr, rows, inside, BLOCK, REST, DH)
             k_rest = _load(k_ptr, rows, inside, BLOCK, REST, DH)
             scores = _dot(q_rest, tl.trans(k_rest), scores)
-        p = _softmax(scores, sequence, frame, T, DH).to(v.dtype)
-        _store(out_ptr, out_rows, inside, _dot(p, v), 0, BLOCK, DH)
+        weights, inverse = _softmax(scores, sequence, frame, T, DH)
+        weights = weights.to(v.dtype)  # before the division: the largest is 1, and exact
+        _store(out_ptr, out_rows, inside, _dot(weights, v) * inverse, 0, BLOCK, DH)
         if REST:
-            _store(out_ptr, out_rows, inside, _dot(p, v_rest), BLOCK, REST, DH)
+            _store(out_ptr, out_rows, inside, _dot(weights, v_rest) * inverse, BLOCK, REST, DH)
 
 
 # I/O: read d_out, q, k, v; write dq, dk, dv. Motion-free: read d_out, write dq = dk = 0 and dv.
@@ -187,17 +187,15 @@ def _temporal_attention_bwd_kernel(
     motion_free_ptr,
     d_qkv_ptr,
     tokens,
-    HAS_FLAGS: "tl.constexpr",
-    T: "tl.constexpr",
-    H: "tl.constexpr",
-    DH: "tl.constexpr",
-    BLOCK: "tl.constexpr",
-    REST: "tl.constexpr",
-    ROWS: "tl.constexpr",
+    HAS_FLAGS: constexpr,
+    T: constexpr,
+    H: constexpr,
+    DH: constexpr,
+    BLOCK: constexpr,
+    REST: constexpr,
+    ROWS: constexpr,
 ):
-    sample, sequence, frame, token, head, inside = _tile(tokens, T, H, ROWS)
-    rows = token * (3 * H * DH) + head * DH
-    out_rows = token * (H * DH) + head * DH
+    sample, sequence, frame, rows, out_rows, inside = _tile(tokens, T, H, DH, ROWS)
     k_ptr, v_ptr = qkv_ptr + H * DH, qkv_ptr + 2 * H * DH
     dk_ptr, dv_ptr = d_qkv_ptr + H * DH, d_qkv_ptr + 2 * H * DH
     motion_free = 0
@@ -228,7 +226,8 @@ def _temporal_attention_bwd_kernel(
             v_rest = _load(v_ptr, rows, inside, BLOCK, REST, DH)
             scores = _dot(q_rest, tl.trans(k_rest), scores)
             dp = _dot(d_rest, tl.trans(v_rest), dp)
-        p = _softmax(scores, sequence, frame, T, DH)
+        weights, inverse = _softmax(scores, sequence, frame, T, DH)
+        p = weights * inverse
         ds = p * (dp - tl.sum(p * dp, 1)[:, None]) * (1 / DH**0.5)
         ds = ds.to(q.dtype)
         _store(d_qkv_ptr, rows, inside, _dot(ds, k), 0, BLOCK, DH)
@@ -251,9 +250,10 @@ def _temporal_attention_cuda(qkv: Tensor, motion_free: Tensor | None) -> Tensor:
         return out
     grid, options = _launch_options(qkv, motion_free)
     flags = qkv if motion_free is None else motion_free.view(torch.uint8)
-    launch.launcher(_temporal_attention_fwd_kernel)[grid](
-        qkv.contiguous(), flags, out, qkv.shape[2], **options
-    )
+    with launch.device_of(qkv):
+        launch.launcher(_temporal_attention_fwd_kernel)[grid](
+            qkv.contiguous(), flags, out, qkv.shape[2], **options
+        )
     return out
 
 
@@ -266,9 +266,10 @@ def _temporal_attention_backward_cuda(
         return d_qkv
     grid, options = _launch_options(qkv, motion_free, backward=True)
     flags = qkv if motion_free is None else motion_free.view(torch.uint8)
-    launch.launcher(_temporal_attention_bwd_kernel)[grid](
-        d_out.contiguous(), qkv.contiguous(), flags, d_qkv, qkv.shape[2], **options
-    )
+    with launch.device_of(qkv):
+        launch.launcher(_temporal_attention_bwd_kernel)[grid](
+            d_out.contiguous(), qkv.contiguous(), flags, d_qkv, qkv.shape[2], **options
+        )
     return d_qkv
 
 
@@ -278,7 +279,7 @@ def _launch_options(qkv: Tensor, motion_free: Tensor | None, backward: bool = Fa
     frames, heads, size = int(frames), int(heads), int(size)
     grid = (batch * -(-(tokens * heads) // (ROWS // frames)),)
     constants = _constants(frames, heads, size, motion_free is not None)
-    return grid, constants | {"num_warps": _num_warps(size, backward)}
+    return grid, constants | {"num_warps": _num_warps(constants, backward)}
 
 
 def _constants(frames: int, heads: int, size: int, has_flags: bool) -> dict[str, int]:
@@ -288,32 +289,23 @@ def _constants(frames: int, heads: int, size: int, has_flags: bool) -> dict[str,
     if block < 16 or block + rest >= whole:
         block, rest = whole, 0
     names = "HAS_FLAGS", "T", "H", "DH", "BLOCK", "REST", "ROWS"
-    return dict(
-        zip(names, (has_flags, frames, heads, size, block, rest, ROWS), strict=True)
-    )
+    return dict(zip(names, (has_flags, frames, heads, size, block, rest, ROWS), strict=True))
 
 
-def _num_warps(size: int, backward: bool) -> int:
-    return 8 if backward and size > 64 else 4
+def _num_warps(constants: dict[str, int], backward: bool) -> int:
+    return 8 if backward and constants["BLOCK"] > 64 else 4
 
 
 def compile_cases():
-    """The kernels at the shapes of XL/2 and G/2: (name, kernel, signature, constants, num_warps)."""
-    for size in 72, 104:
+    """For compilation ahead of time: (name, kernel, signature, constants, num_warps)."""
+    for preset, size in ("XL/2", 72), ("G/2", 104):
         for frames in 8, 16, 32:
             constants = _constants(frames, 16, size, True)
-            for backward in False, True:
-                kernel = _temporal_attention_bwd_kernel if backward else _temporal_attention_fwd_kernel
-                pointers = {"d_out_ptr": "*bf16"} if backward else {}
-                pointers |= {"qkv_ptr": "*bf16", "motion_free_ptr": "*u8"}
-                pointers |= {"d_qkv_ptr" if backward else "out_ptr": "*bf16"}
-                yield (
-                    f"t = {frames}, 16 × {size}",
-                    kernel,
-                    pointers | {"tokens": "i32"},
-                    constants,
-                    _num_warps(size, backward),
-                )
+            for kernel in _temporal_attention_fwd_kernel, _temporal_attention_bwd_kernel:
+                signature = {name: "*bf16" for name in kernel.arg_names if name.endswith("_ptr")}
+                signature |= {"motion_free_ptr": "*u8", "tokens": "i32"}
+                num_warps = _num_warps(constants, kernel is _temporal_attention_bwd_kernel)
+                yield f"{preset} t = {frames}", kernel, signature, constants, num_warps
 
 
 def _register(operator, backward_operator) -> None:
@@ -329,9 +321,7 @@ def _register(operator, backward_operator) -> None:
 _register("gentron::temporal_attention_cuda", _temporal_attention_backward_cuda)
 
 if launch.cpu_library():
-    _register(
-        "gentron::temporal_attention_cpu", torch.ops.gentron.temporal_attention_backward_cpu
-    )
+    _register("gentron::temporal_attention_cpu", torch.ops.gentron.temporal_attention_backward_cpu)
 
     @torch.library.register_fake("gentron::temporal_attention_cpu")
     def _(qkv, motion_free):

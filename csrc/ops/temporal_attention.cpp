@@ -74,22 +74,41 @@ class Scratch {
 };
 
 template <class T>
+GENTRON_INLINE void convert(const T* __restrict from, int64_t count, wide_t<T>* __restrict to) {
+  for (int64_t d = 0; d < count; ++d) to[d] = widen(from[d]);
+}
+template <class T>
+  requires(!std::is_same_v<T, wide_t<T>>)
+GENTRON_INLINE void convert(const wide_t<T>* __restrict from, int64_t count, T* __restrict to) {
+  for (int64_t d = 0; d < count; ++d) to[d] = narrow<T>(from[d]);
+}
+
+// One row. Pieces of a known size become single instructions, where a loop would be a call.
+template <class From, class To>
+GENTRON_INLINE void convert_row(const From* from, int64_t size, To* to) {
+  int64_t d = 0;
+  for (; d + 16 <= size; d += 16) convert(from + d, 16, to + d);
+  for (; d + 8 <= size; d += 8) convert(from + d, 8, to + d);
+  for (; d < size; ++d) convert(from + d, 1, to + d);
+}
+
+template <class T>
 GENTRON_INLINE void gather(
-    const T* __restrict source, int64_t stride, int64_t frames, int64_t size, int64_t vectors,
-    Full<wide_t<T>>* __restrict target) {
+    const T* source, int64_t stride, int64_t frames, int64_t size, int64_t vectors,
+    Full<wide_t<T>>* target) {
   for (int64_t t = 0; t < frames; ++t) {
-    wide_t<T>* row = reinterpret_cast<wide_t<T>*>(target + t * vectors);
-    for (int64_t d = 0; d < size; ++d) row[d] = widen(source[t * stride + d]);
+    convert_row(
+        source + t * stride, size, reinterpret_cast<wide_t<T>*>(target + t * vectors));
   }
 }
 
 template <class T>
 GENTRON_INLINE void scatter(
-    const Full<wide_t<T>>* __restrict source, int64_t stride, int64_t frames, int64_t size,
-    int64_t vectors, T* __restrict target) {
+    const Full<wide_t<T>>* source, int64_t stride, int64_t frames, int64_t size, int64_t vectors,
+    T* target) {
   for (int64_t t = 0; t < frames; ++t) {
-    const wide_t<T>* row = reinterpret_cast<const wide_t<T>*>(source + t * vectors);
-    for (int64_t d = 0; d < size; ++d) target[t * stride + d] = narrow<T>(row[d]);
+    convert_row(
+        reinterpret_cast<const wide_t<T>*>(source + t * vectors), size, target + t * stride);
   }
 }
 
@@ -184,20 +203,49 @@ GENTRON_INLINE float exponential(float x) {
 }
 
 template <class W>
+GENTRON_INLINE W sum(const Quad<W>& x) {
+  return (x[0] + x[1]) + (x[2] + x[3]);
+}
+
+// Along the rows of a table of dot products, each times scale.
+template <class W>
 GENTRON_INLINE void softmax(W* __restrict table, int64_t frames, int64_t groups, W scale) {
+  const int64_t quads = groups / GROUP;
   for (int64_t i = 0; i < frames; ++i) {
-    W* row = table + i * groups;
-    W top = -std::numeric_limits<W>::infinity();
-    for (int64_t j = 0; j < frames; ++j) top = row[j] > top ? row[j] : top;
-    for (int64_t j = 0; j < groups; ++j) row[j] = (row[j] - top) * scale;
+    W* values = table + i * groups;
+    // Padding takes no part; the exponential makes next to nothing of it.
+    for (int64_t j = frames; j < groups; ++j) values[j] = -std::numeric_limits<W>::infinity();
+    Quad<W>* row = reinterpret_cast<Quad<W>*>(values);
+    Quad<W> top = row[0];
+    for (int64_t j = 1; j < quads; ++j) top = row[j] > top ? row[j] : top;
+    const W first = top[0] > top[1] ? top[0] : top[1], second = top[2] > top[3] ? top[2] : top[3];
+    const W shift = first > second ? first : second;
+    for (int64_t j = 0; j < quads; ++j) row[j] = (row[j] - shift) * scale;
   }
-  for (int64_t x = 0; x < frames * groups; ++x) table[x] = exponential(table[x]);
+  constexpr int64_t LANES = Vectors<W>::LANES;
+  const int64_t count = (frames * groups + LANES - 1) / LANES * LANES;
+  for (int64_t x = 0; x < count; ++x) table[x] = exponential(table[x]);
   for (int64_t i = 0; i < frames; ++i) {
-    W* row = table + i * groups;
-    W total = 0;
-    for (int64_t j = 0; j < frames; ++j) total += row[j];
-    const W inverse = 1 / total;
-    for (int64_t j = 0; j < groups; ++j) row[j] *= inverse;
+    Quad<W>* row = reinterpret_cast<Quad<W>*>(table + i * groups);
+    Quad<W> total = row[0];
+    for (int64_t j = 1; j < quads; ++j) total += row[j];
+    const W inverse = 1 / sum<W>(total);
+    for (int64_t j = 0; j < quads; ++j) row[j] *= inverse;
+  }
+}
+
+// ds ← p · (ds − p · ds) · scale, row by row: the gradient of softmax(scale · scores).
+template <class W>
+GENTRON_INLINE void softmax_backward(
+    const W* __restrict p, int64_t frames, int64_t groups, W scale, W* __restrict ds) {
+  const int64_t quads = groups / GROUP;
+  for (int64_t i = 0; i < frames; ++i) {
+    const Quad<W>* weights = reinterpret_cast<const Quad<W>*>(p + i * groups);
+    Quad<W>* row = reinterpret_cast<Quad<W>*>(ds + i * groups);
+    Quad<W> total = {};
+    for (int64_t j = 0; j < quads; ++j) total += weights[j] * row[j];
+    const W mean = sum<W>(total);
+    for (int64_t j = 0; j < quads; ++j) row[j] = weights[j] * (row[j] - mean) * scale;
   }
 }
 
@@ -248,13 +296,7 @@ GENTRON_CLONES void backward(
       dots(q, k, frames, groups, vectors, p);
       softmax(p, frames, groups, scale);
       dots(d, v, frames, groups, vectors, ds);
-      for (int64_t i = 0; i < frames; ++i) {
-        W mean = 0;
-        for (int64_t j = 0; j < frames; ++j) mean += p[i * groups + j] * ds[i * groups + j];
-        for (int64_t j = 0; j < groups; ++j) {
-          ds[i * groups + j] = p[i * groups + j] * (ds[i * groups + j] - mean) * scale;
-        }
-      }
+      softmax_backward(p, frames, groups, scale, ds);
       mix(ds, groups, 1, k, frames, groups, vectors, result);
       scatter(result, stride, frames, size, vectors, d_qkv + offset);
       mix(ds, 1, groups, q, frames, groups, vectors, result);

@@ -1,16 +1,19 @@
 """Ahead-of-time compilation of the Triton kernels, without a GPU: what the compiler says of them.
 
-python tests/kernels/aot.py    the table of every operator's cases
+python tests/kernels/aot.py [--json] [OPERATOR ...]    a row for each operator's compile_cases()
+
+Exits 1 where a kernel spills or wants more shared memory than a block can have.
 """
 
+import argparse
 import importlib
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
 from pathlib import Path
 
 import triton
@@ -46,7 +49,9 @@ def figures(
         if kind.startswith("*")
     }
     compiled = triton.compile(
-        ASTSource(kernel, signature, {(names.index(n),): v for n, v in constexprs.items()}, aligned),
+        ASTSource(
+            kernel, signature, {(names.index(n),): v for n, v in constexprs.items()}, aligned
+        ),
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": num_warps, "num_stages": num_stages},
     )
@@ -64,36 +69,44 @@ def figures(
     }
 
 
-@cache
-def table(operator: str) -> list[dict]:
-    """The figures of an operator's cases on every architecture, compiled in two processes."""
-    module = importlib.import_module(f"gentron_kernels.{operator}")
-    count = len(list(module.compile_cases())) if hasattr(module, "compile_cases") else 0
-    jobs = [(operator, index, arch) for index in range(count) for arch in ARCHITECTURES]
-    with ProcessPoolExecutor(max_workers=min(2, os.cpu_count())) as pool:
-        return list(pool.map(_compile, jobs))
+def table(operators: list[str]) -> list[dict]:
+    """The figures of the operators' cases on every architecture, compiled in two processes."""
+    jobs = [
+        (operator, index, arch)
+        for operator in operators
+        for index in range(len(_cases(operator)))
+        for arch in ARCHITECTURES
+    ]
+    with ProcessPoolExecutor(min(2, os.cpu_count())) as pool:
+        return list(pool.map(_row, jobs))
 
 
-def _compile(job: tuple[str, int, int]) -> dict:
+def _cases(operator: str) -> list[tuple]:
+    return list(importlib.import_module(f"gentron_kernels.{operator}").compile_cases())
+
+
+def _row(job: tuple[str, int, int]) -> dict:
     operator, index, arch = job
-    module = importlib.import_module(f"gentron_kernels.{operator}")
-    name, kernel, signature, constexprs, num_warps = list(module.compile_cases())[index]
-    row = {"kernel": kernel.__name__.strip("_"), "shape": name, "arch": arch}
-    row |= figures(kernel, signature, constexprs, num_warps, arch=arch)
-    return row | {"limit": SHARED_LIMIT[arch]}
+    shape, kernel, signature, constexprs, num_warps = _cases(operator)[index]
+    compiled = figures(kernel, signature, constexprs, num_warps, arch=arch)
+    name = {"kernel": kernel.__name__.strip("_"), "shape": shape, "arch": arch}
+    return name | compiled | {"limit": SHARED_LIMIT[arch]}
 
 
 def main() -> int:
-    print(f"{'kernel':<42}{'shape':<26}{'arch':>7}{'registers':>11}{'spills':>8}{'shared':>9}  limit")
-    failed = 0
-    for operator in OPERATORS:
-        for row in table(operator):
-            print(
-                f"{row['kernel']:<42}{row['shape']:<26}{'sm_' + str(row['arch']):>7}"
-                f"{row['registers']:>11}{row['spills']:>8}{row['shared']:>9}  {row['limit']}"
-            )
-            failed += row["spills"] > 0 or row["shared"] > row["limit"]
-    return failed
+    parser = argparse.ArgumentParser(description="Compile the Triton kernels ahead of time.")
+    parser.add_argument("operators", nargs="*", default=OPERATORS)
+    parser.add_argument("--json", action="store_true", help="rows as JSON")
+    args = parser.parse_args()
+    rows = table(args.operators)
+    if args.json:
+        print(json.dumps(rows))
+    else:
+        columns = "{:<40}  {:<28}{:>6}{:>11}{:>8}{:>9}{:>9}"
+        print(columns.format(*rows[0]))
+        for row in rows:
+            print(columns.format(*row.values()))
+    return int(any(row["spills"] or row["shared"] > row["limit"] for row in rows))
 
 
 if __name__ == "__main__":
