@@ -2,12 +2,13 @@
 # make lint   ruff                                  make train  the small model, from nothing
 # make gpu PART=test|ops|step|train|export [RESULTS=DIR]   on a CUDA machine, by its own python
 # make report   README's performance section, from bench/results
+# make kernels  registers, spills and shared memory of every Triton kernel, compiled without a GPU
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint train gpu report clean
+.PHONY: demo test lint train kernels gpu report clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -29,6 +30,9 @@ gpu:
 
 report: .venv/dev
 	$(BIN)/python bench/report.py
+
+kernels: .venv/dev
+	$(BIN)/python tests/kernels/aot.py
 
 # torch comes first: packages that build from source look at it.
 .venv/base:
