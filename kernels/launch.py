@@ -1,22 +1,39 @@
-"""What the operators share: which backend a tensor gets, and device properties for launches."""
+"""What the operators share: which backend tensors get, and how a Triton kernel is reached."""
 
 import functools
-import importlib.util
 import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
 CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
-@functools.cache
-def cpu_library() -> bool:
-    """Load the C++ operators, once; False where they were not built.
+def jit(function=None, /, **options):
+    """triton.jit, which leaves the function alone where Triton is not installed.
 
-    GENTRON_LIBRARY names another file than the one beside this module.
+    Constants are annotated "tl.constexpr", quoted, so that the file imports there too.
     """
+    if function is None:
+        return functools.partial(jit, **options)
+    return function if triton is None else triton.jit(function, **options)
+
+
+def launcher(kernel):
+    """A kernel as a triton_op launches it; wrap_triton does not take interpreted ones."""
+    interpreted = not isinstance(kernel, triton.runtime.JITFunction)
+    return kernel if interpreted else torch.library.wrap_triton(kernel)
+
+
+@functools.cache
+def _load_cpu_library() -> bool:
     path = Path(os.environ.get("GENTRON_LIBRARY") or Path(__file__).with_name("libgentron.so"))
     if not path.exists():
         return False
@@ -24,20 +41,30 @@ def cpu_library() -> bool:
     return True
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
+def cpu_library() -> bool:
+    """Load the C++ operators, once; False where they were not built.
+
+    GENTRON_LIBRARY names another file than the one beside this module. Operator files call it when
+    they are imported, since fakes are registered on operators that exist.
+    """
+    return _load_cpu_library()
+
+
 def has_triton() -> bool:
     """Whether Triton can be imported; the CUDA operators need it."""
-    return importlib.util.find_spec("triton") is not None
+    return triton is not None
 
 
-def backend(x: Tensor) -> str:
-    """The implementation that a tensor gets: "cuda", "cpu", or "ref", the definition.
+def backend(*tensors: Tensor) -> str:
+    """The implementation that tensors of one device get: "cuda", "cpu", or "ref", the definition.
 
     Picked before the operator: one operator for both would make torch.compile inline the Triton
-    kernel on the CPU.
+    kernel on the CPU. The C++ operators take the CPU's own dtypes, fp16 is not among them.
     """
-    if x.device.type == "cuda" and has_triton():
+    device = tensors[0].device.type
+    if device == "cuda" and has_triton():
         return "cuda"
-    if x.device.type == "cpu" and x.dtype in CPU_DTYPES and cpu_library():
+    if device == "cpu" and all(x.dtype in CPU_DTYPES for x in tensors) and cpu_library():
         return "cpu"
     return "ref"
