@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gentron_kernels import launch
-from gentron_kernels.launch import tl
+from gentron_kernels.launch import constexpr, tl
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -44,7 +44,7 @@ def guided_step(
     _check(latents, branches, weights, row, x0_previous, noise, d)
     present = [branch for branch in branches if branch is not None]
     backend = launch.backend(latents, *present)
-    dtype = torch.promote_types(latents.dtype, torch.float32)
+    dtype = _wide(latents)
     latents, x0_previous, noise, d = (
         None if tensor is None else tensor.to(dtype) for tensor in (latents, x0_previous, noise, d)
     )
@@ -53,10 +53,12 @@ def guided_step(
     operator = torch.ops.gentron.guided_step_cuda
     if backend == "cpu":
         operator = torch.ops.gentron.guided_step_cpu
-    common = functools.reduce(torch.promote_types, (branch.dtype for branch in present))
+    if any(branch.dtype != present[0].dtype for branch in present):
+        common = functools.reduce(torch.promote_types, (branch.dtype for branch in present))
+        branches = [None if branch is None else branch.to(common) for branch in branches]
     x_next, x0 = operator(
         _planes(latents).contiguous(),
-        *(None if branch is None else _planes(branch.to(common)) for branch in branches),
+        *(None if branch is None else _planes(branch) for branch in branches),
         weights.expand(latents.shape[0], 3),
         row,
         *(
@@ -77,7 +79,7 @@ def guided_step_ref(
     d: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition of `guided_step`."""
-    dtype = torch.promote_types(latents.dtype, torch.float32)
+    dtype = _wide(latents)
     x = latents.to(dtype)
     per_sample = weights.to(dtype).expand(x.shape[0], 3)[..., None, None, None, None]
     eps = sum(
@@ -123,13 +125,13 @@ def _guided_step_kernel(
     weights_batch,
     weights_branch,
     row_stride,
-    HAS_NULL_STILL: "tl.constexpr",
-    HAS_NULL_MOTION: "tl.constexpr",
-    HAS_TEXT: "tl.constexpr",
-    HAS_X0_PREVIOUS: "tl.constexpr",
-    HAS_NOISE: "tl.constexpr",
-    HAS_D: "tl.constexpr",
-    BLOCK: "tl.constexpr",
+    HAS_NULL_STILL: constexpr,
+    HAS_NULL_MOTION: constexpr,
+    HAS_TEXT: constexpr,
+    HAS_X0_PREVIOUS: constexpr,
+    HAS_NOISE: constexpr,
+    HAS_D: constexpr,
+    BLOCK: constexpr,
 ):
     blocks = tl.cdiv(size, BLOCK)
     program = tl.program_id(0)
@@ -224,6 +226,10 @@ if launch.cpu_library():
     @torch.library.register_fake("gentron::guided_step_cpu")
     def _(latents, null_still, null_motion, text, weights, row, x0_previous, noise, d):
         return torch.empty_like(latents), torch.empty_like(latents)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _planes(x: Tensor) -> Tensor:

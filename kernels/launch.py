@@ -10,17 +10,15 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.language import constexpr
 except ImportError:
-    triton = tl = None
+    triton = tl = constexpr = None
 
 CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def jit(function=None, /, **options):
-    """triton.jit, which leaves the function alone where Triton is not installed.
-
-    Constants are annotated "tl.constexpr", quoted, so that the file imports there too.
-    """
+    """triton.jit, which leaves the function alone where Triton is not installed."""
     if function is None:
         return functools.partial(jit, **options)
     return function if triton is None else triton.jit(function, **options)
