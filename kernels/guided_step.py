@@ -166,14 +166,15 @@ def _guided_step_kernel(
     x_next = a * x + b * x0
     if HAS_X0_PREVIOUS:
         c = tl.load(row_ptr + 4 * row_stride).to(tl.float64)
-        previous = tl.load(x0_previous_ptr + start + offsets, inside & (c != 0), 0)
+        read = offsets < tl.where(c != 0, size, 0)
+        previous = tl.load(x0_previous_ptr + start + offsets, read, 0)
         x_next += c * previous.to(tl.float64)
     if HAS_NOISE:
         d = tl.load(row_ptr + 5 * row_stride).to(tl.float64)
-        drawn = inside & (d != 0)
-        noise = tl.load(noise_ptr + start + offsets, drawn, 0).to(tl.float64)
+        read = offsets < tl.where(d != 0, size, 0)
+        noise = tl.load(noise_ptr + start + offsets, read, 0).to(tl.float64)
         if HAS_D:
-            noise *= tl.load(d_ptr + start + offsets, drawn, 0).to(tl.float64)
+            noise *= tl.load(d_ptr + start + offsets, read, 0).to(tl.float64)
         else:
             noise *= d
         x_next += noise
