@@ -133,7 +133,7 @@ def _guided_step_kernel(
     HAS_D: constexpr,
     BLOCK: constexpr,
 ):
-    blocks = tl.cdiv(size, BLOCK)
+    blocks = (size + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     plane = (program // blocks).to(tl.int64)
     sample, channel = plane // channels, plane % channels
@@ -141,7 +141,7 @@ def _guided_step_kernel(
     inside = offsets < size
 
     weights_ptr += sample * weights_batch
-    eps = tl.zeros((BLOCK,), tl.float64)
+    eps = tl.full((BLOCK,), 0, tl.float64)
     if HAS_NULL_STILL:
         weight = tl.load(weights_ptr).to(tl.float64)
         null_still_ptr += sample * null_still_batch + channel * null_still_channel
@@ -202,24 +202,39 @@ def _guided_step_cuda(
     # An absent tensor is never read; any pointer stands in for it.
     branches = [latents if branch is None else branch for branch in optional[:3]]
     rest = [latents if tensor is None else tensor for tensor in optional[3:]]
-    launch.launcher(_guided_step_kernel)[(batch * channels * -(-size // BLOCK),)](
-        latents,
-        *branches,
-        weights,
-        row,
-        *rest,
-        x_next,
-        x0,
-        channels,
-        size,
-        *(stride for branch in branches for stride in branch.stride()[:2]),
-        *weights.stride(),
-        row.stride(0),
-        *(tensor is not None for tensor in optional),
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-    )
+    with launch.device_of(latents):
+        launch.launcher(_guided_step_kernel)[(batch * channels * -(-size // BLOCK),)](
+            latents,
+            *branches,
+            weights,
+            row,
+            *rest,
+            x_next,
+            x0,
+            channels,
+            size,
+            *(stride for branch in branches for stride in branch.stride()[:2]),
+            *weights.stride(),
+            row.stride(0),
+            *(tensor is not None for tensor in optional),
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
     return x_next, x0
+
+
+def compile_cases():
+    """For compilation ahead of time: (name, kernel, signature, constants, num_warps)."""
+    integers = [name for name in _guided_step_kernel.arg_names if name.islower()]
+    signature = dict.fromkeys(integers, "i32")
+    signature |= dict.fromkeys((name for name in integers if name.endswith("_ptr")), "*fp32")
+    signature |= dict.fromkeys(("null_still_ptr", "null_motion_ptr", "text_ptr"), "*bf16")
+    signature |= {"row_ptr": "*fp64"}
+    constants = {name: True for name in _guided_step_kernel.arg_names if name.startswith("HAS_")}
+    # Latents alone set the shape, and it is no constant: one kernel for XL/2 and G/2.
+    for name, absent in (("all", ()), ("DDIM", ("X0_PREVIOUS", "NOISE", "D"))):
+        given = constants | {f"HAS_{tensor}": False for tensor in absent}
+        yield name, _guided_step_kernel, signature, given | {"BLOCK": BLOCK}, NUM_WARPS
 
 
 if launch.cpu_library():

@@ -1,5 +1,6 @@
 """What the operators share: which backend tensors get, and how a Triton kernel is reached."""
 
+import contextlib
 import functools
 import os
 from pathlib import Path
@@ -28,6 +29,13 @@ def launcher(kernel):
     """A kernel as a triton_op launches it; wrap_triton does not take interpreted ones."""
     interpreted = not isinstance(kernel, triton.runtime.JITFunction)
     return kernel if interpreted else torch.library.wrap_triton(kernel)
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Where Triton launches, which is the current device: x's, where there are several."""
+    if x.device.type == "cuda" and torch.cuda.device_count() > 1:
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
 
 
 @functools.cache
