@@ -1,8 +1,13 @@
 """Guided step: the C++ operator, the interpreted Triton kernel and the definition, each against the
 equations in fp64, and against the solvers' own step."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from gentron_fast.solvers import make_table, solver_step
 from gentron_kernels import guided_step as module
@@ -215,23 +220,25 @@ def test_opcheck(absent):
     torch.library.opcheck(operator, operator_arguments(absent=absent))
 
 
-def test_the_cuda_operator_traces_as_its_kernel():
-    pytest.importorskip("triton")
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
+def test_the_cuda_operator_traces_as_its_kernel(monkeypatch):
+    """What Inductor makes of it: one launch, which writes its two outputs alone."""
+    triton = pytest.importorskip("triton")
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    driver = SimpleNamespace(get_current_target=lambda: target)
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
 
     def on_cuda(x):
-        return (
-            x
-            if x is None
-            else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
-        )
+        if x is None:
+            return None
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
 
     arguments = operator_arguments(absent="1")
     with FakeTensorMode():
-        fake = [on_cuda(x) for x in arguments]
-        graph = make_fx(torch.ops.gentron.guided_step_cuda.default.decompose)(*fake)
-    assert [n for n in graph.graph.nodes if "triton_kernel_wrapper" in str(n.target)]
+        operator = dispatch_functionalize(torch.ops.gentron.guided_step_cuda.default)
+        graph = make_fx(operator)(*(on_cuda(x) for x in arguments)).graph
+    (launched,) = (node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target))
+    assert sorted(launched.kwargs["tensors_to_clone"]) == ["x0_ptr", "x_next_ptr"]
+    assert launched.kwargs["kwargs"]["HAS_NULL_MOTION"] is False
 
 
 def test_the_operator_refuses_what_it_cannot_read():
