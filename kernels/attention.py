@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gentron_kernels import launch
+
 BACKENDS = ("flash4", "flash3", "flash2", "cudnn", "sdpa")
 FORCED = os.environ.get("GENTRON_ATTENTION")
 
@@ -146,13 +148,12 @@ def _import(name: str) -> bool:
         return False
 
 
-# torch.compile does not trace what follows: it takes the answer as a constant.
-@torch.compiler.assume_constant_result
+@launch.constant
 def _installed(name: str) -> bool:
     return _import(name)
 
 
-@torch.compiler.assume_constant_result
+@launch.constant
 def _capability(index: int | None) -> int:
     return torch.cuda.get_device_capability(index)[0]
 

@@ -284,3 +284,10 @@ def test_a_gradient_is_refused():
         guided_step(*arguments)
     with torch.no_grad():
         assert not guided_step(*arguments)[0].requires_grad
+
+
+def test_compiled_ahead_of_time():
+    rows = aot.table("guided_step")
+    assert {row["arch"] for row in rows} == {80, 90, 100}
+    for row in rows:
+        assert row["spills"] == 0 and row["shared"] <= row["limit"] and row["registers"] <= 128
