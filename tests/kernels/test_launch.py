@@ -63,11 +63,8 @@ from gentron_kernels.guided_step import guided_step
 assert not launch.cpu_library() and launch.backend(torch.ones(1)) == "ref"
 x = torch.ones(1, 2, 2, 3, 4)
 row = torch.tensor([0.5, 0.8, 0.7, 0.4, 0.0, 0.0])
-run = torch.compile(guided_step, fullgraph=True, backend="eager")
-for step in (guided_step, run):
-    x_next, x0 = step(x, [x, None, None], torch.ones(3), row)
-    torch.testing.assert_close(x0, 0.4 * x)
-    torch.testing.assert_close(x_next, 0.86 * x)
+x_next, x0 = guided_step(x, [x, None, None], torch.ones(3), row)
+assert torch.allclose(x0, 0.4 * x) and torch.allclose(x_next, 0.86 * x)
 """
     environment = os.environ | {"GENTRON_LIBRARY": "nonexistent"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
