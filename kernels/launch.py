@@ -38,6 +38,15 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def constant(function):
+    """Mark a function whose answer torch.compile takes as it is, without tracing what leads to it.
+
+    torch.compiler.assume_constant_result does no more, but imports all of torch._dynamo.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 @functools.cache
 def _load_cpu_library() -> bool:
     path = Path(os.environ.get("GENTRON_LIBRARY") or Path(__file__).with_name("libgentron.so"))
@@ -47,7 +56,7 @@ def _load_cpu_library() -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
+@constant
 def cpu_library() -> bool:
     """Load the C++ operators, once; False where they were not built.
 

@@ -1,0 +1,173 @@
+// Guidance and solver update in one pass over the latents; the definition is in
+// kernels/guided_step.py.
+//
+// Everything is computed in fp64: at the noisiest step x0 = (x - sigma eps) / alpha divides the
+// rounding of both by 0.006, and memory, not arithmetic, sets the time.
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "cpu.h"
+
+namespace gentron {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Elements whose fp64 intermediates stay in the first-level cache.
+constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlocksPerThread = 16;
+constexpr int kBranches = 3;
+
+// A run of one channel; null pointers are what is absent.
+template <class T, class E>
+struct Run {
+  int64_t size;
+  const T* x;
+  std::array<const E*, kBranches> branches;
+  const T* x0_previous;
+  const T* noise;
+  const T* d;
+  T* x_next;
+  T* x0;
+};
+
+template <class T, class E>
+GENTRON_CLONES void step(const Run<T, E>& run, const double* weights, const double* row) {
+  const double inverse_alpha = 1 / row[0], sigma = row[1], a = row[2], b = row[3], c = row[4];
+  const int64_t n = run.size;
+  double eps[kBlock], next[kBlock];
+  std::fill_n(eps, n, 0.0);
+  for (int branch = 0; branch < kBranches; ++branch) {
+    const E* prediction = run.branches[branch];
+    if (prediction == nullptr) continue;
+    const double weight = weights[branch];
+    for (int64_t i = 0; i < n; ++i) eps[i] += weight * widen(prediction[i]);
+  }
+  const T* __restrict x = run.x;
+  T* __restrict x0 = run.x0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double clean = (x[i] - sigma * eps[i]) * inverse_alpha;
+    next[i] = a * x[i] + b * clean;
+    x0[i] = static_cast<T>(clean);
+  }
+  if (run.x0_previous != nullptr) {
+    for (int64_t i = 0; i < n; ++i) next[i] += c * run.x0_previous[i];
+  }
+  if (run.noise != nullptr && run.d != nullptr) {
+    for (int64_t i = 0; i < n; ++i) next[i] += static_cast<double>(run.d[i]) * run.noise[i];
+  } else if (run.noise != nullptr) {
+    for (int64_t i = 0; i < n; ++i) next[i] += row[5] * run.noise[i];
+  }
+  T* __restrict x_next = run.x_next;
+  for (int64_t i = 0; i < n; ++i) x_next[i] = static_cast<T>(next[i]);
+}
+
+// The address of element 0 of what is there, else null.
+template <class T>
+const T* address(const OptionalTensor& tensor) {
+  return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+template <class T, class E>
+void steps(
+    const Tensor& latents, const std::array<OptionalTensor, kBranches>& branches,
+    const Tensor& weights, const Tensor& row, const OptionalTensor& x0_previous,
+    const OptionalTensor& noise, const OptionalTensor& d, Tensor& x_next, Tensor& x0) {
+  const int64_t channels = latents.size(1), size = latents.size(2);
+  const int64_t blocks = (size + kBlock - 1) / kBlock;
+  const double* coefficients = row.const_data_ptr<double>();
+  // A coefficient of 0 leaves its tensor unread: the first step has no x0 of a step before.
+  Run<T, E> whole{
+      size,
+      latents.const_data_ptr<T>(),
+      {address<E>(branches[0]), address<E>(branches[1]), address<E>(branches[2])},
+      coefficients[4] != 0 ? address<T>(x0_previous) : nullptr,
+      coefficients[5] != 0 ? address<T>(noise) : nullptr,
+      address<T>(d),
+      x_next.mutable_data_ptr<T>(),
+      x0.mutable_data_ptr<T>()};
+  at::parallel_for(
+      0, latents.size(0) * channels * blocks, kBlocksPerThread, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t channel = item / blocks, start = item % blocks * kBlock;
+          const int64_t sample = channel / channels, offset = channel * size + start;
+          const auto at = [offset](auto* base) { return base == nullptr ? base : base + offset; };
+          Run<T, E> run{
+              std::min(kBlock, size - start), at(whole.x),  {},
+              at(whole.x0_previous),          at(whole.noise), at(whole.d),
+              at(whole.x_next),               at(whole.x0)};
+          for (int k = 0; k < kBranches; ++k) {
+            if (whole.branches[k] == nullptr) continue;
+            run.branches[k] = whole.branches[k] + sample * branches[k]->stride(0) +
+                channel % channels * branches[k]->stride(1) + start;
+          }
+          step(run, weights.const_data_ptr<double>() + sample * kBranches, coefficients);
+        }
+      });
+}
+
+void check_like(const OptionalTensor& tensor, const Tensor& latents, const char* name) {
+  if (!tensor) return;
+  TORCH_CHECK_VALUE(
+      tensor->sizes() == latents.sizes() && tensor->scalar_type() == latents.scalar_type() &&
+          tensor->is_contiguous() && tensor->is_cpu(),
+      name, " must be like latents, ", latents.sizes(), " ", latents.scalar_type(),
+      " and contiguous on the CPU; got ", tensor->sizes(), " ", tensor->scalar_type());
+}
+
+std::tuple<Tensor, Tensor> guided_step(
+    const Tensor& latents, const OptionalTensor& null_still, const OptionalTensor& null_motion,
+    const OptionalTensor& text, const Tensor& weights, const Tensor& row,
+    const OptionalTensor& x0_previous, const OptionalTensor& noise, const OptionalTensor& d) {
+  TORCH_CHECK_VALUE(
+      latents.dim() == 3 && latents.is_contiguous(),
+      "latents must be contiguous (B, C, P), got ", latents.sizes());
+  TORCH_CHECK_VALUE(
+      weights.sizes() == at::IntArrayRef({latents.size(0), kBranches}) && weights.is_cpu(),
+      "weights must be (", latents.size(0), ", 3) on the CPU, got ", weights.sizes());
+  TORCH_CHECK_VALUE(
+      row.sizes() == at::IntArrayRef({6}) && row.is_cpu(), "row must be (6,) on the CPU, got ",
+      row.sizes());
+  check_like(x0_previous, latents, "x0_previous");
+  check_like(noise, latents, "noise");
+  check_like(d, latents, "d");
+  const std::array<OptionalTensor, kBranches> branches{null_still, null_motion, text};
+  std::optional<at::ScalarType> dtype;
+  for (const OptionalTensor& branch : branches) {
+    if (!branch) continue;
+    dtype = dtype.value_or(branch->scalar_type());
+    TORCH_CHECK_VALUE(
+        branch->sizes() == latents.sizes() && branch->scalar_type() == *dtype &&
+            (branch->stride(2) == 1 || branch->size(2) <= 1) && branch->is_cpu(),
+        "every branch must be ", latents.sizes(), " with a contiguous last dimension and of one "
+        "dtype on the CPU, got ", branch->sizes(), " ", branch->scalar_type());
+  }
+  TORCH_CHECK_VALUE(dtype, "a branch must be there, got none");
+  Tensor x_next = at::empty_like(latents), x0 = at::empty_like(latents);
+  const Tensor weights64 = weights.to(at::kDouble).contiguous();
+  const Tensor row64 = row.to(at::kDouble).contiguous();
+  AT_DISPATCH_FLOATING_TYPES(latents.scalar_type(), "guided_step_cpu", [&] {
+    using T = scalar_t;
+    AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, *dtype, "guided_step_cpu", [&] {
+      steps<T, scalar_t>(
+          latents, branches, weights64, row64, x0_previous, noise, d, x_next, x0);
+    });
+  });
+  return {x_next, x0};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(gentron, CPU, m) { m.impl("guided_step_cpu", guided_step); }
+
+}  // namespace gentron

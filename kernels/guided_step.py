@@ -1,0 +1,298 @@
+"""Guidance and solver update in one pass over the latents.
+
+eps = w1 · eps(∅,∅) + w2 · eps(∅,c_M) + w3 · eps(c_T,c_M)
+x0 = (x - sigma · eps) / alpha;  x' = a · x + b · x0 + c · x0_previous + d · noise
+"""
+
+# Shapes: B batch, C channels, T frames, H × W latents, P = T · H · W.
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gentron_kernels import launch
+from gentron_kernels.launch import constexpr, tl
+
+BLOCK = 1024
+NUM_WARPS = 4
+
+
+def guided_step(
+    latents: Tensor,
+    branches: Sequence[Tensor | None],
+    weights: Tensor,
+    row: Tensor,
+    x0_previous: Tensor | None = None,
+    noise: Tensor | None = None,
+    d: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Combine the branches' predictions and take one solver step: (latents at the next level, x0).
+
+    latents (B, C, T, H, W); branches: the noise predicted for the null text with the identity mask,
+    the null text with motion, the text with motion, each like latents and of any floating dtype,
+    or None where absent, at least one present; views are read in place where (T, H, W) is
+    contiguous. weights (3,) or (B, 3) and row (6,): alpha, sigma, a, b, c, d, fp32 or fp64, on
+    the latents' device: their values may change from step to step without recompilation.
+    x0_previous, noise: like latents; None counts as 0, and so does whatever meets c = 0 or d = 0.
+    d: like latents, in place of the row's, where that is not 0 (learned range).
+    Returned in fp32, or fp64 for fp64 latents. It has no backward: ValueError under grad mode if an
+    input requires a gradient, as for every input that does not fit.
+    Source: GenTron (arXiv 2312.04557), section 3.3; the row as in gentron_fast.solvers.
+    """
+    _check(latents, branches, weights, row, x0_previous, noise, d)
+    present = [branch for branch in branches if branch is not None]
+    backend = launch.backend(latents, *present)
+    dtype = _wide(latents)
+    latents, x0_previous, noise, d = (
+        None if tensor is None else tensor.to(dtype) for tensor in (latents, x0_previous, noise, d)
+    )
+    if backend == "ref":
+        return guided_step_ref(latents, branches, weights, row, x0_previous, noise, d)
+    operator = torch.ops.gentron.guided_step_cuda
+    if backend == "cpu":
+        operator = torch.ops.gentron.guided_step_cpu
+    if any(branch.dtype != present[0].dtype for branch in present):
+        common = functools.reduce(torch.promote_types, (branch.dtype for branch in present))
+        branches = [None if branch is None else branch.to(common) for branch in branches]
+    x_next, x0 = operator(
+        _planes(latents).contiguous(),
+        *(None if branch is None else _planes(branch) for branch in branches),
+        weights.expand(latents.shape[0], 3),
+        row,
+        *(
+            None if tensor is None else _planes(tensor).contiguous()
+            for tensor in (x0_previous, noise, d)
+        ),
+    )
+    return x_next.reshape(latents.shape), x0.reshape(latents.shape)
+
+
+def guided_step_ref(
+    latents: Tensor,
+    branches: Sequence[Tensor | None],
+    weights: Tensor,
+    row: Tensor,
+    x0_previous: Tensor | None = None,
+    noise: Tensor | None = None,
+    d: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition of `guided_step`."""
+    dtype = _wide(latents)
+    x = latents.to(dtype)
+    per_sample = weights.to(dtype).expand(x.shape[0], 3)[..., None, None, None, None]
+    eps = sum(
+        weight * branch.to(dtype)
+        for weight, branch in zip(per_sample.unbind(1), branches, strict=True)
+        if branch is not None
+    )
+    alpha, sigma, a, b, c, row_d = row.to(dtype).unbind()
+    x0 = (x - sigma * eps) / alpha
+    x_next = a * x + b * x0
+    if x0_previous is not None:
+        x_next = x_next + torch.where(c != 0, c * x0_previous.to(dtype), 0)
+    if noise is not None:
+        drawn = (row_d if d is None else d.to(dtype)) * noise.to(dtype)
+        x_next = x_next + torch.where(row_d != 0, drawn, 0)
+    return x_next, x0
+
+
+# fp64 throughout: at the noisiest step x0 divides the rounding of x and sigma · eps by
+# alpha = 0.006. The pass stays bound by memory where fp64 runs at half the rate of fp32.
+# I/O: read x, the branches, x0_previous, noise and d that are there; write x', x0.
+@launch.jit(do_not_specialize_on_alignment=["weights_ptr", "row_ptr"])
+def _guided_step_kernel(
+    latents_ptr,
+    null_still_ptr,
+    null_motion_ptr,
+    text_ptr,
+    weights_ptr,
+    row_ptr,
+    x0_previous_ptr,
+    noise_ptr,
+    d_ptr,
+    x_next_ptr,
+    x0_ptr,
+    channels,
+    size,
+    null_still_batch,
+    null_still_channel,
+    null_motion_batch,
+    null_motion_channel,
+    text_batch,
+    text_channel,
+    weights_batch,
+    weights_branch,
+    row_stride,
+    HAS_NULL_STILL: constexpr,
+    HAS_NULL_MOTION: constexpr,
+    HAS_TEXT: constexpr,
+    HAS_X0_PREVIOUS: constexpr,
+    HAS_NOISE: constexpr,
+    HAS_D: constexpr,
+    BLOCK: constexpr,
+):
+    blocks = (size + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    plane = (program // blocks).to(tl.int64)
+    sample, channel = plane // channels, plane % channels
+    offsets = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < size
+
+    weights_ptr += sample * weights_batch
+    eps = tl.full((BLOCK,), 0, tl.float64)
+    if HAS_NULL_STILL:
+        weight = tl.load(weights_ptr).to(tl.float64)
+        null_still_ptr += sample * null_still_batch + channel * null_still_channel
+        eps += weight * tl.load(null_still_ptr + offsets, inside, 0).to(tl.float64)
+    if HAS_NULL_MOTION:
+        weight = tl.load(weights_ptr + weights_branch).to(tl.float64)
+        null_motion_ptr += sample * null_motion_batch + channel * null_motion_channel
+        eps += weight * tl.load(null_motion_ptr + offsets, inside, 0).to(tl.float64)
+    if HAS_TEXT:
+        weight = tl.load(weights_ptr + 2 * weights_branch).to(tl.float64)
+        text_ptr += sample * text_batch + channel * text_channel
+        eps += weight * tl.load(text_ptr + offsets, inside, 0).to(tl.float64)
+
+    alpha = tl.load(row_ptr).to(tl.float64)
+    sigma = tl.load(row_ptr + row_stride).to(tl.float64)
+    a = tl.load(row_ptr + 2 * row_stride).to(tl.float64)
+    b = tl.load(row_ptr + 3 * row_stride).to(tl.float64)
+    start = plane * size
+    x = tl.load(latents_ptr + start + offsets, inside, 0).to(tl.float64)
+    x0 = (x - sigma * eps) * (1 / alpha)
+    tl.store(x0_ptr + start + offsets, x0, inside)
+    x_next = a * x + b * x0
+    if HAS_X0_PREVIOUS:
+        c = tl.load(row_ptr + 4 * row_stride).to(tl.float64)
+        read = offsets < tl.where(c != 0, size, 0)
+        previous = tl.load(x0_previous_ptr + start + offsets, read, 0)
+        x_next += c * previous.to(tl.float64)
+    if HAS_NOISE:
+        d = tl.load(row_ptr + 5 * row_stride).to(tl.float64)
+        read = offsets < tl.where(d != 0, size, 0)
+        noise = tl.load(noise_ptr + start + offsets, read, 0).to(tl.float64)
+        if HAS_D:
+            noise *= tl.load(d_ptr + start + offsets, read, 0).to(tl.float64)
+        else:
+            noise *= d
+        x_next += noise
+    tl.store(x_next_ptr + start + offsets, x_next, inside)
+
+
+@torch.library.triton_op("gentron::guided_step_cuda", mutates_args=())
+def _guided_step_cuda(
+    latents: Tensor,
+    null_still: Tensor | None,
+    null_motion: Tensor | None,
+    text: Tensor | None,
+    weights: Tensor,
+    row: Tensor,
+    x0_previous: Tensor | None,
+    noise: Tensor | None,
+    d: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """latents (B, C, P) contiguous, weights (B, 3); the rest as in `guided_step`, flattened."""
+    x_next, x0 = torch.empty_like(latents), torch.empty_like(latents)
+    batch, channels, size = latents.shape
+    if latents.numel() == 0:
+        return x_next, x0
+    optional = null_still, null_motion, text, x0_previous, noise, d
+    # An absent tensor is never read; any pointer stands in for it.
+    branches = [latents if branch is None else branch for branch in optional[:3]]
+    rest = [latents if tensor is None else tensor for tensor in optional[3:]]
+    with launch.device_of(latents):
+        launch.launcher(_guided_step_kernel)[(batch * channels * -(-size // BLOCK),)](
+            latents,
+            *branches,
+            weights,
+            row,
+            *rest,
+            x_next,
+            x0,
+            channels,
+            size,
+            *(stride for branch in branches for stride in branch.stride()[:2]),
+            *weights.stride(),
+            row.stride(0),
+            *(tensor is not None for tensor in optional),
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
+    return x_next, x0
+
+
+def compile_cases():
+    """For compilation ahead of time: (name, kernel, signature, constants, num_warps)."""
+    integers = [name for name in _guided_step_kernel.arg_names if name.islower()]
+    signature = dict.fromkeys(integers, "i32")
+    signature |= dict.fromkeys((name for name in integers if name.endswith("_ptr")), "*fp32")
+    signature |= dict.fromkeys(("null_still_ptr", "null_motion_ptr", "text_ptr"), "*bf16")
+    signature |= {"row_ptr": "*fp64"}
+    constants = {name: True for name in _guided_step_kernel.arg_names if name.startswith("HAS_")}
+    # Latents alone set the shape, and it is no constant: one kernel for XL/2 and G/2.
+    for name, absent in (("all", ()), ("DDIM", ("X0_PREVIOUS", "NOISE", "D"))):
+        given = constants | {f"HAS_{tensor}": False for tensor in absent}
+        yield name, _guided_step_kernel, signature, given | {"BLOCK": BLOCK}, NUM_WARPS
+
+
+if launch.cpu_library():
+
+    @torch.library.register_fake("gentron::guided_step_cpu")
+    def _(latents, null_still, null_motion, text, weights, row, x0_previous, noise, d):
+        return torch.empty_like(latents), torch.empty_like(latents)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _planes(x: Tensor) -> Tensor:
+    """(B, C, T, H, W) -> (B, C, P), a view where the last three are contiguous."""
+    x = x.flatten(2)
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _check(latents, branches, weights, row, x0_previous, noise, d) -> None:
+    if latents.ndim != 5 or not latents.dtype.is_floating_point:
+        raise ValueError(
+            f"latents must be floating (B, C, T, H, W), got {latents.dtype} {tuple(latents.shape)}"
+        )
+    if len(branches) != 3 or all(branch is None for branch in branches):
+        absent = sum(branch is None for branch in branches)
+        raise ValueError(
+            "branches must be three predictions, at least one of them not None, "
+            f"got {len(branches)} of which {absent} are None"
+        )
+    names = "null still branch", "null motion branch", "text branch", "x0_previous", "noise", "d"
+    like_latents = dict(zip(names, (*branches, x0_previous, noise, d), strict=True))
+    for name, tensor in like_latents.items():
+        if tensor is not None and (
+            tensor.shape != latents.shape or not tensor.dtype.is_floating_point
+        ):
+            raise ValueError(
+                f"{name} must be floating and of the latents' shape {tuple(latents.shape)}, "
+                f"got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+    wide = torch.float32, torch.float64
+    if weights.dtype not in wide or weights.shape not in ((3,), (latents.shape[0], 3)):
+        raise ValueError(
+            f"weights must be (3,) or ({latents.shape[0]}, 3) in fp32 or fp64, "
+            f"got {weights.dtype} {tuple(weights.shape)}"
+        )
+    if row.dtype not in wide or row.shape != (6,):
+        raise ValueError(f"row must be (6,) in fp32 or fp64, got {row.dtype} {tuple(row.shape)}")
+    everything = {"latents": latents, **like_latents, "weights": weights, "row": row}
+    for name, tensor in everything.items():
+        if tensor is None:
+            continue
+        if tensor.device != latents.device:
+            raise ValueError(
+                f"{name} must be on the latents' device, {latents.device}, got {tensor.device}"
+            )
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"guided_step has no backward and {name} requires a gradient; "
+                "call it under torch.no_grad()"
+            )
