@@ -202,8 +202,9 @@ def _forward_kernel(
 
 
 @launch.jit
-def _pair_sum(a0, b0, a1, b1):
-    return a0 + a1, b0 + b1
+def _sums(a, b):
+    """The sums of two blocks, in one trip through shared memory."""
+    return tl.split(tl.sum(tl.join(a, b), 0))
 
 
 @launch.jit
@@ -277,9 +278,9 @@ def _backward_kernel(
         if DGATE:
             y = tl.load(y_ptr + token // y_span * D + column, mask=inside, other=0)
         d_normed = d_out * scale if SCALE > 0 else d_out
-        total, d_total = tl.reduce((value, d_normed), 0, _pair_sum)
+        total, d_total = _sums(value, d_normed)
         centred = tl.where(inside, value - total / D, 0)
-        square, product = tl.reduce((centred * centred, centred * d_normed), 0, _pair_sum)
+        square, product = _sums(centred * centred, centred * d_normed)
         rstd = tl.rsqrt(square / D + tl.cast(eps, tl.float32))
         normed = centred * rstd
         d_stream = rstd * (d_normed - d_total / D - normed * (product * rstd / D))
@@ -322,7 +323,7 @@ def _forward_shape(width: int, itemsize: int) -> dict[str, int]:
 
 def _backward_shape(width: int) -> dict[str, int]:
     block = _power_of_2(width)
-    return {"BLOCK": block, "STAGES": 2, "num_warps": min(32, max(1, block // 256))}
+    return {"BLOCK": block, "STAGES": 3, "num_warps": min(32, max(1, block // 256))}
 
 
 def _power_of_2(n: int) -> int:
@@ -674,7 +675,10 @@ def residual_layernorm_modulate(
     if backend == "cpu":
         operator = torch.ops.gentron.residual_layernorm_modulate_cpu
     rows = *_operand(gate, x), *_operand(shift, x), *_operand(scale, x)
-    return operator(x.contiguous(), y.to(x.dtype).contiguous(), *rows, eps)
+    y = y.to(x.dtype)
+    if _tokens(y) == _tokens(x):
+        y = y.reshape(x.shape)
+    return operator(x.contiguous(), y.contiguous(), *rows, eps)
 
 
 def _backend(x: Tensor) -> str:
