@@ -3,12 +3,13 @@
 # make gpu PART=test|ops|step|train|export [RESULTS=DIR]   on a CUDA machine, by its own python
 # make large    one step of the whole G/2-T2V on the CPU, plain against shared: 12 GB of memory
 # make report   README's performance section, from bench/results
+# make kernels  registers, spills and shared memory of every Triton kernel, compiled without a GPU
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint train gpu large report clean
+.PHONY: demo test lint train kernels gpu large report clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -33,6 +34,9 @@ large: .venv/dev
 
 report: .venv/dev
 	$(BIN)/python bench/report.py
+
+kernels: .venv/dev
+	$(BIN)/python tests/kernels/aot.py
 
 # torch comes first: packages that build from source look at it.
 .venv/base:

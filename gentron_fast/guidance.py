@@ -153,7 +153,7 @@ class GuidedDenoiser:
         self._null_contexts = [block.context(null_text, fold) for block in model.blocks]
         self._text_contexts = [block.context(text, fold) for block in model.blocks]
         self._merged = [
-            block.temporal_attention.merged() if merge else (None, None)
+            block.temporal_attention.merged() if merge else None
             for block in model.blocks
             if model.config.temporal
         ]
@@ -275,7 +275,7 @@ class GuidedDenoiser:
         """FLOPs of the blocks in one step with these branches, for one sample."""
         config, (_, frames, height, width) = self.model.config, self.latent_shape
         d, patches = config.width, height * width // config.patch_size**2
-        values = 4 * d if separate or self._merged[:1] == [(None, None)] else 2 * d
+        values = 4 * d if separate or self._merged[:1] == [None] else 2 * d
         count = sum(branches)
         total = 0
         for null_context, text_context in zip(
@@ -317,7 +317,7 @@ class GuidedDenoiser:
             else:
                 contexts.append(text_context if texts else null_context)
         still = self.batch * (branches[0] if self.has_motion else nulls + texts)
-        motion_free = [LeadingMotionFree(still, *merged) for merged in self._merged]
+        motion_free = [LeadingMotionFree(still, merged) for merged in self._merged]
         conditions = torch.cat([null_rows, text_rows]).to(self.device)
         return _Plan(branches, conditions, contexts, motion_free or [None] * len(contexts))
 

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from gentron_fast.config import MAX_FRAMES, GenTronConfig
 from gentron_kernels.attention import attention
 from gentron_kernels.layernorm_modulate import add_residual_ref, residual_layernorm_modulate
-from gentron_kernels.temporal_attention import temporal_attention
+from gentron_kernels.temporal_attention import (
+    merge_values,
+    temporal_attention,
+    temporal_values,
+)
 
 TIMESTEP_CHANNELS = 256
 
@@ -210,12 +214,11 @@ class CrossAttention(nn.Module):
 
 
 class LeadingMotionFree(NamedTuple):
-    """The first `count` samples of a batch are motion-free, and a block's merged value and output
-    projections: weight (D, D) and bias (D,), or None."""
+    """The first `count` samples of a batch are motion-free; merged: `TemporalAttention.merged` of
+    the block, or None."""
 
     count: int
-    weight: Tensor | None = None
-    bias: Tensor | None = None
+    merged: tuple[Tensor, Tensor] | None = None
 
 
 class TemporalAttention(nn.Module):
@@ -242,32 +245,32 @@ class TemporalAttention(nn.Module):
         """
         if isinstance(motion_free, LeadingMotionFree):
             count = len(x) if x.shape[1] == 1 else motion_free.count
-            parts = x.split((count, len(x) - count))
-            parts = self.values(parts[0], *motion_free[1:]), parts[1]
-            return (parts[0], self(parts[1], False)) if count < len(x) else parts[0]
+            if count == 0:
+                return self(x, False)
+            values = self.values(x[:count], motion_free.merged)
+            return (values, self(x[count:], False)) if count < len(x) else values
         if x.shape[1] == 1 or motion_free is True:
             return self.values(x)
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         return self.out(temporal_attention(qkv, motion_free))
 
-    def values(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """What the identity mask leaves: out(value(x)), in one product where one is given."""
-        if weight is not None:
-            return F.linear(x, weight, bias)
-        width = x.shape[-1]
-        return self.out(F.linear(x, self.qkv.weight[-width:], self.qkv.bias[-width:]))
+    def values(self, x: Tensor, merged: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """What the identity mask leaves: out(value(x)), in one product with `merged`."""
+        return temporal_values(x, *self._projections(), merged)
 
     def merged(self) -> tuple[Tensor, Tensor]:
-        """W_O·W_V and W_O·b_V + b_O, made in fp32 (fp64 for fp64 weights) and cast once."""
-        dtype, width = self.out.weight.dtype, self.out.weight.shape[0]
-        wide = torch.promote_types(dtype, torch.float32)
-        out_weight, out_bias = (p.to(wide) for p in (self.out.weight, self.out.bias))
-        value_weight, value_bias = (p[-width:].to(wide) for p in self.qkv.parameters())
-        weight, bias = out_weight @ value_weight, out_weight @ value_bias + out_bias
-        return weight.to(dtype), bias.to(dtype)
+        """The value and the output projection as one: weight (D, D), bias (D,)."""
+        return merge_values(*self._projections())
+
+    def _projections(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        width = self.out.weight.shape[0]
+        value = self.qkv.weight[-width:], self.qkv.bias[-width:]
+        return *value, self.out.weight, self.out.bias
 
 
 class FeedForward(nn.Module):
+    """Linear → tanh-GELU → Linear, token by token."""
+
     def __init__(self, config: GenTronConfig):
         super().__init__()
         hidden = int(config.width * config.mlp_ratio)

@@ -133,7 +133,7 @@ def _guided_step_kernel(
     HAS_D: constexpr,
     BLOCK: constexpr,
 ):
-    blocks = tl.cdiv(size, BLOCK)
+    blocks = (size + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     plane = (program // blocks).to(tl.int64)
     sample, channel = plane // channels, plane % channels
@@ -141,7 +141,7 @@ def _guided_step_kernel(
     inside = offsets < size
 
     weights_ptr += sample * weights_batch
-    eps = tl.zeros((BLOCK,), tl.float64)
+    eps = tl.full((BLOCK,), 0, tl.float64)
     if HAS_NULL_STILL:
         weight = tl.load(weights_ptr).to(tl.float64)
         null_still_ptr += sample * null_still_batch + channel * null_still_channel
@@ -166,14 +166,15 @@ def _guided_step_kernel(
     x_next = a * x + b * x0
     if HAS_X0_PREVIOUS:
         c = tl.load(row_ptr + 4 * row_stride).to(tl.float64)
-        previous = tl.load(x0_previous_ptr + start + offsets, inside & (c != 0), 0)
+        read = offsets < tl.where(c != 0, size, 0)
+        previous = tl.load(x0_previous_ptr + start + offsets, read, 0)
         x_next += c * previous.to(tl.float64)
     if HAS_NOISE:
         d = tl.load(row_ptr + 5 * row_stride).to(tl.float64)
-        drawn = inside & (d != 0)
-        noise = tl.load(noise_ptr + start + offsets, drawn, 0).to(tl.float64)
+        read = offsets < tl.where(d != 0, size, 0)
+        noise = tl.load(noise_ptr + start + offsets, read, 0).to(tl.float64)
         if HAS_D:
-            noise *= tl.load(d_ptr + start + offsets, drawn, 0).to(tl.float64)
+            noise *= tl.load(d_ptr + start + offsets, read, 0).to(tl.float64)
         else:
             noise *= d
         x_next += noise
@@ -201,24 +202,39 @@ def _guided_step_cuda(
     # An absent tensor is never read; any pointer stands in for it.
     branches = [latents if branch is None else branch for branch in optional[:3]]
     rest = [latents if tensor is None else tensor for tensor in optional[3:]]
-    launch.launcher(_guided_step_kernel)[(batch * channels * -(-size // BLOCK),)](
-        latents,
-        *branches,
-        weights,
-        row,
-        *rest,
-        x_next,
-        x0,
-        channels,
-        size,
-        *(stride for branch in branches for stride in branch.stride()[:2]),
-        *weights.stride(),
-        row.stride(0),
-        *(tensor is not None for tensor in optional),
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-    )
+    with launch.device_of(latents):
+        launch.launcher(_guided_step_kernel)[(batch * channels * -(-size // BLOCK),)](
+            latents,
+            *branches,
+            weights,
+            row,
+            *rest,
+            x_next,
+            x0,
+            channels,
+            size,
+            *(stride for branch in branches for stride in branch.stride()[:2]),
+            *weights.stride(),
+            row.stride(0),
+            *(tensor is not None for tensor in optional),
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
     return x_next, x0
+
+
+def compile_cases():
+    """For compilation ahead of time: (name, kernel, signature, constants, num_warps)."""
+    integers = [name for name in _guided_step_kernel.arg_names if name.islower()]
+    signature = dict.fromkeys(integers, "i32")
+    signature |= dict.fromkeys((name for name in integers if name.endswith("_ptr")), "*fp32")
+    signature |= dict.fromkeys(("null_still_ptr", "null_motion_ptr", "text_ptr"), "*bf16")
+    signature |= {"row_ptr": "*fp64"}
+    constants = {name: True for name in _guided_step_kernel.arg_names if name.startswith("HAS_")}
+    # Latents alone set the shape, and it is no constant: one kernel for XL/2 and G/2.
+    for name, absent in (("all", ()), ("DDIM", ("X0_PREVIOUS", "NOISE", "D"))):
+        given = constants | {f"HAS_{tensor}": False for tensor in absent}
+        yield name, _guided_step_kernel, signature, given | {"BLOCK": BLOCK}, NUM_WARPS
 
 
 if launch.cpu_library():

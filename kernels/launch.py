@@ -1,5 +1,6 @@
 """What the operators share: which backend tensors get, and how a Triton kernel is reached."""
 
+import contextlib
 import functools
 import os
 from pathlib import Path
@@ -30,6 +31,22 @@ def launcher(kernel):
     return kernel if interpreted else torch.library.wrap_triton(kernel)
 
 
+def device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Where Triton launches, which is the current device: x's, where there are several."""
+    if x.device.type == "cuda" and torch.cuda.device_count() > 1:
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
+def constant(function):
+    """Mark a function whose answer torch.compile takes as it is, without tracing what leads to it.
+
+    torch.compiler.assume_constant_result does no more, but imports all of torch._dynamo.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 @functools.cache
 def _load_cpu_library() -> bool:
     path = Path(os.environ.get("GENTRON_LIBRARY") or Path(__file__).with_name("libgentron.so"))
@@ -39,7 +56,7 @@ def _load_cpu_library() -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
+@constant
 def cpu_library() -> bool:
     """Load the C++ operators, once; False where they were not built.
 
@@ -66,3 +83,11 @@ def backend(*tensors: Tensor) -> str:
     if device == "cpu" and all(x.dtype in CPU_DTYPES for x in tensors) and cpu_library():
         return "cpu"
     return "ref"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a CUDA device has; an H100's number where it is not at hand."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count

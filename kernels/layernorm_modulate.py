@@ -2,90 +2,749 @@
 
 layernorm_modulate             y = LN(x) · (1 + scale) + shift
 residual_layernorm_modulate    x' = x + gate · y,   h = LN(x') · (1 + scale) + shift
+
+gate, shift and scale are rows: R of them, R the product of the first dimensions of x (one for all
+of x, one a sample, one a frame, ...), each serving tokens / R consecutive tokens. They are given as
+(R, D), or as a table (P, D) and an index (R,) into it.
 """
 
-# Shapes: R rows of modulation (a sample, or a frame of a sample), L tokens of a row, D width.
+# Shapes: D width; R rows, P rows of a table, each operand with its own.
+
+import functools
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gentron_kernels import launch
+from gentron_kernels.launch import constexpr, tl
+
 EPS = 1e-6
-
-
-def layernorm_modulate(
-    x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, eps: float = EPS
-) -> Tensor:
-    """Normalise over the width, then modulate: LN(x) · (1 + scale) + shift.
-
-    x (R, ..., D); shift and scale (R, D) or None. Returns x's shape and dtype. Statistics and
-    products are taken in fp32 (fp64 for fp64 input). Source: adaLN of DiT (arXiv 2212.09748).
-    """
-    return layernorm_modulate_ref(x, shift, scale, eps)
-
-
-def residual_layernorm_modulate(
-    x: Tensor,
-    y: Tensor | None = None,
-    gate: Tensor | None = None,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-    eps: float = EPS,
-) -> tuple[Tensor, Tensor]:
-    """Add a sub-layer's output to the residual stream and prepare the next sub-layer's input.
-
-    x, y (R, ..., D), y None at the first sub-layer; gate, shift, scale (R, D) or None.
-    Returns (x + gate · y, LN(x + gate · y) · (1 + scale) + shift), both in x's dtype.
-    """
-    return residual_layernorm_modulate_ref(x, y, gate, shift, scale, eps)
+Rows = Tensor | tuple[Tensor, Tensor]
+MAX_WIDTH = 8192  # of the Triton kernels, which hold a token in registers
 
 
 def layernorm_modulate_ref(
-    x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, eps: float = EPS
+    x: Tensor, shift: Rows | None = None, scale: Rows | None = None, eps: float = EPS
 ) -> Tensor:
     """The definition of `layernorm_modulate`."""
-    return _modulated_layernorm(_wide(x), shift, scale, eps).to(x.dtype)
+    out = F.layer_norm(_wide(x), x.shape[-1:], eps=eps)
+    if scale is not None:
+        out = out * (1 + _broadcast(scale, x))
+    if shift is not None:
+        out = out + _broadcast(shift, x)
+    return out.to(x.dtype)
 
 
 def residual_layernorm_modulate_ref(
     x: Tensor,
     y: Tensor | None = None,
-    gate: Tensor | None = None,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
+    gate: Rows | None = None,
+    shift: Rows | None = None,
+    scale: Rows | None = None,
     eps: float = EPS,
 ) -> tuple[Tensor, Tensor]:
     """The definition of `residual_layernorm_modulate`."""
     residual = add_residual_ref(x, y, gate)
-    return residual, _modulated_layernorm(_wide(residual), shift, scale, eps).to(x.dtype)
+    return residual, layernorm_modulate_ref(residual, shift, scale, eps)
 
 
-def add_residual_ref(x: Tensor, y: Tensor | None, gate: Tensor | None) -> Tensor:
-    """x + gate · y in x's dtype; x (R, ..., D), y like x or None, gate (R, D) or None."""
+def add_residual_ref(x: Tensor, y: Tensor | None, gate: Rows | None = None) -> Tensor:
+    """x + gate · y in x's dtype; x, y and gate as in `residual_layernorm_modulate`."""
+    _check(x, y, gate=gate)
     if y is None:
         return x
-    update = _wide(y) if gate is None else _wide(y) * _rows(gate, x)
+    y = y.to(x.dtype)
+    update = _wide(y) if y.shape == x.shape else _broadcast(y, x)
+    if gate is not None:
+        update = update * _broadcast(gate, x)
     return (_wide(x) + update).to(x.dtype)
 
 
-def _modulated_layernorm(
-    x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float
-) -> Tensor:
-    out = F.layer_norm(x, x.shape[-1:], eps=eps)
-    if scale is not None:
-        out = out * (1 + _rows(scale, x))
-    return out if shift is None else out + _rows(shift, x)
+def _broadcast(rows: Rows, x: Tensor) -> Tensor:
+    """Rows → (..., 1, ..., D), to broadcast over the tokens of x."""
+    if isinstance(rows, tuple):
+        rows = rows[0][rows[1]]
+    leading = _leading(rows.shape[0], x)
+    return _wide(rows).reshape(*x.shape[:leading], *(1,) * (x.ndim - 1 - leading), x.shape[-1])
 
 
-def _rows(row: Tensor, x: Tensor) -> Tensor:
-    """(R, D) -> (R, 1, ..., D), to broadcast over the tokens of x."""
-    if row.shape != (x.shape[0], x.shape[-1]):
-        raise ValueError(
-            f"modulation rows must be {(x.shape[0], x.shape[-1])} for x {tuple(x.shape)}, "
-            f"got {tuple(row.shape)}"
-        )
-    return _wide(row).reshape(row.shape[0], *(1,) * (x.ndim - 2), row.shape[1])
+def _leading(rows: int, x: Tensor) -> int | None:
+    """How many first dimensions of x multiply to `rows`; None where none do."""
+    for dims in range(x.ndim):
+        if math.prod(x.shape[:dims]) == rows:
+            return dims
+    return None
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _tokens(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])
+
+
+# On CUDA the forward gives a token to one warp at the widths of the presets: the statistics need no
+# barrier, every lane moves 16 bytes at a time, and the token stays in registers between its passes.
+
+# GATE, SHIFT, SCALE: 0 where absent, 1 for rows, 2 for rows by index.
+
+
+@launch.jit
+def _row_start(token, span, index_ptr, stride, table_rows, KIND: constexpr):
+    """Where the row that serves a token starts, and whether the table has it."""
+    row = token // span
+    if KIND == 2:
+        row = tl.load(index_ptr + row)
+    return row.to(tl.int64) * stride, (row >= 0) & (row < table_rows)
+
+
+@launch.jit
+def _forward_kernel(
+    x_ptr,
+    y_ptr,
+    gate_ptr,
+    gate_index_ptr,
+    shift_ptr,
+    shift_index_ptr,
+    scale_ptr,
+    scale_index_ptr,
+    residual_ptr,
+    out_ptr,
+    tokens,
+    y_span,
+    gate_span,
+    gate_stride,
+    gate_table,
+    shift_span,
+    shift_stride,
+    shift_table,
+    scale_span,
+    scale_stride,
+    scale_table,
+    eps,
+    D: constexpr,
+    HAS_Y: constexpr,
+    GATE: constexpr,
+    SHIFT: constexpr,
+    SCALE: constexpr,
+    TOKENS: constexpr,
+    CHUNK: constexpr,
+):
+    CHUNKS: constexpr = (D + CHUNK - 1) // CHUNK
+    # A last program that overruns repeats the last token, and writes the same values again.
+    token = tl.minimum(tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tokens - 1)[:, None]
+    start = token.to(tl.int64) * D
+    columns = tl.arange(0, CHUNK)[None, :]
+    if HAS_Y:
+        y_start = (token // y_span).to(tl.int64) * D
+    if GATE > 0:
+        gate_start, gate_valid = _row_start(
+            token, gate_span, gate_index_ptr, gate_stride, gate_table, GATE
+        )
+
+    stream = ()
+    total = tl.zeros((TOKENS, CHUNK), tl.float32)
+    for c in tl.static_range(CHUNKS):
+        column = columns + c * CHUNK
+        inside = column < D
+        value = tl.load(x_ptr + start + column, mask=inside, other=0)
+        if HAS_Y:
+            update = tl.load(y_ptr + y_start + column, mask=inside, other=0).to(tl.float32)
+            if GATE > 0:
+                gate = tl.load(
+                    gate_ptr + gate_start + column, mask=inside & gate_valid, other=float("nan")
+                )
+                update *= gate.to(tl.float32)
+            summed = (value.to(tl.float32) + update).to(x_ptr.dtype.element_ty)
+            value = tl.where(inside, summed, 0).to(x_ptr.dtype.element_ty)
+            tl.store(residual_ptr + start + column, value, mask=inside)
+        total += value.to(tl.float32)
+        stream = stream + (value,)  # noqa: RUF005
+
+    mean = tl.sum(total, 1, keep_dims=True) / D
+    # Two passes: E[x²] - E[x]² cancels.
+    square = tl.zeros((TOKENS, CHUNK), tl.float32)
+    for c in tl.static_range(CHUNKS):
+        centred = tl.where(columns + c * CHUNK < D, stream[c].to(tl.float32) - mean, 0)
+        square += centred * centred
+    rstd = tl.rsqrt(tl.sum(square, 1, keep_dims=True) / D + tl.cast(eps, tl.float32))
+
+    if SHIFT > 0:
+        shift_start, shift_valid = _row_start(
+            token, shift_span, shift_index_ptr, shift_stride, shift_table, SHIFT
+        )
+    if SCALE > 0:
+        scale_start, scale_valid = _row_start(
+            token, scale_span, scale_index_ptr, scale_stride, scale_table, SCALE
+        )
+    for c in tl.static_range(CHUNKS):
+        column = columns + c * CHUNK
+        inside = column < D
+        out = (stream[c].to(tl.float32) - mean) * rstd
+        if SCALE > 0:
+            scale = tl.load(
+                scale_ptr + scale_start + column, mask=inside & scale_valid, other=float("nan")
+            )
+            out *= 1 + scale.to(tl.float32)
+        if SHIFT > 0:
+            shift = tl.load(
+                shift_ptr + shift_start + column, mask=inside & shift_valid, other=float("nan")
+            )
+            out += shift.to(tl.float32)
+        tl.store(out_ptr + start + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+# The backward gives a program a chunk of consecutive tokens that the same rows serve. It holds
+# those rows and the sums of the row gradients in registers, and stores the sums once a chunk.
+
+
+@launch.jit
+def _sums(a, b):
+    """The sums of two blocks, in one trip through shared memory."""
+    return tl.split(tl.sum(tl.join(a, b), 0))
+
+
+@launch.jit
+def _backward_kernel(
+    d_residual_ptr,
+    d_out_ptr,
+    residual_ptr,
+    y_ptr,
+    gate_ptr,
+    gate_index_ptr,
+    scale_ptr,
+    scale_index_ptr,
+    dx_ptr,
+    dy_ptr,
+    dy_sum_ptr,
+    dgate_ptr,
+    dshift_ptr,
+    dscale_ptr,
+    span,
+    length,
+    per_row,
+    y_span,
+    gate_span,
+    gate_stride,
+    gate_table,
+    scale_span,
+    scale_stride,
+    scale_table,
+    eps,
+    D: constexpr,
+    HAS_D_RESIDUAL: constexpr,
+    GATE: constexpr,
+    SCALE: constexpr,
+    DX: constexpr,
+    DY: constexpr,
+    DY_SUM: constexpr,
+    DGATE: constexpr,
+    DSHIFT: constexpr,
+    DSCALE: constexpr,
+    BLOCK: constexpr,
+    STAGES: constexpr,
+):
+    chunk = tl.program_id(0)
+    first = chunk % per_row * length
+    token0 = chunk // per_row * span + first
+    count = tl.minimum(length, span - first)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    if GATE > 0:
+        start, valid = _row_start(token0, gate_span, gate_index_ptr, gate_stride, gate_table, GATE)
+        gate = tl.load(gate_ptr + start + column, mask=inside & valid, other=float("nan"))
+        gate = tl.where(inside, gate.to(tl.float32), 0)
+    if SCALE > 0:
+        start, valid = _row_start(
+            token0, scale_span, scale_index_ptr, scale_stride, scale_table, SCALE
+        )
+        scale = tl.load(scale_ptr + start + column, mask=inside & valid, other=float("nan"))
+        scale = tl.where(inside, 1 + scale.to(tl.float32), 0)
+    dy_sum = tl.zeros((BLOCK,), tl.float32)
+    dgate = tl.zeros((BLOCK,), tl.float32)
+    dshift = tl.zeros((BLOCK,), tl.float32)
+    dscale = tl.zeros((BLOCK,), tl.float32)
+
+    for i in tl.range(0, count, num_stages=STAGES):
+        token = (token0 + i).to(tl.int64)
+        at = token * D + column
+        value = tl.load(residual_ptr + at, mask=inside, other=0).to(tl.float32)
+        d_out = tl.load(d_out_ptr + at, mask=inside, other=0).to(tl.float32)
+        if HAS_D_RESIDUAL:
+            d_residual = tl.load(d_residual_ptr + at, mask=inside, other=0).to(tl.float32)
+        if DGATE:
+            y = tl.load(y_ptr + token // y_span * D + column, mask=inside, other=0)
+        d_normed = d_out * scale if SCALE > 0 else d_out
+        total, d_total = _sums(value, d_normed)
+        centred = tl.where(inside, value - total / D, 0)
+        square, product = _sums(centred * centred, centred * d_normed)
+        rstd = tl.rsqrt(square / D + tl.cast(eps, tl.float32))
+        normed = centred * rstd
+        d_stream = rstd * (d_normed - d_total / D - normed * (product * rstd / D))
+        if HAS_D_RESIDUAL:
+            d_stream += d_residual
+        if DX:
+            tl.store(dx_ptr + at, d_stream.to(dx_ptr.dtype.element_ty), mask=inside)
+        if DGATE:
+            dgate += d_stream * y.to(tl.float32)
+        if DSHIFT:
+            dshift += d_out
+        if DSCALE:
+            dscale += d_out * normed
+        if DY or DY_SUM:
+            d_update = d_stream * gate if GATE > 0 else d_stream
+            if DY:
+                tl.store(dy_ptr + at, d_update.to(dy_ptr.dtype.element_ty), mask=inside)
+            if DY_SUM:
+                dy_sum += d_update
+
+    sums = chunk.to(tl.int64) * D + column
+    if DY_SUM:
+        tl.store(dy_sum_ptr + sums, dy_sum, mask=inside)
+    if DGATE:
+        tl.store(dgate_ptr + sums, dgate, mask=inside)
+    if DSHIFT:
+        tl.store(dshift_ptr + sums, dshift, mask=inside)
+    if DSCALE:
+        tl.store(dscale_ptr + sums, dscale, mask=inside)
+
+
+def _forward_shape(width: int, itemsize: int) -> dict[str, int]:
+    lanes = 512 // itemsize  # a warp's columns, 16 bytes a lane
+    warps = 1  # of a token: no lane holds more than 64 of its values
+    while width > 2048 * warps:
+        warps *= 2
+    chunk = min(lanes * warps, _power_of_2(width))
+    return {"TOKENS": max(1, 4 * lanes // chunk), "CHUNK": chunk, "num_warps": 4}
+
+
+def _backward_shape(width: int) -> dict[str, int]:
+    block = _power_of_2(width)
+    return {"BLOCK": block, "STAGES": 3, "num_warps": min(32, max(1, block // 256))}
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _kernel_rows(name: str, table: Tensor | None, index: Tensor | None, x: Tensor) -> dict:
+    """What the kernels take for one operand; x stands in for pointers that are not followed."""
+    arguments = {
+        "ptr": x if table is None else table,
+        "index_ptr": x if index is None else index,
+        "span": _tokens(x) // _count(table, index),
+        "stride": 0 if table is None else table.stride(0),
+        "table": 0 if table is None else table.shape[0],
+    }
+    kind = 0 if table is None else 1 if index is None else 2
+    return {f"{name}_{key}": value for key, value in arguments.items()} | {name.upper(): kind}
+
+
+def _count(table: Tensor | None, index: Tensor | None) -> int:
+    """R of an operand, 1 for one that is absent."""
+    if table is None:
+        return 1
+    return table.shape[0] if index is None else index.shape[0]
+
+
+def _forward_cuda(x, y, gate, gate_index, shift, shift_index, scale, scale_index, eps):
+    """(residual, out); the residual is x itself without y."""
+    residual = x if y is None else torch.empty_like(x)
+    out = torch.empty_like(x)
+    if x.numel() == 0:
+        return residual, out
+    width = int(x.shape[-1])  # a constant of the kernel
+    shape = _forward_shape(width, x.element_size())
+    with launch.device_of(x):
+        launch.launcher(_forward_kernel)[(-(-_tokens(x) // shape["TOKENS"]),)](
+            x_ptr=x,
+            y_ptr=x if y is None else y,
+            residual_ptr=residual,
+            out_ptr=out,
+            tokens=_tokens(x),
+            y_span=1 if y is None else x.numel() // y.numel(),
+            **_kernel_rows("gate", gate, gate_index, x),
+            **_kernel_rows("shift", shift, shift_index, x),
+            **_kernel_rows("scale", scale, scale_index, x),
+            eps=eps,
+            D=width,
+            HAS_Y=y is not None,
+            **shape,
+        )
+    return residual, out
+
+
+@torch.library.triton_op("gentron::layernorm_modulate_cuda", mutates_args=())
+def _layernorm_modulate_cuda(
+    x: Tensor,
+    shift: Tensor | None,
+    shift_index: Tensor | None,
+    scale: Tensor | None,
+    scale_index: Tensor | None,
+    eps: float,
+) -> Tensor:
+    return _forward_cuda(x, None, None, None, shift, shift_index, scale, scale_index, eps)[1]
+
+
+@torch.library.triton_op("gentron::residual_layernorm_modulate_cuda", mutates_args=())
+def _residual_layernorm_modulate_cuda(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    gate_index: Tensor | None,
+    shift: Tensor | None,
+    shift_index: Tensor | None,
+    scale: Tensor | None,
+    scale_index: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return _forward_cuda(x, y, gate, gate_index, shift, shift_index, scale, scale_index, eps)
+
+
+@torch.library.triton_op("gentron::residual_layernorm_modulate_backward_cuda", mutates_args=())
+def _residual_layernorm_modulate_backward_cuda(
+    d_residual: Tensor | None,
+    d_out: Tensor,
+    residual: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    gate_index: Tensor | None,
+    scale: Tensor | None,
+    scale_index: Tensor | None,
+    eps: float,
+    dx: bool,
+    dy_rows: int,
+    dgate_rows: int,
+    dshift_rows: int,
+    dscale_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, y, gate, shift and scale, each empty where its flag or count is 0.
+
+    dx is in the residual's dtype, and so is dy where it has a row a token; the others are fp32, a
+    row for each of an operand's R, to be summed over an index by the caller.
+    """
+    tokens, width = _tokens(residual), int(residual.shape[-1])
+    dy_tokenwise = dy_rows == tokens
+    sums = 0 if dy_tokenwise else dy_rows, dgate_rows, dshift_rows, dscale_rows
+    d_x = residual.new_empty(residual.shape if dx else (0,))
+    d_y = residual.new_empty(residual.shape if dy_tokenwise else (0,))
+    if residual.numel() == 0:
+        zeros = [residual.new_zeros(rows, width, dtype=torch.float32) for rows in sums]
+        return d_x, d_y if dy_tokenwise else zeros[0], *zeros[1:]
+
+    # A chunk is of tokens that the same rows serve; four programs a multiprocessor if there are as
+    # many tokens.
+    y_rows = 1 if y is None or y.numel() == residual.numel() else y.shape[0]
+    rows = y_rows
+    for count in (_count(gate, gate_index), _count(scale, scale_index), *sums):
+        rows = torch.sym_max(rows, count)
+    span = tokens // rows
+    wanted = -(-tokens // (4 * launch.multiprocessors(residual.device)))
+    per_row = -(-span // torch.sym_min(span, wanted))
+    length = -(-span // per_row)
+    chunks = rows * per_row
+    partials = [
+        residual.new_empty((chunks, width) if count != 0 else (0,), dtype=torch.float32)
+        for count in sums
+    ]
+    with launch.device_of(residual):
+        launch.launcher(_backward_kernel)[(chunks,)](
+            d_residual_ptr=residual if d_residual is None else d_residual,
+            d_out_ptr=d_out,
+            residual_ptr=residual,
+            y_ptr=residual if y is None else y,
+            dx_ptr=d_x,
+            dy_ptr=d_y,
+            dy_sum_ptr=partials[0],
+            dgate_ptr=partials[1],
+            dshift_ptr=partials[2],
+            dscale_ptr=partials[3],
+            span=span,
+            length=length,
+            per_row=per_row,
+            y_span=1 if y is None else residual.numel() // y.numel(),
+            **_kernel_rows("gate", gate, gate_index, residual),
+            **_kernel_rows("scale", scale, scale_index, residual),
+            eps=eps,
+            D=width,
+            HAS_D_RESIDUAL=d_residual is not None,
+            DX=dx,
+            DY=dy_tokenwise,
+            DY_SUM=sums[0] != 0,
+            DGATE=dgate_rows != 0,
+            DSHIFT=dshift_rows != 0,
+            DSCALE=dscale_rows != 0,
+            **_backward_shape(width),
+        )
+    dy_sum, d_gate, d_shift, d_scale = (
+        partial if count == 0 else partial.view(count, chunks // count, width).sum(1)
+        for partial, count in zip(partials, sums, strict=True)
+    )
+    return d_x, d_y if dy_tokenwise else dy_sum, d_gate, d_shift, d_scale
+
+
+def compile_cases():
+    """For compilation ahead of time: (name, kernel, signature, constants, num_warps)."""
+    for preset, width in ("XL/2", 1152), ("G/2", 1664):
+        for dtype, itemsize in ("bf16", 2), ("fp32", 4):
+            for kernel, shape, absent in (
+                (_forward_kernel, _forward_shape(width, itemsize), ()),
+                (_forward_kernel, _forward_shape(width, itemsize), ("HAS_Y", "GATE")),
+                (_backward_kernel, _backward_shape(width), ("DY_SUM",)),
+                (_backward_kernel, _backward_shape(width), ("DY_SUM", "HAS_D_RESIDUAL", "GATE")),
+            ):
+                integers = [name for name in kernel.arg_names if name.islower()]
+                signature = {
+                    name: f"*{dtype}" if name.endswith("_ptr") else "i32" for name in integers
+                }
+                sums = "dy_sum_ptr", "dgate_ptr", "dshift_ptr", "dscale_ptr"
+                fp32 = (name for name in sums if name in signature)
+                indices = (name for name in integers if name.endswith("index_ptr"))
+                signature |= dict.fromkeys(fp32, "*fp32") | dict.fromkeys(indices, "*i64")
+                signature["eps"] = "fp32"
+                shape = shape.copy()
+                num_warps = shape.pop("num_warps")
+                flags = [name for name in kernel.arg_names if name.isupper()]
+                constants = {name: int(name not in absent) for name in flags} | shape
+                # An indexed table beside plain rows: the temporal position beside the gate.
+                constants |= {"D": width} | ({"SHIFT": 2} if "SHIFT" in flags else {})
+                what = " ".join(absent).lower()
+                name = f"{preset} {dtype}" + (f" without {what}" if absent else "")
+                yield name, kernel, signature, constants, num_warps
+
+
+def _setup_layernorm(ctx, inputs, output) -> None:
+    x, shift, shift_index, scale, scale_index, eps = inputs
+    ctx.save_for_backward(x, shift, shift_index, scale, scale_index)
+    ctx.eps = eps
+
+
+def _setup_chain(ctx, inputs, output) -> None:
+    _, y, gate, gate_index, shift, shift_index, scale, scale_index, eps = inputs
+    ctx.set_materialize_grads(False)
+    ctx.y_shape = y.shape
+    saved_y = y if ctx.needs_input_grad[2] else None  # for the gate's gradient alone
+    ctx.save_for_backward(
+        output[0], saved_y, gate, gate_index, shift, shift_index, scale, scale_index
+    )
+    ctx.eps = eps
+
+
+def _layernorm_gradients(operator, ctx, d_out):
+    x, shift, shift_index, scale, scale_index = ctx.saved_tensors
+    needs_x, needs_shift, _, needs_scale, _, _ = ctx.needs_input_grad
+    d_x, _, _, d_shift, d_scale = operator(
+        None, d_out.contiguous(), x, None, None, None, scale, scale_index, ctx.eps, needs_x, 0, 0,
+        _count(shift, shift_index) if needs_shift else 0,
+        _count(scale, scale_index) if needs_scale else 0,
+    )  # fmt: skip
+    return (
+        d_x if needs_x else None,
+        _table_gradient(d_shift, shift, shift_index) if needs_shift else None,
+        None,
+        _table_gradient(d_scale, scale, scale_index) if needs_scale else None,
+        None,
+        None,
+    )
+
+
+def _chain_gradients(operator, ctx, d_residual, d_out):
+    residual, y, gate, gate_index, shift, shift_index, scale, scale_index = ctx.saved_tensors
+    needs_x, needs_y, needs_gate, _, needs_shift, _, needs_scale, _, _ = ctx.needs_input_grad
+    # Without a gate an update of its own for every token has x's gradient.
+    shared = needs_y and gate is None and math.prod(ctx.y_shape) == residual.numel()
+    dy_rows = math.prod(ctx.y_shape[:-1]) if needs_y and not shared else 0
+    d_x, d_y, d_gate, d_shift, d_scale = operator(
+        None if d_residual is None else d_residual.contiguous(),
+        torch.zeros_like(residual) if d_out is None else d_out.contiguous(),
+        residual, y, gate, gate_index, scale, scale_index, ctx.eps, needs_x or shared, dy_rows,
+        _count(gate, gate_index) if needs_gate else 0,
+        _count(shift, shift_index) if needs_shift else 0,
+        _count(scale, scale_index) if needs_scale else 0,
+    )  # fmt: skip
+    if needs_y:
+        d_y = (d_x if shared else d_y).view(ctx.y_shape).to(residual.dtype)
+    return (
+        d_x if needs_x else None,
+        d_y if needs_y else None,
+        _table_gradient(d_gate, gate, gate_index) if needs_gate else None,
+        None,
+        _table_gradient(d_shift, shift, shift_index) if needs_shift else None,
+        None,
+        _table_gradient(d_scale, scale, scale_index) if needs_scale else None,
+        None,
+        None,
+    )
+
+
+def _table_gradient(d_rows: Tensor, table: Tensor, index: Tensor | None) -> Tensor:
+    """Sum over the rows that read each row of the table, by a product: always in one order."""
+    if index is not None:
+        places = torch.arange(table.shape[0], device=index.device)[:, None]
+        with torch.autocast(d_rows.device.type, enabled=False):
+            d_rows = (places == index).to(d_rows.dtype) @ d_rows
+    return d_rows.to(table.dtype)
+
+
+def _register(device: str) -> None:
+    backward = getattr(torch.ops.gentron, f"residual_layernorm_modulate_backward_{device}")
+    for name, gradients, setup in (
+        ("layernorm_modulate", _layernorm_gradients, _setup_layernorm),
+        ("residual_layernorm_modulate", _chain_gradients, _setup_chain),
+    ):
+        torch.library.register_autograd(
+            f"gentron::{name}_{device}",
+            functools.partial(gradients, backward),
+            setup_context=setup,
+        )
+
+
+_register("cuda")
+
+if launch.cpu_library():
+    _register("cpu")
+
+    @torch.library.register_fake("gentron::layernorm_modulate_cpu")
+    def _(x, shift, shift_index, scale, scale_index, eps):
+        return torch.empty_like(x)
+
+    @torch.library.register_fake("gentron::residual_layernorm_modulate_cpu")
+    def _(x, y, gate, gate_index, shift, shift_index, scale, scale_index, eps):
+        return torch.empty_like(x), torch.empty_like(x)
+
+    @torch.library.register_fake("gentron::residual_layernorm_modulate_backward_cpu")
+    def _(
+        d_residual, d_out, residual, y, gate, gate_index, scale, scale_index, eps, dx, *row_counts
+    ):
+        dtype = torch.promote_types(residual.dtype, torch.float32)
+        d_x = residual.new_empty(residual.shape if dx else (0,))
+        d_y, *d_rows = (
+            residual.new_empty(count, residual.shape[-1], dtype=dtype) for count in row_counts
+        )
+        tokenwise = row_counts[0] == _tokens(residual)
+        return d_x, torch.empty_like(residual) if tokenwise else d_y, *d_rows
+
+
+def layernorm_modulate(
+    x: Tensor, shift: Rows | None = None, scale: Rows | None = None, eps: float = EPS
+) -> Tensor:
+    """Normalise over the width, then modulate: LN(x) · (1 + scale) + shift.
+
+    x (..., D); shift and scale: rows (R, D), or (table (P, D), index (R,) int64), or None, where R
+    is the product of x's first dimensions up to one of them, 1 for all of x; each row serves
+    tokens / R consecutive tokens. Rows may be in another floating dtype than x. Returns x's shape
+    and dtype. Statistics and products are taken in fp32 (fp64 for fp64 input).
+    ValueError for an operand that does not fit. Source: adaLN of DiT (arXiv 2212.09748).
+    """
+    _check(x, shift=shift, scale=scale)
+    backend = _backend(x)
+    if backend == "ref":
+        return layernorm_modulate_ref(x, shift, scale, eps)
+    operator = torch.ops.gentron.layernorm_modulate_cuda
+    if backend == "cpu":
+        operator = torch.ops.gentron.layernorm_modulate_cpu
+    return operator(x.contiguous(), *_operand(shift, x), *_operand(scale, x), eps)
+
+
+def residual_layernorm_modulate(
+    x: Tensor,
+    y: Tensor | None = None,
+    gate: Rows | None = None,
+    shift: Rows | None = None,
+    scale: Rows | None = None,
+    eps: float = EPS,
+) -> tuple[Tensor, Tensor]:
+    """Add a sub-layer's output to the residual stream and prepare the next sub-layer's input.
+
+    x (..., D); y like x, or rows (R, D) that serve tokens / R consecutive tokens each, taken in x's
+    dtype, None at the first sub-layer; gate, shift and scale: rows as in `layernorm_modulate`, each
+    with an R of its own. Returns (x + gate · y, LN(x + gate · y) · (1 + scale) + shift), both in
+    x's shape and dtype; the sum is rounded to x's dtype first. Without y the sum is x itself.
+    ValueError for an operand that does not fit, or a gate without y.
+    """
+    _check(x, y, gate=gate, shift=shift, scale=scale)
+    if y is None:
+        return x, layernorm_modulate(x, shift, scale, eps)
+    backend = _backend(x)
+    if backend == "ref":
+        return residual_layernorm_modulate_ref(x, y, gate, shift, scale, eps)
+    operator = torch.ops.gentron.residual_layernorm_modulate_cuda
+    if backend == "cpu":
+        operator = torch.ops.gentron.residual_layernorm_modulate_cpu
+    rows = *_operand(gate, x), *_operand(shift, x), *_operand(scale, x)
+    y = y.to(x.dtype)
+    if _tokens(y) == _tokens(x):
+        y = y.reshape(x.shape)
+    return operator(x.contiguous(), y.contiguous(), *rows, eps)
+
+
+def _backend(x: Tensor) -> str:
+    backend = launch.backend(x)
+    if backend == "cuda" and (x.dtype == torch.float64 or x.shape[-1] > MAX_WIDTH):
+        return "ref"
+    return backend
+
+
+def _operand(rows: Rows | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(table, index) as the operators take them: x's dtype or the one it is computed in."""
+    if rows is None:
+        return None, None
+    table, index = rows if isinstance(rows, tuple) else (rows, None)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if table.dtype not in (x.dtype, wide):
+        table = table.to(wide)
+    if table.stride(-1) != 1:
+        table = table.contiguous()
+    return table, None if index is None else index.contiguous()
+
+
+def _check(x: Tensor, y: Tensor | None = None, **operands: Rows | None) -> None:
+    if x.ndim == 0 or x.shape[-1] == 0 or not x.dtype.is_floating_point:
+        raise ValueError(f"x must be floating (..., D), got {x.dtype} {tuple(x.shape)}")
+    if y is None and operands.get("gate") is not None:
+        raise ValueError("gate must be None where y is None: it scales y")
+    if y is not None and y.shape != x.shape:
+        _check_rows("y", y, x, f"x's shape {tuple(x.shape)} or ")
+    if y is not None:
+        _check_tensor("y", y, x)
+    for name, rows in operands.items():
+        if isinstance(rows, tuple):
+            if len(rows) != 2:
+                raise ValueError(f"{name} must be rows or (table, index), got {len(rows)} tensors")
+            table, index = rows
+            _check_tensor(name, table, x)
+            if table.ndim != 2 or table.shape[-1] != x.shape[-1]:
+                raise ValueError(
+                    f"{name}'s table must be (P, {x.shape[-1]}), got {tuple(table.shape)}"
+                )
+            if index.ndim != 1 or index.dtype != torch.int64 or index.device != x.device:
+                raise ValueError(
+                    f"{name}'s index must be (R,) int64 on {x.device}, "
+                    f"got {index.dtype} {tuple(index.shape)} on {index.device}"
+                )
+            if _leading(index.shape[0], x) is None:
+                raise ValueError(
+                    f"{name}'s index must hold R entries, R the product of the first dimensions "
+                    f"of x {tuple(x.shape)}, got {index.shape[0]}"
+                )
+        elif rows is not None:
+            _check_tensor(name, rows, x)
+            _check_rows(name, rows, x)
+
+
+def _check_tensor(name: str, tensor: Tensor, x: Tensor) -> None:
+    if not tensor.dtype.is_floating_point:
+        raise ValueError(f"{name} must be floating, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+
+
+def _check_rows(name: str, rows: Tensor, x: Tensor, or_else: str = "") -> None:
+    if rows.ndim != 2 or rows.shape[1] != x.shape[-1] or _leading(rows.shape[0], x) is None:
+        raise ValueError(
+            f"{name} must be {or_else}(R, {x.shape[-1]}), R the product of the first dimensions of "
+            f"x {tuple(x.shape)}, got {tuple(rows.shape)}"
+        )

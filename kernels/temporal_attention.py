@@ -4,13 +4,21 @@ Under motion-free guidance a sample's mask is the T × T identity: each token at
 alone, softmax over one key is 1, and the attention returns v.
 """
 
-# Shapes: B batch, T frames, N tokens of a frame, H heads, Dh head size.
+# Shapes: B batch, T frames, N tokens of a frame, H heads, Dh head size. A sequence is one head of
+# one token along the frames: N · H of them in a sample.
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from gentron_kernels import launch
 from gentron_kernels.attention import sdpa
+from gentron_kernels.launch import constexpr, tl
+
+ROWS = 64  # of a tile: 64 // T sequences of T frames
+MAX_SIZE = 128  # of a head, in the Triton kernels
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def temporal_attention(qkv: Tensor, motion_free: Tensor | bool | None = None) -> Tensor:
@@ -18,27 +26,327 @@ def temporal_attention(qkv: Tensor, motion_free: Tensor | bool | None = None) ->
 
     qkv (B, T, N, 3, H, Dh), the packed projection; motion_free (B,) bool, True where the mask is
     the identity, or one bool for the whole batch, None as False. Returns (B, T, N, H · Dh).
+    Where the mask is the identity q and k are not read, and their gradient is zero.
     Source: GenTron (arXiv 2312.04557), section 3.3 and its motion-free guidance.
     """
-    return temporal_attention_ref(qkv, motion_free)
+    _check(qkv, motion_free)
+    frames, size = qkv.shape[1], qkv.shape[5]
+    if frames == 1 or motion_free is True:
+        return qkv[:, :, :, 2].clone(memory_format=torch.contiguous_format).flatten(3)
+    flags = motion_free if isinstance(motion_free, Tensor) else None
+    backend = launch.backend(qkv)
+    if backend == "cpu":
+        return torch.ops.gentron.temporal_attention_cpu(qkv, flags)
+    if backend == "cuda" and frames <= ROWS and size <= MAX_SIZE and qkv.dtype in CUDA_DTYPES:
+        return torch.ops.gentron.temporal_attention_cuda(qkv, flags)
+    return temporal_attention_ref(qkv, flags)
+
+
+def temporal_values(
+    x: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    merged: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The temporal layer under the identity mask: value and output projections, no attention.
+
+    x (..., D); weights (D, D) and biases (D,) of nn.Linear; merged: (weight, bias) of
+    `merge_values`, which replace all four and make one product of the two. Returns x's shape.
+    """
+    if merged is not None:
+        return F.linear(x, *merged)
+    return F.linear(F.linear(x, value_weight, value_bias), out_weight, out_bias)
+
+
+def merge_values(
+    value_weight: Tensor, value_bias: Tensor, out_weight: Tensor, out_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(W_o · W_v, W_o · b_v + b_o), made in fp32 (fp64 for fp64) and cast once, to W_o's dtype."""
+    dtype = torch.promote_types(out_weight.dtype, torch.float32)
+    with torch.autocast(out_weight.device.type, enabled=False):
+        out_wide = out_weight.to(dtype)
+        weight = out_wide @ value_weight.to(dtype)
+        bias = torch.addmv(out_bias.to(dtype), out_wide, value_bias.to(dtype))
+    return weight.to(out_weight.dtype), bias.to(out_bias.dtype)
 
 
 def temporal_attention_ref(qkv: Tensor, motion_free: Tensor | bool | None = None) -> Tensor:
     """The definition of `temporal_attention`."""
-    if qkv.ndim != 6 or qkv.shape[3] != 3:
-        raise ValueError(f"qkv must be (B, T, N, 3, H, Dh), got {tuple(qkv.shape)}")
-    batch, frames = qkv.shape[:2]
     values = qkv[:, :, :, 2].flatten(3)
-    if frames == 1 or motion_free is True:
+    if qkv.shape[1] == 1 or motion_free is True:
         return values
     q, k, v = rearrange(qkv, "b t n three h d -> three (b n) h t d")
     out = sdpa(q, k, v)
-    out = rearrange(out, "(b n) h t d -> b t n (h d)", b=batch)
+    out = rearrange(out, "(b n) h t d -> b t n (h d)", b=qkv.shape[0])
     if motion_free is None or motion_free is False:
         return out
-    if motion_free.shape != (batch,) or motion_free.dtype != torch.bool:
+    return torch.where(motion_free[:, None, None, None], values, out)
+
+
+# A tile is 64 rows of one sample: the frames of 64 // T neighbouring sequences, frame by frame, so
+# that the rows of a frame are contiguous in memory and the tensor cores' tiles are full. A mask
+# keeps the sequences apart. A head is one or two blocks of columns, each a power of two: 72 = 64 +
+# 8 of 16 costs 80 columns of tensor-core work and not 128. Padding is in registers alone.
+
+
+@launch.jit
+def _tile(tokens, T: constexpr, H: constexpr, DH: constexpr, ROWS: constexpr):
+    """The program's tile: its sample, and each row's sequence in the tile, frame, address in qkv
+    and in out, and whether there is such a row."""
+    SEQUENCES: constexpr = ROWS // T
+    tiles = tl.cdiv(tokens * H, SEQUENCES)
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    row = tl.arange(0, ROWS)
+    frame, sequence = row // SEQUENCES, row % SEQUENCES
+    index = (tl.program_id(0) % tiles) * SEQUENCES + sequence
+    token = (sample * T + frame) * tokens + index // H
+    column = index % H * DH
+    inside = (frame < T) & (index < tokens * H)
+    return sample, sequence, frame, token * 3 * H * DH + column, token * H * DH + column, inside
+
+
+@launch.jit
+def _load(pointer, rows, inside, START: constexpr, BLOCK: constexpr, DH: constexpr):
+    column = START + tl.arange(0, BLOCK)
+    mask = inside[:, None] & (column < DH)[None, :]
+    return tl.load(pointer + rows[:, None] + column[None, :], mask, 0)
+
+
+@launch.jit
+def _store(pointer, rows, inside, value, START: constexpr, BLOCK: constexpr, DH: constexpr):
+    column = START + tl.arange(0, BLOCK)
+    mask = inside[:, None] & (column < DH)[None, :]
+    tl.store(pointer + rows[:, None] + column[None, :], value.to(pointer.dtype.element_ty), mask)
+
+
+@launch.jit
+def _dot(a, b, total=None):
+    # Three TF32 products for fp32, whose one would lose 13 of its 23 bits; no effect on 16 bits.
+    return tl.dot(a, b, total, input_precision="tf32x3")
+
+
+@launch.jit
+def _softmax(scores, sequence, frame, T: constexpr, DH: constexpr):
+    """The numerators, along the keys of each row's own sequence, and one over their sum, in fp32.
+    A row that is none stays finite."""
+    own = (sequence[:, None] == sequence[None, :]) & (frame < T)[None, :]
+    scores = tl.where(own, scores * (1.4426950408889634 / DH**0.5), -float("inf"))
+    weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
+    return weights, 1 / tl.sum(weights, 1)[:, None]
+
+
+# I/O: read q, k, v; write out. Motion-free: read v, write out.
+@launch.jit
+def _temporal_attention_fwd_kernel(
+    qkv_ptr,
+    motion_free_ptr,
+    out_ptr,
+    tokens,
+    HAS_FLAGS: constexpr,
+    T: constexpr,
+    H: constexpr,
+    DH: constexpr,
+    BLOCK: constexpr,
+    REST: constexpr,
+    ROWS: constexpr,
+):
+    sample, sequence, frame, rows, out_rows, inside = _tile(tokens, T, H, DH, ROWS)
+    k_ptr, v_ptr = qkv_ptr + H * DH, qkv_ptr + 2 * H * DH
+    motion_free = 0
+    if HAS_FLAGS:
+        motion_free = tl.load(motion_free_ptr + sample)
+    v = _load(v_ptr, rows, inside, 0, BLOCK, DH)
+    if REST:
+        v_rest = _load(v_ptr, rows, inside, BLOCK, REST, DH)
+    if motion_free != 0:
+        _store(out_ptr, out_rows, inside, v, 0, BLOCK, DH)
+        if REST:
+            _store(out_ptr, out_rows, inside, v_rest, BLOCK, REST, DH)
+    else:
+        q = _load(qkv_ptr, rows, inside, 0, BLOCK, DH)
+        k = _load(k_ptr, rows, inside, 0, BLOCK, DH)
+        scores = _dot(q, tl.trans(k))
+        if REST:
+            q_rest = _load(qkv_ptr, rows, inside, BLOCK, REST, DH)
+            k_rest = _load(k_ptr, rows, inside, BLOCK, REST, DH)
+            scores = _dot(q_rest, tl.trans(k_rest), scores)
+        weights, inverse = _softmax(scores, sequence, frame, T, DH)
+        weights = weights.to(v.dtype)  # before the division: the largest is 1, and exact
+        _store(out_ptr, out_rows, inside, _dot(weights, v) * inverse, 0, BLOCK, DH)
+        if REST:
+            _store(out_ptr, out_rows, inside, _dot(weights, v_rest) * inverse, BLOCK, REST, DH)
+
+
+# I/O: read d_out, q, k, v; write dq, dk, dv. Motion-free: read d_out, write dq = dk = 0 and dv.
+@launch.jit
+def _temporal_attention_bwd_kernel(
+    d_out_ptr,
+    qkv_ptr,
+    motion_free_ptr,
+    d_qkv_ptr,
+    tokens,
+    HAS_FLAGS: constexpr,
+    T: constexpr,
+    H: constexpr,
+    DH: constexpr,
+    BLOCK: constexpr,
+    REST: constexpr,
+    ROWS: constexpr,
+):
+    sample, sequence, frame, rows, out_rows, inside = _tile(tokens, T, H, DH, ROWS)
+    k_ptr, v_ptr = qkv_ptr + H * DH, qkv_ptr + 2 * H * DH
+    dk_ptr, dv_ptr = d_qkv_ptr + H * DH, d_qkv_ptr + 2 * H * DH
+    motion_free = 0
+    if HAS_FLAGS:
+        motion_free = tl.load(motion_free_ptr + sample)
+    d_out = _load(d_out_ptr, out_rows, inside, 0, BLOCK, DH)
+    if REST:
+        d_rest = _load(d_out_ptr, out_rows, inside, BLOCK, REST, DH)
+    if motion_free != 0:
+        zeros = tl.zeros((ROWS, BLOCK), tl.float32)
+        _store(d_qkv_ptr, rows, inside, zeros, 0, BLOCK, DH)
+        _store(dk_ptr, rows, inside, zeros, 0, BLOCK, DH)
+        _store(dv_ptr, rows, inside, d_out, 0, BLOCK, DH)
+        if REST:
+            zeros = tl.zeros((ROWS, REST), tl.float32)
+            _store(d_qkv_ptr, rows, inside, zeros, BLOCK, REST, DH)
+            _store(dk_ptr, rows, inside, zeros, BLOCK, REST, DH)
+            _store(dv_ptr, rows, inside, d_rest, BLOCK, REST, DH)
+    else:
+        q = _load(qkv_ptr, rows, inside, 0, BLOCK, DH)
+        k = _load(k_ptr, rows, inside, 0, BLOCK, DH)
+        v = _load(v_ptr, rows, inside, 0, BLOCK, DH)
+        scores = _dot(q, tl.trans(k))
+        dp = _dot(d_out, tl.trans(v))
+        if REST:
+            q_rest = _load(qkv_ptr, rows, inside, BLOCK, REST, DH)
+            k_rest = _load(k_ptr, rows, inside, BLOCK, REST, DH)
+            v_rest = _load(v_ptr, rows, inside, BLOCK, REST, DH)
+            scores = _dot(q_rest, tl.trans(k_rest), scores)
+            dp = _dot(d_rest, tl.trans(v_rest), dp)
+        weights, inverse = _softmax(scores, sequence, frame, T, DH)
+        p = weights * inverse
+        ds = p * (dp - tl.sum(p * dp, 1)[:, None]) * (1 / DH**0.5)
+        ds = ds.to(q.dtype)
+        _store(d_qkv_ptr, rows, inside, _dot(ds, k), 0, BLOCK, DH)
+        if REST:
+            _store(d_qkv_ptr, rows, inside, _dot(ds, k_rest), BLOCK, REST, DH)
+        ds = tl.trans(ds)
+        _store(dk_ptr, rows, inside, _dot(ds, q), 0, BLOCK, DH)
+        if REST:
+            _store(dk_ptr, rows, inside, _dot(ds, q_rest), BLOCK, REST, DH)
+        p = tl.trans(p.to(q.dtype))
+        _store(dv_ptr, rows, inside, _dot(p, d_out), 0, BLOCK, DH)
+        if REST:
+            _store(dv_ptr, rows, inside, _dot(p, d_rest), BLOCK, REST, DH)
+
+
+@torch.library.triton_op("gentron::temporal_attention_cuda", mutates_args=())
+def _temporal_attention_cuda(qkv: Tensor, motion_free: Tensor | None) -> Tensor:
+    out = qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5])
+    if qkv.numel() == 0:
+        return out
+    grid, options = _launch_options(qkv, motion_free)
+    flags = qkv if motion_free is None else motion_free.view(torch.uint8)
+    with launch.device_of(qkv):
+        launch.launcher(_temporal_attention_fwd_kernel)[grid](
+            qkv.contiguous(), flags, out, qkv.shape[2], **options
+        )
+    return out
+
+
+@torch.library.triton_op("gentron::temporal_attention_backward_cuda", mutates_args=())
+def _temporal_attention_backward_cuda(
+    d_out: Tensor, qkv: Tensor, motion_free: Tensor | None
+) -> Tensor:
+    d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    if qkv.numel() == 0:
+        return d_qkv
+    grid, options = _launch_options(qkv, motion_free, backward=True)
+    flags = qkv if motion_free is None else motion_free.view(torch.uint8)
+    with launch.device_of(qkv):
+        launch.launcher(_temporal_attention_bwd_kernel)[grid](
+            d_out.contiguous(), qkv.contiguous(), flags, d_qkv, qkv.shape[2], **options
+        )
+    return d_qkv
+
+
+def _launch_options(qkv: Tensor, motion_free: Tensor | None, backward: bool = False):
+    batch, frames, tokens, _, heads, size = qkv.shape
+    # Constants of the kernel: a compiled graph is one for these, and not for B and N.
+    frames, heads, size = int(frames), int(heads), int(size)
+    grid = (batch * -(-(tokens * heads) // (ROWS // frames)),)
+    constants = _constants(frames, heads, size, motion_free is not None)
+    return grid, constants | {"num_warps": _num_warps(constants, backward)}
+
+
+def _constants(frames: int, heads: int, size: int, has_flags: bool) -> dict[str, int]:
+    whole = max(16, 1 << (size - 1).bit_length())  # 16: the least that a tensor core takes
+    block = 1 << (size.bit_length() - 1)
+    rest = max(16, 1 << (size - block - 1).bit_length())
+    if block < 16 or block + rest >= whole:
+        block, rest = whole, 0
+    names = "HAS_FLAGS", "T", "H", "DH", "BLOCK", "REST", "ROWS"
+    return dict(zip(names, (has_flags, frames, heads, size, block, rest, ROWS), strict=True))
+
+
+def _num_warps(constants: dict[str, int], backward: bool) -> int:
+    return 8 if backward and constants["BLOCK"] > 64 else 4
+
+
+def compile_cases():
+    """For compilation ahead of time: (name, kernel, signature, constants, num_warps)."""
+    for preset, size in ("XL/2", 72), ("G/2", 104):
+        for frames in 8, 16, 32:
+            constants = _constants(frames, 16, size, True)
+            for kernel in _temporal_attention_fwd_kernel, _temporal_attention_bwd_kernel:
+                signature = {name: "*bf16" for name in kernel.arg_names if name.endswith("_ptr")}
+                signature |= {"motion_free_ptr": "*u8", "tokens": "i32"}
+                num_warps = _num_warps(constants, kernel is _temporal_attention_bwd_kernel)
+                yield f"{preset} t = {frames}", kernel, signature, constants, num_warps
+
+
+def _register(operator, backward_operator) -> None:
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx, d_out):
+        return backward_operator(d_out, *ctx.saved_tensors), None
+
+    torch.library.register_autograd(operator, backward, setup_context=setup_context)
+
+
+_register("gentron::temporal_attention_cuda", _temporal_attention_backward_cuda)
+
+if launch.cpu_library():
+    _register("gentron::temporal_attention_cpu", torch.ops.gentron.temporal_attention_backward_cpu)
+
+    @torch.library.register_fake("gentron::temporal_attention_cpu")
+    def _(qkv, motion_free):
+        return qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5])
+
+    @torch.library.register_fake("gentron::temporal_attention_backward_cpu")
+    def _(d_out, qkv, motion_free):
+        return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _check(qkv: Tensor, motion_free: Tensor | bool | None) -> None:
+    if qkv.ndim != 6 or qkv.shape[3] != 3 or not qkv.dtype.is_floating_point:
         raise ValueError(
-            f"motion_free must be a bool tensor of shape ({batch},), "
+            f"qkv must be floating (B, T, N, 3, H, Dh), got {qkv.dtype} {tuple(qkv.shape)}"
+        )
+    if motion_free is None or isinstance(motion_free, bool):
+        return
+    if not isinstance(motion_free, Tensor):
+        raise ValueError(f"motion_free must be a tensor, a bool or None, got {motion_free!r}")
+    if motion_free.shape != qkv.shape[:1] or motion_free.dtype != torch.bool:
+        raise ValueError(
+            f"motion_free must be a bool tensor of shape ({qkv.shape[0]},), "
             f"got {motion_free.dtype} {tuple(motion_free.shape)}"
         )
-    return torch.where(motion_free[:, None, None, None], values, out)
+    if motion_free.device != qkv.device:
+        raise ValueError(
+            f"motion_free must be on qkv's device, {qkv.device}, got {motion_free.device}"
+        )

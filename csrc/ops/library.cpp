@@ -13,8 +13,8 @@ TORCH_LIBRARY(gentron, m) {
   m.def(
       "residual_layernorm_modulate_backward_cpu(Tensor? d_residual, Tensor d_out, "
       "Tensor residual, Tensor? y, Tensor? gate, Tensor? gate_index, Tensor? scale, "
-      "Tensor? scale_index, int shift_rows, float eps) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? scale_index, float eps, bool dx, SymInt dy_rows, SymInt dgate_rows, "
+      "SymInt dshift_rows, SymInt dscale_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("temporal_attention_cpu(Tensor qkv, Tensor? motion_free) -> Tensor");
   m.def(
       "temporal_attention_backward_cpu(Tensor d_out, Tensor qkv, Tensor? motion_free) -> Tensor");

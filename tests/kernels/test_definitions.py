@@ -5,7 +5,6 @@ import torch
 
 from gentron_kernels.attention import attention
 from gentron_kernels.layernorm_modulate import layernorm_modulate, residual_layernorm_modulate
-from gentron_kernels.temporal_attention import temporal_attention
 
 
 def rand(*shape, seed=0, dtype=torch.float64):
@@ -49,33 +48,6 @@ def test_low_precision_is_computed_in_fp32():
 def test_rows_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"modulation rows must be \(2, 24\)"):
         layernorm_modulate(rand(2, 5, 24), rand(3, 24))
-
-
-@pytest.mark.parametrize("frames,tokens,heads,size", [(1, 1, 1, 8), (3, 5, 2, 24), (8, 3, 4, 72)])
-def test_temporal_attention(frames, tokens, heads, size):
-    qkv = rand(2, frames, tokens, 3, heads, size)
-    out = temporal_attention(qkv, torch.tensor([False, True]))
-    q, k, v = qkv[0].unbind(2)
-    weights = torch.einsum("tnhd,snhd->nhts", q, k).div(size**0.5).softmax(-1)
-    expected = torch.einsum("nhts,snhd->tnhd", weights, v).flatten(2)
-    torch.testing.assert_close(out[0], expected)
-    assert torch.equal(out[1], qkv[1, :, :, 2].flatten(2))
-    assert torch.equal(temporal_attention(qkv, True), qkv[:, :, :, 2].flatten(3))
-
-
-def test_motion_free_samples_give_q_and_k_no_gradient():
-    qkv = rand(2, 4, 3, 3, 2, 8).requires_grad_()
-    motion_free = torch.tensor([True, False])
-    temporal_attention(qkv, motion_free).square().sum().backward()
-    assert not qkv.grad[0, :, :, :2].any() and (qkv.grad[1].abs().amax((0, 1, 3, 4)) > 0).all()
-    assert torch.autograd.gradcheck(temporal_attention, (qkv, motion_free))
-
-
-def test_wrong_temporal_input_is_named():
-    with pytest.raises(ValueError, match=r"qkv must be \(B, T, N, 3, H, Dh\)"):
-        temporal_attention(rand(2, 4, 3, 2, 8))
-    with pytest.raises(ValueError, match=r"motion_free must be a bool tensor of shape \(2,\)"):
-        temporal_attention(rand(2, 4, 3, 3, 2, 8), torch.zeros(2))
 
 
 def test_bf16_gradient_is_as_exact_as_fp32_attention_allows():
