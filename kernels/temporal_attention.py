@@ -65,7 +65,8 @@ def merge_values(
 ) -> tuple[Tensor, Tensor]:
     """(W_o · W_v, W_o · b_v + b_o), made in fp32 (fp64 for fp64) and cast once, to W_o's dtype."""
     dtype = torch.promote_types(out_weight.dtype, torch.float32)
-    with torch.autocast(out_weight.device.type, enabled=False):
+    device = out_weight.device.type
+    with torch.autocast(device if device != "meta" else "cpu", enabled=False):
         out_wide = out_weight.to(dtype)
         weight = out_wide @ value_weight.to(dtype)
         bias = torch.addmv(out_bias.to(dtype), out_wide, value_bias.to(dtype))
