@@ -152,6 +152,9 @@ class GuidedDenoiser:
         null_text, text = (model.project_captions(part) for part in (null_text, text))
         self._null_contexts = [block.context(null_text, fold) for block in model.blocks]
         self._text_contexts = [block.context(text, fold) for block in model.blocks]
+        if model.blocks[0]._compiled_call_impl is not None:
+            for context in (*self._null_contexts, *self._text_contexts):
+                _mark_length_dynamic(context)
         self._merged = [
             block.temporal_attention.merged() if merge else None
             for block in model.blocks
@@ -378,6 +381,14 @@ def _pooled_only(text: TextCondition) -> TextCondition:
             for part in text
         )
     )
+
+
+def _mark_length_dynamic(context) -> None:
+    """Tell torch.compile that texts of other lengths will come: one compilation serves them all."""
+    lengths = {CrossContext: ("k", "v", "mask"), FoldedContext: ("keys", "key_bias", "values")}
+    for name in lengths.get(type(context), ()):
+        if (tensor := getattr(context, name)) is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
 
 
 def _repeated(context, times: int):

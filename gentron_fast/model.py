@@ -26,6 +26,7 @@ from gentron_fast.layers import (
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+COMPILED_KINDS = 64  # of blocks, before torch.compile gives up
 
 
 class EncodedText(NamedTuple):
@@ -183,10 +184,14 @@ class GenTron(nn.Module):
         patches = self.final(x, y, gate, self.final.modulation(c, time))
         return self.unpatchify(patches, *latents.shape[-2:])
 
-    def compile_blocks(self) -> None:
-        """torch.compile each block in place: they share one compilation, unlike the whole model."""
+    def compile_blocks(self, **options) -> None:
+        """torch.compile each block in place, with its options: blocks of one kind share one
+        compilation."""
+        # Kinds: first block or not, by encoder, by the branches that run, by the form of the text.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, COMPILED_KINDS)
         for block in self.blocks:
-            block.compile(fullgraph=True)
+            block.compile(fullgraph=True, **options)
 
     def pixel_size(self, latents: Tensor, device=None) -> Tensor:
         """Pixel height and width of every sample of latents (B, ..., H, W): (B, 2)."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from gentron_fast import PRESETS, EncodedText, GenTron, TextCondition
@@ -289,6 +290,24 @@ def test_guidance_inside_a_range_of_the_steps(case):
     assert runs == [1, 3, 3, 1]
     with pytest.raises(ValueError, match="guidance range must be 0 ≤ start ≤ stop ≤ 1"):
         guidance_schedule(7.5, 4, 0.8, 0.2)
+
+
+def test_compiled_blocks_serve_every_prompt_step_and_scale(tiny_config, make_model, make_text):
+    config = replace(tiny_config, depth=4)
+    model, plain = (make_model(config, torch.float32) for _ in range(2))
+    counter = CompileCounter()
+    model.compile_blocks(backend=counter)
+    null_text = make_text(config, 1, 2, 1, torch.float32, seed=2)
+    shape, kinds = (4, 3, 8, 8), []
+    for clip, t5, lambda_t, lambda_m in ((5, 8, 7.5, 1.2), (7, 10, 7.5, 1.2), (9, 6, 4.0, 1.1)):
+        text = make_text(config, 1, clip, t5, torch.float32)
+        latents = torch.randn(1, *shape, generator=torch.Generator().manual_seed(clip))
+        inputs = text, null_text, TABLE, lambda_t, lambda_m, shape
+        compiled, eager = (GuidedDenoiser(one, *inputs) for one in (model, plain))
+        for step in (0, 2):
+            assert relative(guided(compiled, latents, step), guided(eager, latents, step)) <= 1e-6
+        kinds.append(counter.frame_count)
+    assert kinds == [3, 3, 3]  # the first block, the blocks of either encoder
 
 
 def test_reused_differences(case):
