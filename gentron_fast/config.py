@@ -88,8 +88,6 @@ _T2I = {
     "XL/2-T5": replace(_XL, encoders=("t5",)),
     "XL/2": _XL,
     "G/2": GenTronConfig(depth=48, width=1664, heads=16),
-    "small": GenTronConfig(
-        depth=6, width=192, heads=4, patch_size=4, clip_width=128, t5_width=128, pixels_per_latent=4
-    ),
+    "small": GenTronConfig(depth=6, width=192, heads=4, clip_width=128, t5_width=128),
 }
 PRESETS = _T2I | {f"{name}-T2V": replace(config, temporal=True) for name, config in _T2I.items()}

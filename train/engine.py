@@ -69,7 +69,7 @@ class Settings:
     clip_norm: float = option(1.0, "largest gradient norm")
     ema: float = option(0.999, "decay of the weights' moving average, which is what is exported")
     draws: int = option(1, "noises and timesteps per sample; they share its text encoding")
-    weight_cap: float = option(300.0, "weight of a timestep: 1 / ᾱ up to this; 1: the plain ε loss")
+    weight_cap: float = option(50.0, "weight of a timestep: 1 / ᾱ up to this; 1: the plain ε loss")
     p_null: float = option(0.1, "probability of the empty caption")
     p_motion_free: float = option(0.2, "share of image-text pairs in T2V training")
     frames: int = option(8, "frames of a clip, at 4 FPS")

@@ -1,6 +1,7 @@
 """Train the small model's autoencoder on frames of the small world; one process, CPU or GPU.
 
 python train/vae.py --out runs/vae
+python train/vae.py --levels 3 --out runs/vae-3 && python train/vae.py --init runs/vae-3    faster
 """
 
 import argparse
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from gentron_fast.vae import VideoVAE
 from gentron_train.data import decode_clip, decode_image, seeded
 from gentron_train.shapes import ensure_shards
-from gentron_train.small import small_vae
+from gentron_train.small import VAE_CHANNELS, small_vae
 
 # Shapes: B batch, H × W pixels.
 KL_WEIGHT = 1e-4  # against an error of about 0.02 per pixel: keeps the latents near a normal
@@ -33,13 +34,14 @@ STATE_NAME = "state.safetensors"
 class VaeTraining:
     """What one run of the autoencoder's training depends on."""
 
-    steps: int = 2200
+    steps: int = 5000
     batch: int = 8
     lr: float = 2e-3
     warmup: int = 100
     images: int = 8000
     clips: int = 1500
     seed: int = 0
+    levels: int = len(VAE_CHANNELS)
     save_every: int = 500
 
 
@@ -87,10 +89,38 @@ def learning_rate(step: int, training: VaeTraining) -> float:
     return training.lr * (0.01 + 0.99 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * done)).item()))
 
 
-def train(data: Path, out: Path, training: VaeTraining, device: str, resume: bool) -> None:
+def copy_levels(smaller: VideoVAE, vae: VideoVAE) -> None:
+    """Start `vae` from an autoencoder with fewer levels: those at the pixels' end are shared.
+
+    An encoder counts its levels from the pixels, a decoder towards them; what has no counterpart of
+    its shape stays as it is.
+    """
+    levels = [len(v.autoencoder.config.block_out_channels) for v in (smaller, vae)]
+    target = vae.state_dict()
+    for name, value in smaller.state_dict().items():
+        parts = name.split(".")
+        if "up_blocks" in parts:
+            level = parts.index("up_blocks") + 1
+            parts[level] = str(int(parts[level]) + levels[1] - levels[0])
+            name = ".".join(parts)
+        if name in target and target[name].shape == value.shape:
+            target[name].copy_(value)
+
+
+def train(
+    data: Path,
+    out: Path,
+    training: VaeTraining,
+    device: str,
+    resume: bool,
+    init: Path | None = None,
+) -> None:
     """Train, write OUT as a diffusers AutoencoderKL folder, and OUT.log.jsonl beside it."""
     torch.manual_seed(training.seed)
-    vae = small_vae().to(device).train()
+    vae = small_vae(VAE_CHANNELS[: training.levels])
+    if init is not None:
+        copy_levels(VideoVAE.from_pretrained(init, torch.float32), vae)
+    vae = vae.to(device).train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=training.lr, weight_decay=0.0)
     folder = out.with_name(f"{out.name}.training")
     first = load_state(folder / STATE_NAME, vae, optimizer) if resume else 0
@@ -180,15 +210,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=VaeTraining.batch)
     parser.add_argument("--lr", type=float, default=VaeTraining.lr)
     parser.add_argument("--seed", type=int, default=VaeTraining.seed)
+    parser.add_argument(
+        "--levels", type=int, default=VaeTraining.levels, choices=range(2, len(VAE_CHANNELS) + 1)
+    )
+    parser.add_argument("--init", type=Path, help="autoencoder with fewer levels to start from")
     parser.add_argument("--resume", action="store_true", help="go on from the last saved state")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if args.steps < 1 or args.batch < 1:
         parser.error(f"--steps and --batch must be at least 1, got {args.steps}, {args.batch}")
     ensure_shards(args.data)
-    training = VaeTraining(steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed)
+    training = VaeTraining(args.steps, args.batch, args.lr, seed=args.seed, levels=args.levels)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    train(args.data, args.out, training, args.device, args.resume)
+    train(args.data, args.out, training, args.device, args.resume, args.init)
     print(f"autoencoder in {args.out}")
 
 

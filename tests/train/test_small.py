@@ -14,11 +14,11 @@ def parameters(module):
 def test_small_vae():
     vae = small_vae()
     assert isinstance(vae, VideoVAE)
-    assert (vae.factor, vae.latent_channels, vae.scaling_factor) == (4, 4, 1.0)
-    assert parameters(vae) <= 0.8e6
+    assert (vae.factor, vae.latent_channels, vae.scaling_factor) == (8, 4, 1.0)
+    assert parameters(vae) <= 1.2e6
     with torch.no_grad():
         mean, std = vae.encode(torch.zeros(1, 3, 2, 64, 64))
-        assert mean.shape == std.shape == (1, 4, 2, 16, 16)
+        assert mean.shape == std.shape == (1, 4, 2, 8, 8)
         assert vae.decode(mean).shape == (1, 3, 2, 64, 64)
     vae.autoencoder.register_to_config(scaling_factor=0.5)
     assert vae.scaling_factor == 0.5

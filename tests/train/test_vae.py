@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from gentron_fast.vae import VideoVAE
 from gentron_train import vae as vae_training
 from gentron_train.shapes import write_shards
-from gentron_train.vae import VaeTraining, learning_rate, main, read_frames, train
+from gentron_train.small import small_vae
+from gentron_train.vae import VaeTraining, copy_levels, learning_rate, main, read_frames, train
 
 TRAINING = VaeTraining(steps=4, batch=2, save_every=2, warmup=2)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -48,7 +49,7 @@ def test_an_interrupted_run_ends_as_a_whole_one(data, tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert not (tmp_path / "parts.training").exists()
     vae = VideoVAE.from_pretrained(tmp_path / "parts")
-    assert vae.factor == 4 and vae.scaling_factor != 1.0
+    assert vae.factor == 8 and vae.scaling_factor != 1.0
 
 
 def test_the_rate_warms_up_and_falls():
@@ -62,3 +63,23 @@ def test_wrong_input_is_one_line(data, capsys):
         main(["--data", str(data), "--steps", "0"])
     assert stop.value.code == 2
     assert "--steps and --batch must be at least 1" in capsys.readouterr().err
+
+
+def test_levels_at_the_pixels_end_are_copied():
+    torch.manual_seed(0)
+    smaller, vae = small_vae((16, 32, 64)), small_vae((16, 32, 64, 64))
+    untouched = vae.state_dict()["autoencoder.encoder.down_blocks.3.resnets.0.conv1.weight"].clone()
+    copy_levels(smaller, vae)
+    old, new = smaller.state_dict(), vae.state_dict()
+    for name, counterpart in (
+        ("encoder.conv_in.weight", "encoder.conv_in.weight"),
+        ("encoder.down_blocks.1.resnets.0.conv1.weight",) * 2,
+        (
+            "decoder.up_blocks.2.resnets.0.conv1.weight",
+            "decoder.up_blocks.3.resnets.0.conv1.weight",
+        ),
+        ("decoder.up_blocks.1.resnets.1.conv2.bias", "decoder.up_blocks.2.resnets.1.conv2.bias"),
+        ("decoder.conv_out.bias", "decoder.conv_out.bias"),
+    ):
+        assert torch.equal(old[f"autoencoder.{name}"], new[f"autoencoder.{counterpart}"])
+    assert torch.equal(new["autoencoder.encoder.down_blocks.3.resnets.0.conv1.weight"], untouched)
