@@ -133,8 +133,9 @@ DIT_ADDED = {"time_embed.mlp.2.bias": CLASSES}
 # encode the empty prompt in its place.
 LEFT_OUT = {"pos_embed", "caption_projection.y_embedding", "y_embedder.y_embedding"}
 
-# What a diffusers configuration must say for the equations to be ours. DiT's norm_eps is not among
-# them: DiT has 1e-6, as we, and diffusers' copies of it, 1e-5 by default, do not say so.
+# What a diffusers configuration must say for the equations to be ours. Of DiT, diffusers' class has
+# another norm_eps (1e-5) and other frequencies of the timestep (over 127) than DiT, whose weights
+# were trained with 1e-6 and 128. GenTron has DiT's.
 SETTINGS = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
