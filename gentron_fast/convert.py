@@ -1,7 +1,5 @@
 """PixArt-α and DiT checkpoints in, PixArt-α out: python -m gentron_fast.convert pixart PATH OUT."""
 
-# Shapes: D width, C latent channels, p patch size, N patches of an image.
-
 import argparse
 import math
 import os
@@ -11,7 +9,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,11 +24,27 @@ from gentron_fast.checkpoint import (
     open_weights,
     write_tensors,
 )
-from gentron_fast.config import ENCODERS, GenTronConfig
+from gentron_fast.config import GenTronConfig
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
 from gentron_fast.generate import refuse, whole_number
-from gentron_fast.layers import patch_positions
-from gentron_fast.model import CONFIG_NAME, WEIGHTS_NAME, GenTron, read_json, write_json
+from gentron_fast.layouts import (
+    CLASSES,
+    DIT,
+    LEFT_OUT,
+    PIXART,
+    Recipe,
+    Source,
+    check_exportable,
+    check_positions,
+    check_tensors,
+    dit_config,
+    dit_embedders,
+    make_recipes,
+    pixart_config,
+    pixart_json,
+    wanted_of,
+)
+from gentron_fast.model import CONFIG_NAME, WEIGHTS_NAME, read_json, write_json
 from gentron_fast.pipeline import INDEX_NAME, SCHEDULER_PATH, model_index
 from gentron_fast.text import SUBFOLDERS
 
@@ -72,143 +85,7 @@ PIXART_PARTS = {"text_encoder_2": "text_encoder", "tokenizer_2": "tokenizer", "v
 # A block's adaLN bias is the sum of PixArt's shared bias and the block's table. The two are kept
 # beside the model, for the way back.
 TABLES_STEM = "pixart_tables"
-HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # DiT's S, B, L and XL, by width
 PIXELS_PER_LATENT = 8  # Stable Diffusion's autoencoder, where no other is at hand
-
-# Modules as we, diffusers and the original call them; several are joined row by row. * is a block.
-BLOCKS = ("blocks.", "transformer_blocks.", "blocks.")
-SHARED = {
-    "patch_embed": ("pos_embed.proj", "x_embedder.proj"),
-    "*.self_attention.qkv": ("*.attn1.to_q *.attn1.to_k *.attn1.to_v", "*.attn.qkv"),
-    "*.self_attention.out": ("*.attn1.to_out.0", "*.attn.proj"),
-    "*.mlp.fc1": ("*.ff.net.0.proj", "*.mlp.fc1"),
-    "*.mlp.fc2": ("*.ff.net.2", "*.mlp.fc2"),
-}
-PIXART_EMBED = "adaln_single.emb"
-PIXART = SHARED | {
-    "time_embed.mlp.0": (f"{PIXART_EMBED}.timestep_embedder.linear_1", "t_embedder.mlp.0"),
-    "time_embed.mlp.2": (f"{PIXART_EMBED}.timestep_embedder.linear_2", "t_embedder.mlp.2"),
-    "size_embed.side.mlp.0": (
-        f"{PIXART_EMBED}.resolution_embedder.linear_1",
-        "csize_embedder.mlp.0",
-    ),
-    "size_embed.side.mlp.2": (
-        f"{PIXART_EMBED}.resolution_embedder.linear_2",
-        "csize_embedder.mlp.2",
-    ),
-    "size_embed.aspect.mlp.0": (
-        f"{PIXART_EMBED}.aspect_ratio_embedder.linear_1",
-        "ar_embedder.mlp.0",
-    ),
-    "size_embed.aspect.mlp.2": (
-        f"{PIXART_EMBED}.aspect_ratio_embedder.linear_2",
-        "ar_embedder.mlp.2",
-    ),
-    "caption_projection.t5.0": ("caption_projection.linear_1", "y_embedder.y_proj.fc1"),
-    "caption_projection.t5.2": ("caption_projection.linear_2", "y_embedder.y_proj.fc2"),
-    "*.adaln": ("adaln_single.linear", "t_block.1"),
-    "*.cross_attention.q": ("*.attn2.to_q", "*.cross_attn.q_linear"),
-    "*.cross_attention.kv": ("*.attn2.to_k *.attn2.to_v", "*.cross_attn.kv_linear"),
-    "*.cross_attention.out": ("*.attn2.to_out.0", "*.cross_attn.proj"),
-    "final.table": ("scale_shift_table", "final_layer.scale_shift_table"),
-    "final.linear": ("proj_out", "final_layer.linear"),
-}
-DIT_EMBED = "transformer_blocks.0.norm1.emb"
-DIT = SHARED | {
-    "time_embed.mlp.0": (f"{DIT_EMBED}.timestep_embedder.linear_1", "t_embedder.mlp.0"),
-    "time_embed.mlp.2": (f"{DIT_EMBED}.timestep_embedder.linear_2", "t_embedder.mlp.2"),
-    "*.adaln": ("*.norm1.linear", "*.adaLN_modulation.1"),
-    "final.adaln": ("proj_out_1", "final_layer.adaLN_modulation.1"),
-    "final.linear": ("proj_out_2", "final_layer.linear"),
-}
-# Tensors whose last elements are added: a block's table to the shared adaLN's bias, and the null
-# class, the last row of DiT's classes, to the timestep's embedding.
-PIXART_ADDED = {"*.adaln.bias": ("*.scale_shift_table", "*.scale_shift_table")}
-CLASSES = (
-    f"{DIT_EMBED}.class_embedder.embedding_table.weight",
-    "y_embedder.embedding_table.weight",
-)
-DIT_ADDED = {"time_embed.mlp.2.bias": CLASSES}
-# Fixed positions, which we compute, and the null caption of PixArt's training; diffusers and we
-# encode the empty prompt in its place.
-LEFT_OUT = {"pos_embed", "caption_projection.y_embedding", "y_embedder.y_embedding"}
-
-# What a diffusers configuration must say for the equations to be ours. Of DiT, diffusers' class has
-# another norm_eps (1e-5) and other frequencies of the timestep (over 127) than DiT, whose weights
-# were trained with 1e-6 and 128. GenTron has DiT's.
-SETTINGS = {
-    "activation_fn": "gelu-approximate",
-    "attention_bias": True,
-    "norm_elementwise_affine": False,
-}
-PIXART_SETTINGS = SETTINGS | {
-    "norm_type": "ada_norm_single",
-    "norm_eps": 1e-6,
-    "attention_type": "default",
-    "double_self_attention": False,
-    "only_cross_attention": False,
-}
-DIT_SETTINGS = SETTINGS | {"norm_type": "ada_norm_zero"}
-# What a GenTron must be to be a PixArt, and the words for what it is otherwise.
-EXPORTABLE = {
-    "temporal": (False, "temporal layers"),
-    "encoders": (("t5",), "text encoders other than one T5"),
-    "cross_attention": (True, "no cross-attention"),
-    "cross_norm": (False, "a LayerNorm before cross-attention"),
-    "pooled_text": (False, "pooled text in the condition"),
-    "final_table": (True, "an adaLN of its own in the final layer"),
-    "timestep_cos_first": (True, "sinusoids that begin with the sine"),
-    "mlp_ratio": (4.0, "an MLP that is not 4 times as wide as the model"),
-}
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model to convert; config is None in the original layout, root a pipeline's folder or None.
-
-    `layout` is the layout's column in the tables of names.
-    """
-
-    checkpoint: Checkpoint
-    config: dict | None
-    root: Path | None
-
-    @property
-    def path(self) -> Path:
-        return self.checkpoint.path
-
-    @property
-    def layout(self) -> int:
-        return 0 if self.config is not None else 1
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One of our tensors: those it is joined from, and one whose last elements are added to it.
-
-    sources: name → shape; without any the tensor starts fresh.
-    """
-
-    shape: tuple[int, ...]
-    sources: dict[str, tuple[int, ...]]
-    added: str | None = None
-
-    def dtype(self, specs: dict[str, Spec]) -> torch.dtype:
-        """The sources' dtype; of a sum at least fp32, which a sum of halves needs to be exact."""
-        names = [*self.sources, *([self.added] if self.added else [])]
-        dtype = torch.float32 if self.added else specs[names[0]].dtype
-        for name in names:
-            dtype = torch.promote_types(dtype, specs[name].dtype)
-        return dtype
-
-    def make(self, checkpoint: Checkpoint) -> Tensor:
-        dtype = self.dtype(checkpoint.specs)
-        parts = [checkpoint.read(name).to(dtype) for name in self.sources]
-        tensor = (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(self.shape)
-        if self.added is None:
-            return tensor
-        added = checkpoint.read(self.added).flatten()[-tensor.numel() :]
-        return tensor + added.to(dtype).reshape(self.shape)
 
 
 def convert_pixart(
@@ -229,7 +106,7 @@ def convert_pixart(
     source = open_source(Path(path))
     parts = find_parts(source, PIXART_PARTS, {"t5": t5}, vae)
     config = pixart_config(source, vae_factor(parts), size, heads)
-    recipes = make_recipes(config, PIXART, PIXART_ADDED, source.layout)
+    recipes = make_recipes(config, PIXART, source.layout)
     tables = {recipe.added: (6, config.width) for recipe in recipes.values() if recipe.added}
     check_tensors(source.checkpoint, wanted_of(recipes) | tables)
     if source.config is None and not config.size_embedding and size is None:
@@ -268,21 +145,14 @@ def convert_dit(
     """
     source = open_source(Path(path))
     parts = find_parts(source, {"vae": "vae"}, {"clip": clip, "t5": t5}, vae)
-    config = dit_config(source, parts, vae_factor(parts), size, heads)
-    recipes = make_recipes(config, DIT, DIT_ADDED, source.layout)
-    classes = class_rows(source)
-    embedder = wanted_of({key: r for key, r in recipes.items() if key.startswith("time_embed.")})
-    embedder[CLASSES[source.layout]] = (classes, config.width)
-    repeated = {}
-    if source.config is not None:  # diffusers keeps a copy of the one embedder in every block
-        repeated = {
-            name.replace("blocks.0.", f"blocks.{block}."): name
-            for name in embedder
-            for block in range(1, config.depth)
-        }
-    copies = {copy: embedder[name] for copy, name in repeated.items()}
-    check_tensors(source.checkpoint, wanted_of(recipes) | embedder | copies)
-    for copy, name in repeated.items():
+    widths = {
+        name: text_width(parts[model]) for name, (model, _) in SUBFOLDERS.items() if model in parts
+    }
+    config = dit_config(source, widths, vae_factor(parts), size, heads)
+    recipes = make_recipes(config, DIT, source.layout)
+    embedders, copies = dit_embedders(source, config, recipes)
+    check_tensors(source.checkpoint, wanted_of(recipes) | embedders)
+    for copy, name in copies.items():
         if not torch.equal(source.checkpoint.read(copy), source.checkpoint.read(name)):
             raise ValueError(f"tensor {copy} in {path} differs from {name}, of which it is a copy")
     if source.config is None:
@@ -292,12 +162,13 @@ def convert_dit(
     with new_folder(Path(out)) as folder:
         write_model(folder / "transformer", config, recipes, source.checkpoint, seed)
         state = write_pipeline(folder, config, parts, scheduler)
+    null = embedders[CLASSES[source.layout]][0] - 1
     return [
         f"wrote        {out}: {config.depth} blocks of width {config.width}",
         *group("copied", {key: recipe for key, recipe in recipes.items() if recipe.sources}),
         *group("fresh", {key: recipe for key, recipe in recipes.items() if not recipe.sources}),
-        f"folded       class {classes - 1}, the null class, into the bias of time_embed.mlp.2",
-        f"left out     classes 0 to {classes - 2}",
+        f"folded       class {null}, the null class, into the bias of time_embed.mlp.2",
+        f"left out     classes 0 to {null - 1}",
         state,
     ]
 
@@ -316,7 +187,7 @@ def export_diffusers(path: str | os.PathLike, out: str | os.PathLike) -> list[st
     config = GenTronConfig.from_dict(values)
     check_exportable(config, path)
     checkpoint = open_weights(folder, WEIGHTS_NAME.removesuffix(".safetensors"))
-    recipes = make_recipes(config, PIXART, PIXART_ADDED, 0)
+    recipes = make_recipes(config, PIXART, 0)
     check_tensors(checkpoint, {key: recipe.shape for key, recipe in recipes.items()})
     check_shared_adaln(checkpoint, config)
     specs, read = split_tensors(checkpoint, config, recipes)
@@ -336,9 +207,6 @@ def export_diffusers(path: str | os.PathLike, out: str | os.PathLike) -> list[st
     return [f"wrote        {out}: PixArtTransformer2DModel, {config.depth} blocks", state]
 
 
-# The model to convert, and its configuration.
-
-
 def open_source(path: Path) -> Source:
     """The model in a folder or a file. FileNotFoundError or ValueError where there is none."""
     if path.is_dir():
@@ -355,243 +223,6 @@ def open_source(path: Path) -> Source:
     if "pos_embed.proj.weight" in checkpoint.specs:
         raise ValueError(f"{path} is in the diffusers layout: give its folder, with {CONFIG_NAME}")
     return Source(checkpoint, None, None)
-
-
-def pixart_config(
-    source: Source, pixels: int, size: int | None = None, heads: int | None = None
-) -> GenTronConfig:
-    """GenTron's configuration of a PixArt; pixels: per latent, along a side."""
-    if source.config is None:
-        tensor_shape(source, "t_block.1.weight", 2, "it is no PixArt")
-        fields = original_fields(source, pixels, size, heads)
-        fields["t5_width"] = tensor_shape(source, "y_embedder.y_proj.fc1.weight", 2)[1]
-        fields["size_embedding"] = "csize_embedder.mlp.0.weight" in source.checkpoint.specs
-        # A model with a size embedding computes its positions at the scale of its size; any other
-        # reads the table in its file, and so do we unless told the size.
-        trained = fields["position_base_size"] * fields["patch_size"] * pixels
-        scale = max(trained // 512, 1)
-        if not fields["size_embedding"] and size is None:
-            scale = table_scale(source.checkpoint, fields["width"])
-        captions = True
-    else:
-        check_settings(source, PIXART_SETTINGS)
-        fields = diffusers_fields(source)
-        sample = whole(source, "sample_size")
-        scale = source.config.get("interpolation_scale") or max(sample // 64, 1)
-        captions = source.config.get("caption_channels") is not None
-        cross = whole(source, "cross_attention_dim")
-        if captions and cross != fields["width"]:
-            raise ValueError(
-                f"cross_attention_dim of {source.path} is {cross}, "
-                f"wanted {fields['width']}, the width of the projected captions"
-            )
-        fields["t5_width"] = whole(source, "caption_channels") if captions else cross
-        sized = source.config.get("use_additional_conditions")
-        fields["size_embedding"] = sample == 128 if sized is None else bool(sized)
-    return GenTronConfig(
-        **fields,
-        encoders=("t5",),
-        pooled_text=False,
-        caption_projection=captions,
-        cross_norm=False,
-        timestep_cos_first=True,
-        final_table=True,
-        position_interpolation=float(scale),
-        pixels_per_latent=pixels,
-    )
-
-
-def dit_config(
-    source: Source,
-    parts: dict[str, Path],
-    pixels: int,
-    size: int | None = None,
-    heads: int | None = None,
-) -> GenTronConfig:
-    """GenTron's configuration of a DiT, for the text encoders among the parts, else for both."""
-    if source.config is None:
-        tensor_shape(source, CLASSES[1], 2, "it is no DiT")
-        fields = original_fields(source, pixels, size, heads)
-    else:
-        check_settings(source, DIT_SETTINGS)
-        fields = diffusers_fields(source)
-    encoders = tuple(name for name in ENCODERS if SUBFOLDERS[name][0] in parts)
-    for name in encoders:
-        fields[f"{name}_width"] = text_width(parts[SUBFOLDERS[name][0]])
-    return GenTronConfig(
-        **fields,
-        encoders=encoders or ENCODERS,
-        timestep_cos_first=True,
-        pixels_per_latent=pixels,
-    )
-
-
-def diffusers_fields(source: Source) -> dict:
-    """The sizes that PixArt and DiT share, from a diffusers configuration."""
-    heads, patch, channels = (
-        whole(source, key) for key in ("num_attention_heads", "patch_size", "in_channels")
-    )
-    return {
-        "depth": whole(source, "num_layers"),
-        "width": heads * whole(source, "attention_head_dim"),
-        "heads": heads,
-        "patch_size": patch,
-        "in_channels": channels,
-        "learned_range": learned_range(source, channels, whole(source, "out_channels", channels)),
-        "position_base_size": max(whole(source, "sample_size") // patch, 1),
-    }
-
-
-def original_fields(source: Source, pixels: int, size: int | None, heads: int | None) -> dict:
-    """The sizes that PixArt and DiT share, from tensors' shapes and what the user adds."""
-    width, channels, patch, _ = tensor_shape(source, "x_embedder.proj.weight", 4)
-    out = tensor_shape(source, "final_layer.linear.weight", 2)[0] // patch**2
-    hidden = tensor_shape(source, "blocks.0.mlp.fc1.weight", 2)[0]
-    if heads is None and width not in HEADS:
-        raise ValueError(f"{source.path} is {width} wide: --heads must tell how many heads it has")
-    if size is None:
-        base = math.isqrt(tensor_shape(source, "pos_embed", 3, "--size must tell the size")[1])
-    elif size % (patch * pixels):
-        raise ValueError(f"--size {size} is no multiple of {patch * pixels}")
-    else:
-        base = size // (patch * pixels)
-    blocks = {key.split(".")[1] for key in source.checkpoint.specs if key.startswith("blocks.")}
-    return {
-        "depth": len(blocks),
-        "width": width,
-        "heads": heads or HEADS[width],
-        "mlp_ratio": hidden / width,
-        "patch_size": patch,
-        "in_channels": channels,
-        "learned_range": learned_range(source, channels, out),
-        "position_base_size": base,
-    }
-
-
-def learned_range(source: Source, channels: int, out_channels: int) -> bool:
-    """Whether the model predicts the variance too."""
-    if out_channels not in (channels, 2 * channels):
-        raise ValueError(
-            f"{source.path} predicts {out_channels} channels, wanted {channels} or {2 * channels}"
-        )
-    return out_channels == 2 * channels
-
-
-def class_rows(source: Source) -> int:
-    """Rows of DiT's table of classes, the null class among them."""
-    if source.config is None:
-        return tensor_shape(source, CLASSES[1], 2)[0]
-    return whole(source, "num_embeds_ada_norm") + 1
-
-
-def check_settings(source: Source, settings: dict) -> None:
-    """Raise ValueError where a diffusers configuration asks for other equations than ours."""
-    for key, wanted in settings.items():
-        found = source.config.get(key, wanted)
-        if found != wanted:
-            raise ValueError(f"{key} of {source.path} is {found!r}, wanted {wanted!r}")
-
-
-def whole(source: Source, key: str, default: int | None = None) -> int:
-    """A number above 0 of a diffusers configuration; the default in place of none."""
-    value = source.config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key} of {source.path} is {value!r}, wanted a whole number above 0")
-    return value
-
-
-def tensor_shape(source: Source, key: str, axes: int, otherwise: str = "") -> tuple[int, ...]:
-    """The shape of a tensor that tells something of the model."""
-    spec = source.checkpoint.specs.get(key)
-    if spec is None:
-        raise ValueError(f"{source.path} has no tensor {key}{otherwise and ': '}{otherwise}")
-    if len(spec.shape) != axes:
-        raise ValueError(
-            f"tensor {key} in {source.path} has shape {spec.shape}, wanted {axes} axes"
-        )
-    return spec.shape
-
-
-# Tensors.
-
-
-def make_recipes(config: GenTronConfig, names: dict, added: dict, layout: int) -> dict[str, Recipe]:
-    """How each tensor of a GenTron is made from the tensors of a layout."""
-    with torch.device("meta"):
-        expected = GenTron(config).state_dict()
-    recipes = {}
-    for key, tensor in expected.items():
-        shape = tuple(tensor.shape)
-        block = re.match(r"blocks\.\d+", key)
-        general = key if block is None else f"*{key[block.end() :]}"
-        theirs = "" if block is None else block[0].replace(BLOCKS[0], BLOCKS[layout + 1])
-        module, dot, kind = general.rpartition(".")
-        if general in names:  # a table is a parameter, without .weight and .bias
-            module, dot, kind = general, "", ""
-        if module not in names:
-            recipes[key] = Recipe(shape, {})
-            continue
-        sources = [name.replace("*", theirs) + dot + kind for name in names[module][layout].split()]
-        part = (shape[0] // len(sources), *shape[1:])
-        if key == "patch_embed.weight":  # a convolution
-            part = (shape[0], config.in_channels, config.patch_size, config.patch_size)
-        extra = added[general][layout].replace("*", theirs) if general in added else None
-        recipes[key] = Recipe(shape, dict.fromkeys(sources, part), extra)
-    return recipes
-
-
-def wanted_of(recipes: dict[str, Recipe]) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every source of the recipes."""
-    return {name: shape for recipe in recipes.values() for name, shape in recipe.sources.items()}
-
-
-def check_tensors(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError that names a misshapen, missing or surplus tensor, with its shapes."""
-    specs, path = checkpoint.specs, checkpoint.path
-    for name in sorted(wanted.keys() & specs.keys()):
-        if specs[name].shape != wanted[name]:
-            raise ValueError(
-                f"tensor {name} in {path} has shape {specs[name].shape}, wanted {wanted[name]}"
-            )
-        if not specs[name].dtype.is_floating_point:
-            raise ValueError(f"tensor {name} in {path} is {specs[name].dtype}, wanted a float")
-    missing = sorted(wanted.keys() - specs.keys())
-    if missing:
-        listed = ", ".join(f"{name} of shape {wanted[name]}" for name in missing[:4])
-        raise ValueError(f"{path} lacks {len(missing)} tensors: {listed}")
-    surplus = sorted(specs.keys() - wanted.keys() - LEFT_OUT)
-    if surplus:
-        listed = ", ".join(f"{name} of shape {specs[name].shape}" for name in surplus[:4])
-        raise ValueError(f"{path} has {len(surplus)} tensors too many: {listed}")
-
-
-def table_scale(checkpoint: Checkpoint, width: int) -> float:
-    """The interpolation of a table of positions (1, N, D): its second column is at 1 / scale."""
-    table = checkpoint.read("pos_embed")[0].double()
-    if len(table) < 2:
-        return 1.0
-    angle = torch.atan2(table[1, 0], table[1, width // 4]).item()
-    return round(1 / angle, 3) if angle > 0 else 1.0
-
-
-def check_positions(checkpoint: Checkpoint, config: GenTronConfig) -> None:
-    """Raise ValueError unless a file's table of positions, if any, is what GenTron computes."""
-    if "pos_embed" not in checkpoint.specs:
-        return
-    side, table = config.position_base_size, checkpoint.read("pos_embed")
-    positions = patch_positions(side, side, config, "cpu")[None]
-    if table.shape != positions.shape:
-        raise ValueError(
-            f"tensor pos_embed in {checkpoint.path} has shape {tuple(table.shape)}, "
-            f"wanted {tuple(positions.shape)}"
-        )
-    error = (table.float() - positions).abs().max().item()
-    if not error < 1e-3:
-        raise ValueError(
-            f"pos_embed in {checkpoint.path} is no sin-cos table of {side} x {side} patches: "
-            f"it is off by {error:.2g}"
-        )
 
 
 def initial(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -631,7 +262,7 @@ def keep_tables(
     folder: Path, config: GenTronConfig, recipes: dict[str, Recipe], checkpoint: Checkpoint
 ) -> None:
     """The shared adaLN's bias and the blocks' tables, under diffusers' names."""
-    theirs = make_recipes(config, PIXART, PIXART_ADDED, 0)
+    theirs = make_recipes(config, PIXART, 0)
     where = {}
     for key, recipe in recipes.items():
         if recipe.added:
@@ -690,17 +321,6 @@ def read_tables(
     return own | {bias: torch.zeros_like(next(iter(own.values()))).flatten()}
 
 
-def check_exportable(config: GenTronConfig, path: Path) -> None:
-    """Raise ValueError that lists what PixArt has no place for."""
-    reasons = [
-        words for field, (wanted, words) in EXPORTABLE.items() if getattr(config, field) != wanted
-    ]
-    if config.position_base_size is None:
-        reasons.append("positions that count patches")
-    if reasons:
-        raise ValueError(f"{path} cannot be a PixArt: it has {', '.join(reasons)}")
-
-
 def check_shared_adaln(checkpoint: Checkpoint, config: GenTronConfig) -> None:
     """Raise ValueError unless all blocks have one adaLN weight, as PixArt's."""
     first = "blocks.0.adaln.weight"
@@ -711,29 +331,6 @@ def check_shared_adaln(checkpoint: Checkpoint, config: GenTronConfig) -> None:
                 f"{checkpoint.path} cannot be a PixArt, whose blocks share one adaLN weight: "
                 f"{name} differs from {first}, as after training"
             )
-
-
-def pixart_json(config: GenTronConfig) -> dict:
-    """The config.json of PixArtTransformer2DModel."""
-    scale = config.position_interpolation
-    captions = config.caption_projection
-    return PIXART_SETTINGS | {
-        "_class_name": "PixArtTransformer2DModel",
-        "attention_head_dim": config.head_size,
-        "caption_channels": config.t5_width if captions else None,
-        "cross_attention_dim": config.width if captions else config.t5_width,
-        "in_channels": config.in_channels,
-        "interpolation_scale": int(scale) if scale == int(scale) else scale,
-        "num_attention_heads": config.heads,
-        "num_layers": config.depth,
-        "out_channels": config.out_channels,
-        "patch_size": config.patch_size,
-        "sample_size": config.position_base_size * config.patch_size,
-        "use_additional_conditions": config.size_embedding,
-    }
-
-
-# What stands beside the transformer: text encoders, tokenizers, VAE, scheduler.
 
 
 def find_parts(source: Source, carried: dict, encoders: dict, vae) -> dict[str, Path]:
