@@ -387,7 +387,7 @@ def test_there_and_back_gives_identical_tensors(variant, dtype, tmp_path):
     reference.save_pretrained(tmp_path / "pixart")
     convert_pixart(tmp_path / "pixart", tmp_path / "gentron")
     export_diffusers(tmp_path / "gentron", tmp_path / "back")
-    same_tensors(tmp_path / "back" / "transformer" / WEIGHTS, tmp_path / "pixart" / WEIGHTS)
+    same_tensors(tmp_path / "back" / "transformer", tmp_path / "pixart")
     back = PixArtTransformer2DModel.from_pretrained(tmp_path / "back" / "transformer").float()
     assert back.config.sample_size == reference.config.sample_size
     assert difference(back, load(tmp_path / "gentron", torch.float32), 8, 12) < 1e-5
@@ -399,7 +399,7 @@ def test_the_original_layout_comes_back_as_diffusers(tmp_path):
     torch.save(original_pixart(reference, scale=2), tmp_path / "pixart.pth")
     convert_pixart(tmp_path / "pixart.pth", tmp_path / "gentron", heads=4)
     export_diffusers(tmp_path / "gentron", tmp_path / "back")
-    same_tensors(tmp_path / "back" / "transformer" / WEIGHTS, tmp_path / "pixart" / WEIGHTS)
+    same_tensors(tmp_path / "back" / "transformer", tmp_path / "pixart")
 
 
 def test_out_and_in_again_gives_identical_tensors(tmp_path):
@@ -421,8 +421,14 @@ def test_out_and_in_again_gives_identical_tensors(tmp_path):
         ).read_bytes()
 
 
-def same_tensors(path, other):
-    one, other = load_file(path), load_file(other)
+def load_folder(folder):
+    """The tensors of all safetensors files in a folder, but for those kept for the way back."""
+    files = [file for file in folder.glob("*.safetensors") if "tables" not in file.name]
+    return {key: tensor for file in files for key, tensor in load_file(file).items()}
+
+
+def same_tensors(folder, other):
+    one, other = load_folder(folder), load_folder(other)
     assert one.keys() == other.keys()
     for key, tensor in one.items():
         assert tensor.dtype == other[key].dtype and torch.equal(tensor, other[key]), key
@@ -468,8 +474,8 @@ def test_blocks_that_no_longer_share_an_adaln_are_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def pipeline_folder(tmp_path_factory):
-    """A PixArtAlphaPipeline of random weights: 1024's conditions, a byte-level T5, a VAE of factor
-    4, and text that matters."""
+    """A PixArtAlphaPipeline of random weights: 1024's conditions, a byte-level T5 in shards, a VAE
+    of factor 4."""
     from gentron_train.shapes import vocabulary
     from gentron_train.small import small_text_encoder, small_vae
 
@@ -485,6 +491,9 @@ def pipeline_folder(tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("pixart")
     pipeline.save_pretrained(folder)
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    pipeline.text_encoder.save_pretrained(folder / "text_encoder", max_shard_size="500KB")
+    assert len(list((folder / "text_encoder").glob("*.safetensors"))) > 1
     return folder
 
 
@@ -578,16 +587,15 @@ def test_an_original_file_takes_its_parts_by_name(text_folders, pipeline_folder,
 def test_torch_weights_become_safetensors(pipeline_folder, converted_folder, tmp_path):
     """Old folders, DiT's among them, hold .bin files; ours hold none."""
     shutil.copytree(pipeline_folder, tmp_path / "pixart")
-    names = {"transformer": WEIGHTS, "vae": WEIGHTS, "text_encoder": "model.safetensors"}
-    for folder, name in names.items():
-        path = tmp_path / "pixart" / folder / name
-        stem = "pytorch_model" if folder == "text_encoder" else "diffusion_pytorch_model"
-        torch.save(load_file(path), path.with_name(f"{stem}.bin"))
-        path.unlink()
+    stems = {"transformer": WEIGHTS[:-12], "vae": WEIGHTS[:-12], "text_encoder": "pytorch_model"}
+    for folder, stem in stems.items():
+        torch.save(load_folder(tmp_path / "pixart" / folder), tmp_path / f"{stem}.bin")
+        for path in (tmp_path / "pixart" / folder).glob("*.safetensors*"):
+            path.unlink()
+        (tmp_path / f"{stem}.bin").rename(tmp_path / "pixart" / folder / f"{stem}.bin")
     convert_pixart(tmp_path / "pixart", tmp_path / "out")
-    for folder, name in names.items():
-        folder = "text_encoder_2" if folder == "text_encoder" else folder
-        same_tensors(tmp_path / "out" / folder / name, converted_folder / folder / name)
+    for folder in ("transformer", "vae", "text_encoder_2"):
+        same_tensors(tmp_path / "out" / folder, converted_folder / folder)
     assert not list((tmp_path / "out").rglob("*.bin"))
     GenTronPipeline.from_pretrained(tmp_path / "out")
 
@@ -690,6 +698,8 @@ def test_pickle_code_is_refused(refused, tmp_path):
         ({"num_layers": "2"}, "is '2', wanted a whole number above 0"),
         ({"num_layers": 3}, "lacks 21 tensors"),
         ({"out_channels": 6}, "predicts 6 channels, wanted 4 or 8"),
+        ({"interpolation_scale": "2"}, "interpolation_scale of"),
+        ({"interpolation_scale": 0}, "is 0, wanted above 0"),
         ({"cross_attention_dim": 32}, "is 32, wanted 48, the width of the projected captions"),
         ({"num_attention_heads": 5}, "is 48, wanted 60"),
         ({"_class_name": "GenTron"}, "is a GenTron already"),
