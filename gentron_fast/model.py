@@ -132,6 +132,8 @@ class GenTron(nn.Module):
 
     def _initialise(self) -> None:
         """DiT's initialisation: xavier linears, zero where a branch must start as nothing."""
+        if self.patch_embed.weight.is_meta:  # normal_ of nothing would import 400 modules of torch
+            return
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

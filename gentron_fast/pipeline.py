@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gentron_fast.config import MAX_FRAMES
+from gentron_fast.config import MAX_FRAMES, GenTronConfig
 from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
 from gentron_fast.guidance import GuidedDenoiser, guidance_schedule
 from gentron_fast.model import GenTron, TextCondition, read_json, write_json
@@ -119,13 +119,9 @@ class GenTronPipeline:
         self.text_encoder.save_pretrained(folder)
         self.vae.save_pretrained(folder / "vae")
         write_json(folder / SCHEDULER_PATH, self.scheduler)
-        index = {"_class_name": "GenTronPipeline"} | COMPONENTS
-        for name in self.transformer.config.encoders:
-            index |= dict(zip(SUBFOLDERS[name], TEXT_COMPONENTS[name], strict=True))
-        index["default_frames"] = self.default_frames
-        index["default_size"] = list(self.default_size)
         for path in folder.rglob("*.safetensors"):
             path.chmod(0o644)  # safetensors keeps its files from other users
+        index = model_index(self.transformer.config, self.default_frames, self.default_size)
         write_json(folder / INDEX_NAME, index)
 
     def to(
@@ -278,6 +274,14 @@ class GenTronPipeline:
     def _replace(self, part: nn.Module) -> None:
         if self._offloads:
             part.to("cpu")
+
+
+def model_index(config: GenTronConfig, default_frames: int, default_size: tuple[int, int]) -> dict:
+    """The model_index.json of a pipeline folder."""
+    index = {"_class_name": "GenTronPipeline"} | COMPONENTS
+    for name in config.encoders:
+        index |= dict(zip(SUBFOLDERS[name], TEXT_COMPONENTS[name], strict=True))
+    return index | {"default_frames": default_frames, "default_size": list(default_size)}
 
 
 def _clip_seeds(seed: int | Sequence[int], prompts: int, clips: int) -> list[int]:
