@@ -15,12 +15,15 @@ from contest import DTYPES, OURS, Contender
 from diffusers import PixArtTransformer2DModel
 
 from gentron_fast.convert import convert_pixart
-from gentron_fast.guidance import guided_prediction
+from gentron_fast.diffusion import SCHEDULER_CONFIG
+from gentron_fast.guidance import GuidedDenoiser
 from gentron_fast.model import EncodedText, GenTron, TextCondition
+from gentron_fast.solvers import make_table
 
 SIDE, CHANNELS = 32, 4  # of the latents
 TOKENS, NULL_TOKENS, PADDED = 20, 1, 120
 SCALE = 4.5  # PixArtAlphaPipeline's guidance
+TABLE, STEP = make_table("dpm++", SCHEDULER_CONFIG, 20), 10
 XL2 = {"cross_attention_dim": 1152, "caption_channels": 4096, "sample_size": SIDE}
 TINY = {"num_attention_heads": 4, "attention_head_dim": 12, "sample_size": SIDE}
 TINY |= {"cross_attention_dim": 48, "caption_channels": 32}
@@ -38,18 +41,18 @@ def models(request, tmp_path_factory):
     return theirs, GenTron.from_pretrained(folder / "out" / "transformer")
 
 
-def guided_by_diffusers(model):
+def guided_by_diffusers(model, tokens):
     """As in PixArtAlphaPipeline: latents (1, C, H, W), tokens (2, PADDED, W), null text first."""
 
-    def step(latents, tokens):
+    def step(latents):
         prediction = model(
             torch.cat([latents] * 2),
-            encoder_hidden_states=tokens,
+            encoder_hidden_states=tokens.to(latents.dtype),
             encoder_attention_mask=(
                 torch.arange(PADDED, device=tokens.device)
                 < torch.tensor([[NULL_TOKENS], [TOKENS]], device=tokens.device)
             ),
-            timestep=torch.tensor([500, 500], device=tokens.device),
+            timestep=TABLE.timesteps[STEP].expand(2).to(tokens.device),
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,
         )[0]
@@ -59,17 +62,19 @@ def guided_by_diffusers(model):
     return step
 
 
-def guided_by_us(model):
-    def encoded(tokens) -> TextCondition:
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return TextCondition(t5=EncodedText(tokens, mask))
+def guided_by_us(model, tokens):
+    """The same prompts, null text first, known before the loop."""
+    null_text, text = (
+        TextCondition(t5=EncodedText(part.to(model.patch_embed.weight.dtype), None))
+        for part in (tokens[:1, :NULL_TOKENS], tokens[1:, :TOKENS])
+    )
+    shape = CHANNELS, 1, SIDE, SIDE
+    denoiser = GuidedDenoiser(model, text, null_text, TABLE, SCALE, 1.0, shape)
 
-    def step(latents, tokens):
-        null_text, text = encoded(tokens[:1, :NULL_TOKENS]), encoded(tokens[1:, :TOKENS])
-        timestep = torch.tensor([500], device=tokens.device)
-        frames = latents[:, :, None]
-        guided = guided_prediction(model, frames, timestep, text, null_text, SCALE, 1.0)
-        return guided[:, :CHANNELS, 0]
+    def step(latents):
+        null, _, text = denoiser.branches(latents[:, :, None], STEP)
+        null, text = (part[:, :CHANNELS, 0] for part in (null, text))
+        return null + SCALE * (text - null)
 
     return step
 
@@ -79,21 +84,24 @@ def guided_by_us(model):
 def test_guided_step(measure, contest, models, dtype, compiled):
     if compiled and contest.smoke:
         pytest.skip("not compiled in a dry run")
-    theirs, ours = models if dtype == torch.float32 else deepcopy(models)
+    theirs, ours = models if not compiled and dtype == torch.float32 else deepcopy(models)
     theirs, ours = theirs.to(contest.device, dtype), ours.to(contest.device, dtype)
-    exact = guided_by_diffusers(theirs if dtype == torch.float32 else deepcopy(theirs).float())
-    captions = theirs.config.caption_channels
+    exact = theirs if dtype == torch.float32 else deepcopy(theirs).float()
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randn(2, PADDED, theirs.config.caption_channels, generator=generator)
+    tokens = tokens.to(contest.device)
     if compiled:
-        theirs, ours = torch.compile(theirs), torch.compile(ours)
+        theirs = torch.compile(theirs)
+        ours.compile_blocks()
     blocks = len(models[1].blocks)
     measure(
         f"guided step of PixArt-α XL/2, {'compiled' if compiled else 'eager'}, {blocks} blocks",
         (1, CHANNELS, SIDE, SIDE),
         dtype,
-        make=lambda randn: (randn(1, CHANNELS, SIDE, SIDE), randn(2, PADDED, captions)),
-        definition=lambda *inputs: exact(*(tensor.float() for tensor in inputs)),
+        make=lambda randn: (randn(1, CHANNELS, SIDE, SIDE),),
+        definition=lambda latents: guided_by_diffusers(exact, tokens)(latents.float()),
         contenders=[
-            Contender(OURS, guided_by_us(ours)),
-            Contender("diffusers", guided_by_diffusers(theirs)),
+            Contender(OURS, guided_by_us(ours, tokens)),
+            Contender("diffusers", guided_by_diffusers(theirs, tokens)),
         ],
     )
