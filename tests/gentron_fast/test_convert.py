@@ -485,7 +485,7 @@ def pipeline_folder(tmp_path_factory):
     pipeline = PixArtAlphaPipeline(
         tokenizer=text.tokenizers["t5"],
         text_encoder=text.encoders["t5"],
-        vae=small_vae().autoencoder,
+        vae=small_vae((16, 32, 64)).autoencoder,
         transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(),
     )
