@@ -25,15 +25,18 @@ constexpr int64_t GRAIN = 32768;
 // Tokens whose row gradients are summed before they are stored, whatever the number of threads.
 constexpr int64_t CHUNK = 128;
 
-int64_t grain(int64_t elements) { return std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, elements)); }
+int64_t grain(int64_t elements) {
+  return std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, elements));
+}
 
 template <class T>
-GENTRON_CLONES void widen_row(const T* row, wide_t<T> offset, wide_t<T>* out, int64_t width) {
+GENTRON_CLONES void widen_row(const T* __restrict row, wide_t<T> offset, wide_t<T>* __restrict out,
+                              int64_t width) {
   for (int64_t i = 0; i < width; ++i) out[i] = widen(row[i]) + offset;
 }
 
 template <class W>
-GENTRON_CLONES void multiply_row(const W* factor, W* row, int64_t width) {
+GENTRON_CLONES void multiply_row(const W* __restrict factor, W* __restrict row, int64_t width) {
   for (int64_t i = 0; i < width; ++i) row[i] *= factor[i];
 }
 
@@ -120,42 +123,61 @@ class Cursor {
   int64_t row_ = -1;
 };
 
+// Four sums at a time: one alone waits for itself, an addition after the other.
+template <class W>
+GENTRON_INLINE W sum(const W* a, int64_t width) {
+  const int64_t part = width / 4;
+  W s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+  for (int64_t i = 0; i < part; ++i) {
+    s0 += a[i];
+    s1 += a[i + part];
+    s2 += a[i + 2 * part];
+    s3 += a[i + 3 * part];
+  }
+  for (int64_t i = 4 * part; i < width; ++i) s0 += a[i];
+  return (s0 + s1) + (s2 + s3);
+}
+
+template <class W>
+GENTRON_INLINE W dot(const W* a, const W* b, int64_t width) {
+  const int64_t part = width / 4;
+  W s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+  for (int64_t i = 0; i < part; ++i) {
+    s0 += a[i] * b[i];
+    s1 += a[i + part] * b[i + part];
+    s2 += a[i + 2 * part] * b[i + 2 * part];
+    s3 += a[i + 3 * part] * b[i + 3 * part];
+  }
+  for (int64_t i = 4 * part; i < width; ++i) s0 += a[i] * b[i];
+  return (s0 + s1) + (s2 + s3);
+}
+
 // What is added to x: nothing, y of every token, or one row for all of them.
 enum class Update { NONE, TOKENS, ROW };
 
 // Consecutive tokens that the same rows serve. With Update::ROW, `gate` holds gate · y.
 template <class T, Update update>
-GENTRON_CLONES void forward_tokens(const T* x, const T* y, const wide_t<T>* gate,
-                                   const wide_t<T>* scale, const wide_t<T>* shift, T* residual,
-                                   T* out, wide_t<T>* stream, int64_t tokens, int64_t width,
-                                   double eps) {
+GENTRON_CLONES void forward_tokens(const T* __restrict x, const T* __restrict y,
+                                   const wide_t<T>* __restrict gate,
+                                   const wide_t<T>* __restrict scale,
+                                   const wide_t<T>* __restrict shift, T* __restrict residual,
+                                   T* __restrict out, wide_t<T>* __restrict stream,
+                                   int64_t tokens, int64_t width, double eps) {
   using W = wide_t<T>;
   for (int64_t token = 0; token < tokens; ++token) {
-    W sum = 0;
-    for (int64_t i = 0; i < width; ++i) {
-      W value = widen(x[i]);
-      if constexpr (update != Update::NONE) {
-        T rounded;
-        if constexpr (update == Update::TOKENS) {
-          rounded = narrow<T>(value + gate[i] * widen(y[i]));
-        } else {
-          rounded = narrow<T>(value + gate[i]);
-        }
-        residual[i] = rounded;
-        value = widen(rounded);
-      }
-      stream[i] = value;
-      sum += value;
+    if constexpr (update == Update::TOKENS) {
+      for (int64_t i = 0; i < width; ++i)
+        residual[i] = narrow<T>(widen(x[i]) + gate[i] * widen(y[i]));
+    } else if constexpr (update == Update::ROW) {
+      for (int64_t i = 0; i < width; ++i) residual[i] = narrow<T>(widen(x[i]) + gate[i]);
     }
-    const W mean = sum / width;
-    W square = 0;
-    for (int64_t i = 0; i < width; ++i) {
-      const W centred = stream[i] - mean;
-      square += centred * centred;
-    }
-    const W rstd = 1 / std::sqrt(square / width + static_cast<W>(eps));
+    const T* rounded = update == Update::NONE ? x : residual;
+    for (int64_t i = 0; i < width; ++i) stream[i] = widen(rounded[i]);
+    const W mean = sum(stream, width) / width;
+    for (int64_t i = 0; i < width; ++i) stream[i] -= mean;
+    const W rstd = 1 / std::sqrt(dot(stream, stream, width) / width + static_cast<W>(eps));
     for (int64_t i = 0; i < width; ++i)
-      out[i] = narrow<T>((stream[i] - mean) * rstd * scale[i] + shift[i]);
+      out[i] = narrow<T>(stream[i] * rstd * scale[i] + shift[i]);
     x += width;
     out += width;
     if constexpr (update == Update::TOKENS) y += width;
@@ -166,41 +188,33 @@ GENTRON_CLONES void forward_tokens(const T* x, const T* y, const wide_t<T>* gate
 // Where a token's gradients go; null where one is not wanted. Row gradients are added to.
 template <class T>
 struct Gradients {
-  T* x;
-  T* y;
-  wide_t<T>* y_row;
-  wide_t<T>* gate;
-  wide_t<T>* shift;
-  wide_t<T>* scale;
+  T* __restrict x;
+  T* __restrict y;
+  wide_t<T>* __restrict y_row;
+  wide_t<T>* __restrict gate;
+  wide_t<T>* __restrict shift;
+  wide_t<T>* __restrict scale;
 };
 
 // Consecutive tokens that the same rows serve. `y` advances by `y_stride` elements a token.
 template <class T>
-GENTRON_CLONES void backward_tokens(const T* d_residual, const T* d_out, const T* residual,
-                                    const T* y, int64_t y_stride, const wide_t<T>* gate,
-                                    const wide_t<T>* scale, Gradients<T> grad, wide_t<T>* normed,
-                                    wide_t<T>* d_stream, int64_t tokens, int64_t width,
-                                    double eps) {
+GENTRON_CLONES void backward_tokens(const T* __restrict d_residual, const T* __restrict d_out,
+                                    const T* __restrict residual, const T* __restrict y,
+                                    int64_t y_stride, const wide_t<T>* __restrict gate,
+                                    const wide_t<T>* __restrict scale, Gradients<T> grad,
+                                    wide_t<T>* __restrict normed,
+                                    wide_t<T>* __restrict d_stream, int64_t tokens,
+                                    int64_t width, double eps) {
   using W = wide_t<T>;
   for (int64_t token = 0; token < tokens; ++token) {
-    W sum = 0, d_sum = 0;
     for (int64_t i = 0; i < width; ++i) {
-      const W value = widen(residual[i]), d_normed = widen(d_out[i]) * scale[i];
-      normed[i] = value;
-      d_stream[i] = d_normed;
-      sum += value;
-      d_sum += d_normed;
+      normed[i] = widen(residual[i]);
+      d_stream[i] = widen(d_out[i]) * scale[i];
     }
-    const W mean = sum / width, d_mean = d_sum / width;
-    W square = 0, product = 0;
-    for (int64_t i = 0; i < width; ++i) {
-      const W centred = normed[i] - mean;
-      normed[i] = centred;
-      square += centred * centred;
-      product += centred * d_stream[i];
-    }
-    const W rstd = 1 / std::sqrt(square / width + static_cast<W>(eps));
-    const W slope = product / width * rstd;
+    const W mean = sum(normed, width) / width, d_mean = sum(d_stream, width) / width;
+    for (int64_t i = 0; i < width; ++i) normed[i] -= mean;
+    const W rstd = 1 / std::sqrt(dot(normed, normed, width) / width + static_cast<W>(eps));
+    const W slope = dot(normed, d_stream, width) / width * rstd;
     for (int64_t i = 0; i < width; ++i) {
       normed[i] *= rstd;
       d_stream[i] = rstd * (d_stream[i] - d_mean - normed[i] * slope);

@@ -257,7 +257,8 @@ GENTRON_CLONES void forward(
   const int64_t frames = shape.frames, groups = shape.groups(), size = shape.size;
   const int64_t vectors = shape.vectors<W>(), width = shape.width();
   const int64_t stride = shape.tokens * 3 * width, out_stride = shape.tokens * width;
-  Full<W>*q = scratch.matrix(0), *k = scratch.matrix(1), *v = scratch.matrix(2), *o = scratch.matrix(3);
+  Full<W>*q = scratch.matrix(0), *k = scratch.matrix(1), *v = scratch.matrix(2);
+  Full<W>* o = scratch.matrix(3);
   W* p = scratch.table(4, 0);
   const W scale = 1 / std::sqrt(static_cast<W>(size));
   for (int64_t n = begin; n < end; ++n) {
@@ -282,7 +283,8 @@ GENTRON_CLONES void backward(
   const int64_t frames = shape.frames, groups = shape.groups(), size = shape.size;
   const int64_t vectors = shape.vectors<W>(), width = shape.width();
   const int64_t stride = shape.tokens * 3 * width, out_stride = shape.tokens * width;
-  Full<W>*q = scratch.matrix(0), *k = scratch.matrix(1), *v = scratch.matrix(2), *d = scratch.matrix(3);
+  Full<W>*q = scratch.matrix(0), *k = scratch.matrix(1), *v = scratch.matrix(2);
+  Full<W>* d = scratch.matrix(3);
   Full<W>* result = scratch.matrix(4);
   W *p = scratch.table(5, 0), *ds = scratch.table(5, 1);
   const W scale = 1 / std::sqrt(static_cast<W>(size));
@@ -349,7 +351,8 @@ at::Tensor temporal_attention(
     const at::Tensor& qkv, const std::optional<at::Tensor>& motion_free) {
   const Shape shape = checked(qkv, motion_free);
   const at::Tensor source = qkv.contiguous();
-  at::Tensor out = at::empty({shape.samples, shape.frames, shape.tokens, shape.width()}, qkv.options());
+  at::Tensor out =
+      at::empty({shape.samples, shape.frames, shape.tokens, shape.width()}, qkv.options());
   if (out.numel() == 0) return out;
   AT_DISPATCH_FLOATING_TYPES_AND(
       at::kBFloat16, qkv.scalar_type(), "temporal_attention_cpu", [&] {

@@ -40,6 +40,8 @@ def backend(request, monkeypatch) -> str:
         assert launch.cpu_library(), "kernels/libgentron.so is not built: make .venv/dev"
     if request.param == "ref" or INTERPRETED:
         monkeypatch.setattr(launch, "backend", lambda *tensors: request.param)
+    if INTERPRETED:  # few programs, each with a loop to run: one costs milliseconds
+        monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
     return request.param
 
 

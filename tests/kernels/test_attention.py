@@ -326,3 +326,23 @@ def test_wrong_input_is_named(index, value, message):
     inputs[index] = value(inputs[index])
     with pytest.raises(ValueError, match=message):
         attention(*inputs)
+
+
+def test_bf16_gradient_is_as_exact_as_fp32_attention_allows():
+    inputs = [rand(2, 5, 3, 8, seed=s, dtype=torch.bfloat16).requires_grad_() for s in range(3)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    out = attention(*inputs)
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    attention(*exact).square().sum().backward()
+    for tensor, reference in zip(inputs, exact, strict=True):
+        error = (tensor.grad.double() - reference.grad).norm() / reference.grad.norm()
+        assert tensor.grad.dtype == torch.bfloat16 and error < 1e-2
+
+
+def test_attention_sees_only_what_the_mask_keeps():
+    q, k, v = rand(2, 5, 3, 8), rand(2, 7, 3, 8, seed=1), rand(2, 7, 3, 8, seed=2)
+    mask = torch.arange(7) < torch.tensor([[7], [2]])
+    out = attention(q, k, v, mask)
+    torch.testing.assert_close(out[:1], attention(q[:1], k[:1], v[:1]))
+    torch.testing.assert_close(out[1:], attention(q[1:], k[1:, :2], v[1:, :2]))
