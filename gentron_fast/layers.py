@@ -234,6 +234,8 @@ class TemporalAttention(nn.Module):
 
     def reset_positions(self) -> None:
         """Fill the fixed 1-D sin-cos positions p_t, (MAX_FRAMES, D)."""
+        if self.positions.is_meta:  # nothing to fill, and PyTorch would import much to pretend so
+            return
         frames, width = self.positions.shape
         steps = torch.arange(frames, device=self.positions.device)
         self.positions = sincos(steps, width).to(self.positions.dtype)

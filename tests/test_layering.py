@@ -29,6 +29,7 @@ CORE_MODULES = [
     "gentron_fast.solvers",
     "gentron_fast.guidance",
     "gentron_kernels.attention",
+    "gentron_kernels.guided_step",
     "gentron_kernels.launch",
     "gentron_kernels.layernorm_modulate",
     "gentron_kernels.temporal_attention",
