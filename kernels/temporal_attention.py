@@ -168,10 +168,11 @@ def _temporal_attention_fwd_kernel(
     else:
         q = _load(qkv_ptr, rows, inside, 0, BLOCK, DH)
         k = _load(k_ptr, rows, inside, 0, BLOCK, DH)
-        scores = _dot(q, tl.trans(k))
-        if REST:
+        if REST:  # every load before the first product, which is a barrier to them
             q_rest = _load(qkv_ptr, rows, inside, BLOCK, REST, DH)
             k_rest = _load(k_ptr, rows, inside, BLOCK, REST, DH)
+        scores = _dot(q, tl.trans(k))
+        if REST:
             scores = _dot(q_rest, tl.trans(k_rest), scores)
         weights, inverse = _softmax(scores, sequence, frame, T, DH)
         weights = weights.to(v.dtype)  # before the division: the largest is 1, and exact
@@ -219,12 +220,13 @@ def _temporal_attention_bwd_kernel(
         q = _load(qkv_ptr, rows, inside, 0, BLOCK, DH)
         k = _load(k_ptr, rows, inside, 0, BLOCK, DH)
         v = _load(v_ptr, rows, inside, 0, BLOCK, DH)
-        scores = _dot(q, tl.trans(k))
-        dp = _dot(d_out, tl.trans(v))
         if REST:
             q_rest = _load(qkv_ptr, rows, inside, BLOCK, REST, DH)
             k_rest = _load(k_ptr, rows, inside, BLOCK, REST, DH)
             v_rest = _load(v_ptr, rows, inside, BLOCK, REST, DH)
+        scores = _dot(q, tl.trans(k))
+        dp = _dot(d_out, tl.trans(v))
+        if REST:
             scores = _dot(q_rest, tl.trans(k_rest), scores)
             dp = _dot(d_rest, tl.trans(v_rest), dp)
         weights, inverse = _softmax(scores, sequence, frame, T, DH)
@@ -280,7 +282,7 @@ def _launch_options(qkv: Tensor, motion_free: Tensor | None, backward: bool = Fa
     frames, heads, size = int(frames), int(heads), int(size)
     grid = (batch * -(-(tokens * heads) // (ROWS // frames)),)
     constants = _constants(frames, heads, size, motion_free is not None)
-    return grid, constants | {"num_warps": _num_warps(constants, backward)}
+    return grid, constants | {"num_warps": _num_warps(constants, qkv.itemsize, backward)}
 
 
 def _constants(frames: int, heads: int, size: int, has_flags: bool) -> dict[str, int]:
@@ -293,8 +295,8 @@ def _constants(frames: int, heads: int, size: int, has_flags: bool) -> dict[str,
     return dict(zip(names, (has_flags, frames, heads, size, block, rest, ROWS), strict=True))
 
 
-def _num_warps(constants: dict[str, int], backward: bool) -> int:
-    return 8 if backward and constants["BLOCK"] > 64 else 4
+def _num_warps(constants: dict[str, int], itemsize: int, backward: bool) -> int:
+    return 8 if itemsize == 4 or (backward and constants["BLOCK"] > 64) else 4
 
 
 def compile_cases():
@@ -305,7 +307,7 @@ def compile_cases():
             for kernel in _temporal_attention_fwd_kernel, _temporal_attention_bwd_kernel:
                 signature = {name: "*bf16" for name in kernel.arg_names if name.endswith("_ptr")}
                 signature |= {"motion_free_ptr": "*u8", "tokens": "i32"}
-                num_warps = _num_warps(constants, kernel is _temporal_attention_bwd_kernel)
+                num_warps = _num_warps(constants, 2, kernel is _temporal_attention_bwd_kernel)
                 yield f"{preset} t = {frames}", kernel, signature, constants, num_warps
 
 
