@@ -2,9 +2,13 @@
 implementations against the definition."""
 
 import itertools
+import json
 import os
 import random
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -500,3 +504,15 @@ def test_meta_tensors_get_the_definition():
 
 def test_triton_interpreted(run_interpreted):
     run_interpreted(__file__)
+
+
+def test_kernels_compile_without_spills():
+    pytest.importorskip("triton")
+    aot = Path(__file__).with_name("aot.py")
+    command = [sys.executable, aot, "--json", "layernorm_modulate"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.stdout, result.stderr
+    rows = json.loads(result.stdout)
+    assert {row["arch"] for row in rows} == {80, 90, 100} and len(rows) == 48
+    for row in rows:
+        assert row["spills"] == 0 and row["shared"] <= row["limit"], row
