@@ -181,7 +181,7 @@ def _guided_step_kernel(
     tl.store(x_next_ptr + start + offsets, x_next, inside)
 
 
-@torch.library.triton_op("gentron::guided_step_cuda", mutates_args=())
+@launch.triton_op("gentron::guided_step_cuda")
 def _guided_step_cuda(
     latents: Tensor,
     null_still: Tensor | None,

@@ -25,6 +25,13 @@ def jit(function=None, /, **options):
     return function if triton is None else triton.jit(function, **options)
 
 
+def triton_op(name: str):
+    """torch.library.triton_op, which warns where Triton is missing: there an operator that no
+    tensor reaches, since `backend` never says "cuda"."""
+    register = torch.library.custom_op if triton is None else torch.library.triton_op
+    return register(name, mutates_args=())
+
+
 def launcher(kernel):
     """A kernel as a triton_op launches it; wrap_triton does not take interpreted ones."""
     interpreted = not isinstance(kernel, triton.runtime.JITFunction)

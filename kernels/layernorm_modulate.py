@@ -377,7 +377,7 @@ def _forward_cuda(x, y, gate, gate_index, shift, shift_index, scale, scale_index
     return residual, out
 
 
-@torch.library.triton_op("gentron::layernorm_modulate_cuda", mutates_args=())
+@launch.triton_op("gentron::layernorm_modulate_cuda")
 def _layernorm_modulate_cuda(
     x: Tensor,
     shift: Tensor | None,
@@ -389,7 +389,7 @@ def _layernorm_modulate_cuda(
     return _forward_cuda(x, None, None, None, shift, shift_index, scale, scale_index, eps)[1]
 
 
-@torch.library.triton_op("gentron::residual_layernorm_modulate_cuda", mutates_args=())
+@launch.triton_op("gentron::residual_layernorm_modulate_cuda")
 def _residual_layernorm_modulate_cuda(
     x: Tensor,
     y: Tensor,
@@ -404,7 +404,7 @@ def _residual_layernorm_modulate_cuda(
     return _forward_cuda(x, y, gate, gate_index, shift, shift_index, scale, scale_index, eps)
 
 
-@torch.library.triton_op("gentron::residual_layernorm_modulate_backward_cuda", mutates_args=())
+@launch.triton_op("gentron::residual_layernorm_modulate_backward_cuda")
 def _residual_layernorm_modulate_backward_cuda(
     d_residual: Tensor | None,
     d_out: Tensor,

@@ -246,7 +246,7 @@ def _temporal_attention_bwd_kernel(
             _store(dv_ptr, rows, inside, _dot(p, d_rest), BLOCK, REST, DH)
 
 
-@torch.library.triton_op("gentron::temporal_attention_cuda", mutates_args=())
+@launch.triton_op("gentron::temporal_attention_cuda")
 def _temporal_attention_cuda(qkv: Tensor, motion_free: Tensor | None) -> Tensor:
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5])
     if qkv.numel() == 0:
@@ -260,7 +260,7 @@ def _temporal_attention_cuda(qkv: Tensor, motion_free: Tensor | None) -> Tensor:
     return out
 
 
-@torch.library.triton_op("gentron::temporal_attention_backward_cuda", mutates_args=())
+@launch.triton_op("gentron::temporal_attention_backward_cuda")
 def _temporal_attention_backward_cuda(
     d_out: Tensor, qkv: Tensor, motion_free: Tensor | None
 ) -> Tensor:

@@ -66,6 +66,8 @@ def poisoned_memory():
 def run_interpreted():
     """(file) → its tests pass on the Triton kernels, run by the interpreter."""
 
+    pytest.importorskip("triton")
+
     def run(file: str) -> None:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
         environment = os.environ | {"TRITON_INTERPRET": "1"}

@@ -281,7 +281,6 @@ def test_a_gradient_is_refused():
 
 
 def test_the_kernel_interpreted(run_interpreted):
-    pytest.importorskip("triton")
     run_interpreted(__file__)
 
 

@@ -29,6 +29,7 @@ def test_the_cpu_takes_its_own_dtypes(dtypes, chosen):
 
 
 def test_the_device_decides(monkeypatch):
+    pytest.importorskip("triton")
     with FakeTensorMode():
         x = torch.empty(1, device="cuda", dtype=torch.float16)
         assert launch.backend(x) == "cuda"
@@ -76,3 +77,20 @@ def test_jit_without_triton_leaves_the_function(monkeypatch):
 
     monkeypatch.setattr(launch, "triton", None)
     assert launch.jit(kernel) is kernel and launch.jit(do_not_specialize=["x"])(kernel) is kernel
+
+
+def test_without_triton_nothing_is_said():
+    """torch warns, on standard error, of each operator that it looks for Triton kernels in."""
+    code = """
+import sys
+sys.modules["triton"] = None
+from gentron_kernels import launch
+import gentron_kernels.guided_step
+import gentron_kernels.layernorm_modulate
+import gentron_kernels.temporal_attention
+assert not launch.has_triton()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    assert result.stdout + result.stderr == ""

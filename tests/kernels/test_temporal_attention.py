@@ -218,7 +218,6 @@ def test_an_empty_batch(backend, device):
 
 
 def test_kernels_run_by_the_interpreter(run_interpreted):
-    pytest.importorskip("triton")
     run_interpreted(__file__)
 
 
