@@ -3,13 +3,14 @@
 # make gpu PART=test|ops|step|train|export [RESULTS=DIR]   on a CUDA machine, by its own python
 # make large    one step of the whole G/2-T2V on the CPU, plain against shared: 12 GB of memory
 # make report   README's performance section, from bench/results
+# make sanitize   the C++ operators under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
 # make kernels  registers, spills and shared memory of every Triton kernel, compiled without a GPU
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint train kernels gpu large report clean
+.PHONY: demo test lint train kernels gpu large report sanitize clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -37,6 +38,15 @@ report: .venv/dev
 
 kernels: .venv/dev
 	$(BIN)/python tests/kernels/aot.py
+
+# What throws must find libstdc++ loaded when the sanitizers start. -s: pytest would swallow what
+# they report before they end the process.
+SANITIZERS := $(shell g++ -print-file-name=libasan.so):$(shell g++ -print-file-name=libstdc++.so)
+sanitize: .venv/dev
+	GENTRON_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
+	GENTRON_LIBRARY=build/sanitize/gentron_kernels/libgentron.so LD_PRELOAD=$(SANITIZERS) \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(BIN)/pytest -s -x tests/kernels -k "cpu and not compile"
 
 # torch comes first: packages that build from source look at it.
 .venv/base:

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "avx512.h"
 #include "cpu.h"
 
 namespace gentron {
@@ -24,6 +25,8 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t GRAIN = 32768;
 // Tokens whose row gradients are summed before they are stored, whatever the number of threads.
 constexpr int64_t CHUNK = 128;
+// Bytes from which on a result is taken to leave the caches before it is read.
+constexpr int64_t STREAMED = 16 << 20;
 
 int64_t grain(int64_t elements) {
   return std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, elements));
@@ -152,6 +155,23 @@ GENTRON_INLINE W dot(const W* a, const W* b, int64_t width) {
   return (s0 + s1) + (s2 + s3);
 }
 
+// Sum of the squared distances from `center`.
+template <class W>
+GENTRON_INLINE W squares(const W* a, W center, int64_t width) {
+  const int64_t part = width / 4;
+  W s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+  for (int64_t i = 0; i < part; ++i) {
+    const W d0 = a[i] - center, d1 = a[i + part] - center;
+    const W d2 = a[i + 2 * part] - center, d3 = a[i + 3 * part] - center;
+    s0 += d0 * d0;
+    s1 += d1 * d1;
+    s2 += d2 * d2;
+    s3 += d3 * d3;
+  }
+  for (int64_t i = 4 * part; i < width; ++i) s0 += (a[i] - center) * (a[i] - center);
+  return (s0 + s1) + (s2 + s3);
+}
+
 // What is added to x: nothing, y of every token, or one row for all of them.
 enum class Update { NONE, TOKENS, ROW };
 
@@ -174,15 +194,111 @@ GENTRON_CLONES void forward_tokens(const T* __restrict x, const T* __restrict y,
     const T* rounded = update == Update::NONE ? x : residual;
     for (int64_t i = 0; i < width; ++i) stream[i] = widen(rounded[i]);
     const W mean = sum(stream, width) / width;
-    for (int64_t i = 0; i < width; ++i) stream[i] -= mean;
-    const W rstd = 1 / std::sqrt(dot(stream, stream, width) / width + static_cast<W>(eps));
+    const W rstd = 1 / std::sqrt(squares(stream, mean, width) / width + static_cast<W>(eps));
     for (int64_t i = 0; i < width; ++i)
-      out[i] = narrow<T>(stream[i] * rstd * scale[i] + shift[i]);
+      out[i] = narrow<T>((stream[i] - mean) * rstd * scale[i] + shift[i]);
     x += width;
     out += width;
     if constexpr (update == Update::TOKENS) y += width;
     if constexpr (update != Update::NONE) residual += width;
   }
+}
+
+#ifdef GENTRON_HAS_AVX512
+// x, or x + the update, of one token into `stream`, as rounded in `residual`; returns the sum.
+template <class T, Update update, bool streamed>
+GENTRON_AVX512_INLINE float load_token(const T* __restrict x, const T* __restrict y,
+                                       const float* __restrict gate, T* __restrict residual,
+                                       float* __restrict stream, int64_t width) {
+  __m512 sum_a = _mm512_setzero_ps(), sum_b = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + avx512::STEP <= width; i += avx512::STEP) {
+    __m512 a = avx512::load(x + i), b = avx512::load(x + i + 16);
+    if constexpr (update == Update::TOKENS) {
+      a = _mm512_fmadd_ps(avx512::load(gate + i), avx512::load(y + i), a);
+      b = _mm512_fmadd_ps(avx512::load(gate + i + 16), avx512::load(y + i + 16), b);
+    } else if constexpr (update == Update::ROW) {
+      a = _mm512_add_ps(avx512::load(gate + i), a);
+      b = _mm512_add_ps(avx512::load(gate + i + 16), b);
+    }
+    if constexpr (update != Update::NONE) avx512::store<streamed>(residual + i, a, b);
+    _mm512_storeu_ps(stream + i, a);
+    _mm512_storeu_ps(stream + i + 16, b);
+    sum_a = _mm512_add_ps(sum_a, a);
+    sum_b = _mm512_add_ps(sum_b, b);
+  }
+  float total = _mm512_reduce_add_ps(_mm512_add_ps(sum_a, sum_b));
+  for (; i < width; ++i) {
+    T value = x[i];
+    if constexpr (update != Update::NONE) {
+      float updated = widen(x[i]) + gate[i];
+      if constexpr (update == Update::TOKENS) updated = widen(x[i]) + gate[i] * widen(y[i]);
+      residual[i] = value = narrow<T>(updated);
+    }
+    total += stream[i] = widen(value);
+  }
+  return total;
+}
+
+template <class T, bool streamed>
+GENTRON_AVX512_INLINE void modulate_token(const float* __restrict stream, float mean, float rstd,
+                                          const float* __restrict scale,
+                                          const float* __restrict shift, T* __restrict out,
+                                          int64_t width) {
+  const __m512 means = _mm512_set1_ps(mean), rstds = _mm512_set1_ps(rstd);
+  const auto modulated = [&](int64_t i) GENTRON_AVX512 {
+    const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(avx512::load(stream + i), means), rstds);
+    return _mm512_fmadd_ps(normed, avx512::load(scale + i), avx512::load(shift + i));
+  };
+  int64_t i = 0;
+  for (; i + avx512::STEP <= width; i += avx512::STEP) {
+    __m512 a = modulated(i), b = modulated(i + 16);
+    avx512::store<streamed>(out + i, a, b);
+  }
+  for (; i < width; ++i) out[i] = narrow<T>((stream[i] - mean) * rstd * scale[i] + shift[i]);
+}
+
+// forward_tokens in fewer passes, each of which fetches a third of the token after the next.
+template <class T, Update update, bool streamed>
+GENTRON_AVX512 void forward_tokens_avx512(const T* __restrict x, const T* __restrict y,
+                                          const float* __restrict gate,
+                                          const float* __restrict scale,
+                                          const float* __restrict shift, T* __restrict residual,
+                                          T* __restrict out, float* __restrict stream,
+                                          int64_t tokens, int64_t width, double eps) {
+  for (int64_t token = 0; token < tokens; ++token) {
+    const int64_t ahead = token + 2 < tokens ? 2 * width : 0;
+    const auto fetch = [&](int64_t third) {
+      const int64_t begin = ahead + third * width / 3, end = ahead + (third + 1) * width / 3;
+      avx512::fetch(x, begin, end);
+      if constexpr (update == Update::TOKENS) avx512::fetch(y, begin, end);
+    };
+    fetch(0);
+    const float mean = load_token<T, update, streamed>(x, y, gate, residual, stream, width) / width;
+    fetch(1);
+    const float rstd = 1 / std::sqrt(squares(stream, mean, width) / width + static_cast<float>(eps));
+    fetch(2);
+    modulate_token<T, streamed>(stream, mean, rstd, scale, shift, out, width);
+    x += width;
+    out += width;
+    if constexpr (update == Update::TOKENS) y += width;
+    if constexpr (update != Update::NONE) residual += width;
+  }
+  if constexpr (streamed) avx512::fence();
+}
+#endif
+
+// The forward of the CPU at hand; `streamed` where the results are too large for the caches.
+template <class T, Update update>
+auto forward_kernel([[maybe_unused]] bool streamed) {
+#ifdef GENTRON_HAS_AVX512
+  if constexpr (!std::is_same_v<T, double>) {
+    if (avx512::available())
+      return streamed ? forward_tokens_avx512<T, update, true>
+                      : forward_tokens_avx512<T, update, false>;
+  }
+#endif
+  return forward_tokens<T, update>;
 }
 
 // Where a token's gradients go; null where one is not wanted. Row gradients are added to.
@@ -258,6 +374,8 @@ void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
                     tensor.scalar_type(), " ", tensor.sizes());
 }
 
+bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 64 == 0; }
+
 template <class T>
 void forward(const Tensor& x, const OptionalTensor& y, const Rows<T>& gate, const Rows<T>& shift,
              const Rows<T>& scale, Tensor& residual, Tensor& out, double eps) {
@@ -268,6 +386,9 @@ void forward(const Tensor& x, const OptionalTensor& y, const Rows<T>& gate, cons
   const T* y_data = tokenwise ? y->const_data_ptr<T>() : nullptr;
   T* residual_data = y ? residual.mutable_data_ptr<T>() : nullptr;
   T* out_data = out.mutable_data_ptr<T>();
+  // Streamed stores write whole lines.
+  const bool streamed = static_cast<int64_t>(out.nbytes()) >= STREAMED &&
+                        width * sizeof(T) % 64 == 0 && aligned(out_data) && aligned(residual_data);
   at::parallel_for(0, tokens, grain(width), [&](int64_t begin, int64_t stop) {
     std::vector<wide_t<T>> stream(width), update(width);
     Cursor<T> gates(gate, width), shifts(shift, width), scales(scale, width), ys(y_rows, width);
@@ -283,15 +404,15 @@ void forward(const Tensor& x, const OptionalTensor& y, const Rows<T>& gate, cons
                end - token, width, eps);
       };
       if (!y) {
-        run(forward_tokens<T, Update::NONE>, nullptr);
+        run(forward_kernel<T, Update::NONE>(streamed), nullptr);
       } else if (tokenwise) {
-        run(forward_tokens<T, Update::TOKENS>, gates.row());
+        run(forward_kernel<T, Update::TOKENS>(streamed), gates.row());
       } else {
         if (moved) {
           std::copy_n(ys.row(), width, update.data());
           multiply_row(gates.row(), update.data(), width);
         }
-        run(forward_tokens<T, Update::ROW>, update.data());
+        run(forward_kernel<T, Update::ROW>(streamed), update.data());
       }
     }
   });

@@ -289,6 +289,20 @@ def test_width_beyond_one_warp_a_token(backend, device):
     check(Case((1, 2, 3, 5000), torch.float32), device)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="an interpreter's hour")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1152, 1100])
+def test_results_beyond_the_caches(backend, device, dtype, width):
+    """They are stored past the caches where whole lines can be, from 16 MB on."""
+    tokens = -(-(17 << 20) // (width * dtype.itemsize))
+    tensors = [rand(1, 1, tokens, width, seed=seed, dtype=dtype).to(device) for seed in (0, 1)]
+    row = rand(1, width, dtype=dtype).to(device)
+    outputs = residual_layernorm_modulate(*tensors, row, row, row)
+    exact = residual_layernorm_modulate_ref(*(t.double() for t in (*tensors, row, row, row)))
+    for value, reference in zip(outputs, exact, strict=True):
+        assert error(value, reference) < (1e-5 if dtype == torch.float32 else 3e-3)
+
+
 def test_rows_of_another_dtype_are_widened(backend, device):
     x, shift = rand(2, 5, 24, dtype=torch.float32, device=device), rand(2, 24, device=device)
     expected = layernorm_modulate_ref(x, shift.bfloat16().float())
