@@ -5,6 +5,7 @@ pytest bench/bench_step.py --benchmark-only
 
 import contextlib
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -40,16 +41,25 @@ def plain_chain(x, y=None, gate=None, shift=None, scale=None):
     return x, h if shift is None else h + rows(shift)
 
 
+def plain_linear(x, weight, bias, gelu=False):
+    out = F.linear(x, weight, bias)
+    return F.gelu(out, approximate="tanh") if gelu else out
+
+
+PLAIN = {
+    "residual_layernorm_modulate": plain_chain,
+    "temporal_attention": temporal_attention_ref,
+    "linear": plain_linear,
+}
+
+
 @contextlib.contextmanager
 def plain_operators():
     """The model on eager torch operators alone, as it would be written without this engine."""
-    ours = layers.residual_layernorm_modulate, layers.temporal_attention
-    layers.residual_layernorm_modulate = plain_chain
-    layers.temporal_attention = temporal_attention_ref
-    try:
+    with contextlib.ExitStack() as stack:
+        for name, operator in PLAIN.items():
+            stack.enter_context(mock.patch.object(layers, name, operator))
         yield
-    finally:
-        layers.residual_layernorm_modulate, layers.temporal_attention = ours
 
 
 def plainly(function):

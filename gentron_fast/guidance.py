@@ -160,6 +160,7 @@ class GuidedDenoiser:
             for block in model.blocks
             if model.config.temporal
         ]
+        self._positions = model.positions(*self.latent_shape[-2:])
         self._plans: dict[tuple, _Plan] = {}
 
         latents = torch.empty(self._pooled.batch, *self.latent_shape, device="meta")
@@ -231,7 +232,8 @@ class GuidedDenoiser:
 
     def _forward(self, plan: _Plan, latents: Tensor, rows: Tensor, final_rows: Tensor) -> Tensor:
         model = self.model
-        x, y, gate = model.embed(latents).repeat(sum(plan.branches), 1, 1, 1), None, None
+        x = model.embed(latents, self._positions).repeat(sum(plan.branches), 1, 1, 1)
+        y = gate = None
         parts = zip(model.blocks, plan.contexts, plan.motion_free, strict=True)
         for index, (block, context, motion_free) in enumerate(parts):
             x, y, gate = block(x, y, gate, rows[:, index], context, motion_free)

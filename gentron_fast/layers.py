@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gentron_fast.config import MAX_FRAMES, GenTronConfig
 from gentron_kernels.attention import attention
 from gentron_kernels.layernorm_modulate import add_residual_ref, residual_layernorm_modulate
+from gentron_kernels.linear import linear
 from gentron_kernels.temporal_attention import (
     merge_values,
     temporal_attention,
@@ -55,6 +56,17 @@ def _grid_line(length: int, config: GenTronConfig, device) -> Tensor:
     return line / config.position_interpolation
 
 
+class Linear(nn.Linear):
+    """nn.Linear with, where asked, the tanh-GELU behind it."""
+
+    def __init__(self, width_in: int, width_out: int, gelu: bool = False):
+        super().__init__(width_in, width_out)
+        self.gelu = gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, self.gelu)
+
+
 class Mlp(nn.Sequential):
     """Linear → activation → Linear, for the timestep, the pooled text and the text tokens."""
 
@@ -95,8 +107,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: GenTronConfig):
         super().__init__()
         self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)  # rows q | k | v, then heads
-        self.out = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)  # rows q | k | v, then heads
+        self.out = Linear(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, N, D) → (B, T, N, D)."""
@@ -150,9 +162,9 @@ class CrossAttention(nn.Module):
     def __init__(self, config: GenTronConfig, text_width: int):
         super().__init__()
         self.heads, self.head_size = config.heads, config.head_size
-        self.q = nn.Linear(config.width, config.width)
+        self.q = Linear(config.width, config.width)
         self.kv = nn.Linear(text_width, 2 * config.width)  # rows k | v, then heads
-        self.out = nn.Linear(config.width, config.width)
+        self.out = Linear(config.width, config.width)
 
     def project(self, tokens: Tensor, mask: Tensor | None) -> CrossContext:
         """tokens (B, S, text width), mask (B, S) → the keys and values that `forward` takes."""
@@ -204,12 +216,12 @@ class CrossAttention(nn.Module):
 
     def _attend_folded(self, x: Tensor, context: FoldedContext) -> Tensor:
         if len(context.keys) == 1:
-            scores = F.linear(x, context.keys[0], context.key_bias[0])
+            scores = linear(x, context.keys[0], context.key_bias[0])
         else:
             scores = torch.baddbmm(context.key_bias[:, None], x, context.keys.mT)
         weights = scores.unflatten(-1, (self.heads, -1)).softmax(-1).flatten(-2)
         if len(context.keys) == 1:
-            return F.linear(weights, context.values[0].T, context.out_bias)
+            return linear(weights, context.values[0].T, context.out_bias)
         return torch.baddbmm(context.out_bias, weights, context.values)
 
 
@@ -227,8 +239,8 @@ class TemporalAttention(nn.Module):
     def __init__(self, config: GenTronConfig):
         super().__init__()
         self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.out = Linear(config.width, config.width)
         self.register_buffer("positions", torch.empty(MAX_FRAMES, config.width), persistent=False)
         self.reset_positions()
 
@@ -276,11 +288,11 @@ class FeedForward(nn.Module):
     def __init__(self, config: GenTronConfig):
         super().__init__()
         hidden = int(config.width * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.width, hidden)
-        self.fc2 = nn.Linear(hidden, config.width)
+        self.fc1 = Linear(config.width, hidden, gelu=True)
+        self.fc2 = Linear(hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.fc1(x))
 
 
 class Block(nn.Module):

@@ -223,13 +223,22 @@ class GenTron(nn.Module):
         }
         return text._replace(**projected)
 
-    def embed(self, latents: Tensor) -> Tensor:
-        """(B, C, T, H, W) → patches with their positions, (B, T, N, D)."""
+    def embed(self, latents: Tensor, positions: Tensor | None = None) -> Tensor:
+        """(B, C, T, H, W) → patches with their positions, (B, T, N, D).
+
+        positions (N, D): what `positions` makes of the latents' shape, where it is at hand.
+        """
         p = self.config.patch_size
         patches = rearrange(latents, "b c t (h p) (w q) -> b t (h w) (c p q)", p=p, q=p)
-        height, width = (side // p for side in latents.shape[-2:])
+        if positions is None:
+            positions = self.positions(*latents.shape[-2:])
         x = self.patch_embed(patches)
-        return x + patch_positions(height, width, self.config, latents.device).to(x.dtype)
+        return x + positions.to(x.dtype)
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """Positions of the patches of height × width latents, (N, D) in the weights' dtype."""
+        like, p = self.patch_embed.weight, self.config.patch_size
+        return patch_positions(height // p, width // p, self.config, like.device).to(like.dtype)
 
     def unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
         """(B, T, N, p² · C) → (B, C, T, height, width); channels are the fastest, as in DiT."""

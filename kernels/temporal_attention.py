@@ -8,13 +8,13 @@ alone, softmax over one key is 1, and the attention returns v.
 # one token along the frames: N · H of them in a sample.
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from gentron_kernels import launch
 from gentron_kernels.attention import sdpa
 from gentron_kernels.launch import constexpr, tl
+from gentron_kernels.linear import linear
 
 ROWS = 64  # of a tile: 64 // T sequences of T frames
 MAX_SIZE = 128  # of a head, in the Triton kernels
@@ -56,8 +56,8 @@ def temporal_values(
     `merge_values`, which replace all four and make one product of the two. Returns x's shape.
     """
     if merged is not None:
-        return F.linear(x, *merged)
-    return F.linear(F.linear(x, value_weight, value_bias), out_weight, out_bias)
+        return linear(x, *merged)
+    return linear(linear(x, value_weight, value_bias), out_weight, out_bias)
 
 
 def merge_values(

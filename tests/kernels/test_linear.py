@@ -1,0 +1,77 @@
+"""Linear layers and their GELU: the same function whoever computes it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gentron_kernels import linear as module
+from gentron_kernels.linear import linear
+
+
+def inputs(*leading, channels=(72, 40), dtype=torch.float64, transposed=False):
+    generator = torch.Generator().manual_seed(0)
+    width_in, width_out = channels
+    weight = torch.randn(width_out, width_in, generator=generator, dtype=torch.float64)
+    if transposed:
+        weight = weight.T.contiguous().T
+    x = torch.randn(*leading, width_in, generator=generator, dtype=torch.float64)
+    bias = torch.randn(width_out, generator=generator, dtype=torch.float64)
+    return [t.to(dtype) for t in (x, weight / width_in**0.5, bias)]
+
+
+def definition(x, weight, bias, gelu):
+    out = x @ weight.T + bias
+    cubic = 0.044715 * out**3
+    return 0.5 * out * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (out + cubic))) if gelu else out
+
+
+def error(value, exact):
+    return float((value.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@torch.no_grad()
+def test_values(leading, dtype, gelu, transposed):
+    tensors = inputs(*leading, dtype=dtype, transposed=transposed)
+    exact = definition(*(t.double() for t in tensors), gelu)
+    plain = F.linear(*tensors)
+    plain = F.gelu(plain, approximate="tanh") if gelu else plain
+    limit = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1.1 * error(plain, exact))
+    out = linear(*tensors, gelu)
+    assert out.shape == plain.shape and out.dtype == dtype
+    assert error(out, exact) <= limit
+
+
+@torch.no_grad()
+def test_no_rows():
+    assert linear(*inputs(0, dtype=torch.bfloat16), True).shape == (0, 40)
+
+
+def test_gradients_are_those_of_torch():
+    tensors = [t.requires_grad_() for t in inputs(4)]
+    assert torch.autograd.gradcheck(lambda *t: linear(*t, True), tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_one_call_where_nobody_else_fuses(monkeypatch, dtype):
+    """oneDNN is called in eager inference alone, and in fp32 only for the GELU's sake."""
+    calls = []
+    real = torch.ops.mkldnn._linear_pointwise
+    spy = lambda *arguments: calls.append(arguments[3]) or real(*arguments)  # noqa: E731
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", spy)
+    x, weight, bias = inputs(3, dtype=dtype)
+    linear(x, weight, bias, gelu=True)
+    linear(x, weight, bias)
+    expected = ["gelu"] if dtype == torch.float32 else ["gelu", "none"]
+    assert calls == expected
+    with torch.enable_grad():
+        linear(x, weight, bias, gelu=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x.float(), weight.float(), bias.float(), True).dtype == torch.bfloat16
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not module._one_call(x, weight, gelu=True)
+    assert calls == expected
