@@ -42,11 +42,12 @@ kernels: .venv/dev
 # What throws must find libstdc++ loaded when the sanitizers start. -s: pytest would swallow what
 # they report before they end the process.
 SANITIZERS := $(shell g++ -print-file-name=libasan.so):$(shell g++ -print-file-name=libstdc++.so)
+OPERATOR_TESTS := $(foreach name,layernorm_modulate temporal_attention guided_step,tests/kernels/test_$(name).py)
 sanitize: .venv/dev
 	GENTRON_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
 	GENTRON_LIBRARY=build/sanitize/gentron_kernels/libgentron.so LD_PRELOAD=$(SANITIZERS) \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(BIN)/pytest -s -x tests/kernels -k "cpu and not compile"
+	$(BIN)/pytest -s -x $(OPERATOR_TESTS) -k "cpu and not compile"
 
 # torch comes first: packages that build from source look at it.
 .venv/base:
