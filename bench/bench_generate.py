@@ -1,16 +1,18 @@
-"""The model that ships, piece by piece: one guided step by branches, one clip decoded.
+"""A clip of the model that ships, from noise to latents, and its decoding.
 
-pytest bench/ --benchmark-only
+pytest bench/bench_generate.py --benchmark-only
 """
 
 import pytest
 import torch
+from bench_step import Step, plainly
+from contest import OURS, Contender, absent
 
 from gentron_fast import GenTronPipeline
-from gentron_fast.guidance import guided_prediction
+from gentron_fast.solvers import make_table
 
-# λ_M = 1 is plain classifier-free guidance with two branches, λ_T = λ_M = 1 the text's branch.
-BRANCHES = {3: (7.5, 1.2), 2: (7.5, 1.0), 1: (1.0, 1.0)}
+PROMPT = "a red circle moving left"
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
@@ -18,22 +20,56 @@ def pipeline():
     return GenTronPipeline.from_pretrained()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("branches", BRANCHES)
-def test_guided_step(benchmark, pipeline, branches, dtype):
-    pipeline.to(dtype=dtype)
-    text = pipeline.text_encoder.encode(["a red circle moving left"])
-    null_text = pipeline.text_encoder.encode([""])
+def sampled(step):
+    """All steps of the table, from (latents, x0 of the step before, step) → the next."""
+
+    def run(latents):
+        x0 = None
+        for number in range(STEPS):
+            latents, x0 = step(latents, x0, number)
+        return latents
+
+    return run
+
+
+def test_clip(measure, contest, pipeline):
+    """Ten steps at the paper's guidance; the error of reuse=2 is that of the whole clip."""
+    model = pipeline.to(contest.device).transformer
+    texts = [pipeline.text_encoder.encode([prompt]) for prompt in (PROMPT, "")]
+    texts = [text.to(contest.device) for text in texts]
     side = pipeline.default_size[0] // pipeline.vae.factor
-    channels = pipeline.transformer.config.in_channels
-    latents = torch.randn(1, channels, pipeline.default_frames, side, side, dtype=dtype)
-    inputs = pipeline.transformer, latents, torch.tensor([500]), text, null_text
-    with torch.no_grad():
-        benchmark(guided_prediction, *inputs, *BRANCHES[branches])
+    shape = 1, model.config.in_channels, pipeline.default_frames, side, side
+    table = make_table("dpm++", pipeline.scheduler, STEPS)
+    step = Step(model.config, shape, torch.float32, contest.device, model, texts, table)
+    contenders = [
+        Contender(OURS, sampled(step.ours())),
+        Contender("three eager forwards", plainly(sampled(step.separate))),
+        Contender("one batched forward", plainly(sampled(step.batched))),
+        Contender("ours, reuse=2", sampled(step.ours(reuse=2)), exact=False),
+    ]
+    if contest.smoke:
+        contenders.append(absent("batched, torch.compile", "not compiled in a dry run"))
+        contenders.append(absent("ours, compiled", "not compiled in a dry run"))
+    else:
+        compiled = sampled(step.batched_compiled), sampled(step.ours_compiled())
+        contenders.append(Contender("batched, torch.compile", plainly(compiled[0])))
+        contenders.append(Contender("ours, compiled", compiled[1]))
+    row = measure(
+        f"clip, {STEPS} guided steps, small",
+        shape,
+        torch.float32,
+        make=lambda randn: (randn(*shape, dtype=torch.float32),),
+        definition=sampled(step.definition),
+        contenders=contenders,
+        preset=None,
+    )
+    print(
+        f"\nreuse=2: {row['contenders']['ours, reuse=2']['error']:.1%} off the definition's latents"
+    )
 
 
 def test_decode_clip(benchmark, pipeline):
-    pipeline.to(dtype=torch.float32)
+    pipeline.to("cpu")
     side = pipeline.default_size[0] // pipeline.vae.factor
     latents = torch.randn(1, pipeline.vae.latent_channels, pipeline.default_frames, side, side)
     with torch.no_grad():

@@ -95,22 +95,28 @@ def random_model(config, dtype, device) -> GenTron:
 
 
 class Step:
-    """The contenders of one model and shape, each (latents, x0 of the step before) → the next."""
+    """The contenders of one model and shape, each (latents, x0 of the step before) → the next.
 
-    def __init__(self, config, shape, dtype, device):
-        self.model = random_model(config, dtype, device)
-        self.dtype, self.device, self.shape = dtype, device, shape
-        self.text = text_of(config, PROMPT, dtype, device)
-        self.null_text = text_of(config, NULL, dtype, device)
-        self.timestep = TABLE.timesteps[STEP : STEP + 1].to(device)
+    The model and its texts are random unless given; step: which one of the table, unless told.
+    """
+
+    def __init__(self, config, shape, dtype, device, model=None, texts=None, table=TABLE):
+        self.model = model or random_model(config, dtype, device)
+        self.dtype, self.device, self.shape, self.table = dtype, device, shape, table
+        self.text, self.null_text = texts or (
+            text_of(config, lengths, dtype, device) for lengths in (PROMPT, NULL)
+        )
         self.compiled = torch.compile(self.stacked, dynamic=False)
 
-    def denoiser(self) -> GuidedDenoiser:
-        return GuidedDenoiser(
-            self.model, self.text, self.null_text, TABLE, LAMBDA_T, LAMBDA_M, self.shape[1:]
-        )
+    def denoiser(self, **options) -> GuidedDenoiser:
+        texts = self.text, self.null_text
+        scales = LAMBDA_T, LAMBDA_M
+        return GuidedDenoiser(self.model, *texts, self.table, *scales, self.shape[1:], **options)
 
-    def definition(self, latents, x0_previous):
+    def timestep(self, step: int) -> torch.Tensor:
+        return self.table.timesteps[step : step + 1].to(self.device)
+
+    def definition(self, latents, x0_previous, step=STEP):
         """Three forwards in the dtype of the latents, and the solver's step."""
         model = self.model
         if latents.dtype != self.dtype:
@@ -118,41 +124,43 @@ class Step:
             model.load_state_dict(self.model.state_dict())
         texts = (part.to(dtype=latents.dtype) for part in (self.text, self.null_text))
         with torch.no_grad():
-            noise = guided_prediction(model, latents, self.timestep, *texts, LAMBDA_T, LAMBDA_M)
-        return solver_step(TABLE.rows[STEP], latents, noise, x0_previous)
+            inputs = model, latents, self.timestep(step), *texts
+            noise = guided_prediction(*inputs, LAMBDA_T, LAMBDA_M)
+        return solver_step(self.table.rows[step], latents, noise, x0_previous)
 
-    def separate(self, latents, x0_previous):
+    def separate(self, latents, x0_previous, step=STEP):
         """Three forwards, one behind the other."""
         mask = torch.ones(1, dtype=torch.bool, device=self.device)
         x = latents.to(self.dtype)
         runs = (self.null_text, mask), (self.null_text, None), (self.text, None)
         with torch.no_grad():
-            parts = [self.model(x, self.timestep, text, flags) for text, flags in runs]
-        return self.update(latents, parts, x0_previous)
+            parts = [self.model(x, self.timestep(step), text, flags) for text, flags in runs]
+        return self.update(latents, parts, x0_previous, step)
 
-    def stacked(self, x, text, flags):
-        return self.model(x, self.timestep.expand(3), text, flags)
+    def stacked(self, x, timestep, text, flags):
+        return self.model(x, timestep, text, flags)
 
-    def batched(self, latents, x0_previous, forward=None):
+    def batched(self, latents, x0_previous, step=STEP, forward=None):
         """One forward of the three branches, texts padded to one length and masked."""
         text = TextCondition.cat([self.null_text, self.null_text, self.text])
         flags = torch.tensor([True, False, False], device=self.device)
         x = latents.to(self.dtype).repeat(3, 1, 1, 1, 1)
         with torch.no_grad():
-            parts = (forward or self.stacked)(x, text, flags).split(1)
-        return self.update(latents, parts, x0_previous)
+            inputs = x, self.timestep(step).expand(3), text, flags
+            parts = (forward or self.stacked)(*inputs).split(1)
+        return self.update(latents, parts, x0_previous, step)
 
-    def batched_compiled(self, latents, x0_previous):
-        return self.batched(latents, x0_previous, self.compiled)
+    def batched_compiled(self, latents, x0_previous, step=STEP):
+        return self.batched(latents, x0_previous, step, self.compiled)
 
-    def update(self, latents, parts, x0_previous):
+    def update(self, latents, parts, x0_previous, step):
         weights = guidance_weights(LAMBDA_T, LAMBDA_M)
         noise = sum(weight * part for weight, part in zip(weights, parts, strict=True))
-        return solver_step(TABLE.rows[STEP], latents, noise, x0_previous)
+        return solver_step(self.table.rows[step], latents, noise, x0_previous)
 
-    def ours(self):
-        denoiser = self.denoiser()
-        return lambda latents, x0_previous: denoiser.step(latents, STEP, x0_previous)
+    def ours(self, **options):
+        denoiser = self.denoiser(**options)
+        return lambda latents, x0_previous, step=STEP: denoiser.step(latents, step, x0_previous)
 
     def ours_compiled(self):
         """The same weights in a model whose blocks are compiled."""
@@ -160,8 +168,8 @@ class Step:
         model.load_state_dict(self.model.state_dict(), assign=True)
         model.compile_blocks()
         plain, self.model = self.model, model
-        denoiser, self.model = self.denoiser(), plain
-        return lambda latents, x0_previous: denoiser.step(latents, STEP, x0_previous)
+        ours, self.model = self.ours(), plain
+        return ours
 
     def latte(self, depth: int) -> Contender:
         """diffusers' text-to-video transformer of equal width, and as many branches."""
@@ -193,12 +201,12 @@ class Step:
         model = model.eval().to(self.dtype)
         tokens = self.text.t5.tokens.repeat(3, 1, 1)
 
-        def run(latents, x0_previous):
+        def run(latents, x0_previous, step=STEP):
             x = latents.to(self.dtype).repeat(3, 1, 1, 1, 1)
             with torch.no_grad():
-                timestep = self.timestep.expand(3)
+                timestep = self.timestep(step).expand(3)
                 parts = model(x, timestep, tokens, return_dict=False)[0].split(1)
-            return self.update(latents, parts, x0_previous)
+            return self.update(latents, parts, x0_previous, step)
 
         note = f"{depth} layers for {config.depth}"
         return Contender("Latte", run, note, checked=False)

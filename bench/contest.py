@@ -43,13 +43,15 @@ class Contender:
 
     run: a function of one input set, None where it is absent; note: its variant, or why it is
     absent. Of several contenders with one name the fastest counts. checked: held against the
-    definition; another model for the same task is not.
+    definition; another model for the same task is not. exact: False for an approximation, whose
+    error is told and not judged.
     """
 
     name: str
     run: Callable[..., Any] | None
     note: str = ""
     checked: bool = True
+    exact: bool = True
 
 
 def absent(name: str, reason: str) -> Contender:
@@ -211,7 +213,7 @@ class Contest:
             # Whatever keeps a peer from running is why it is absent.
             message = f"{type(failure).__name__}: {failure}"
             raise _Absent(message.splitlines()[0][:160]) from failure
-        if error > TOLERANCE[dtype]:
+        if contender.exact and error > TOLERANCE[dtype]:
             message = f"differs from the definition by {error:.1e}, relative"
             assert contender.name != OURS, message
             raise _Absent(message)

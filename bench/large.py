@@ -37,7 +37,7 @@ def run(mode: str, out: Path) -> None:
 
     def plain():
         with plain_operators(), torch.no_grad():
-            inputs = step.model, latents.bfloat16(), step.timestep, step.text, step.null_text
+            inputs = step.model, latents.bfloat16(), step.timestep(STEP), step.text, step.null_text
             noise = guided_prediction(*inputs, LAMBDA_T, LAMBDA_M)
         return solver_step(TABLE.rows[STEP], latents, noise, x0_previous)
 
