@@ -53,7 +53,7 @@ class BuildTorch(build_ext):
             extension.extra_compile_args += MATH
         else:
             # libtorch.so brings the CUDA part where there is one, though no symbol asks for it.
-            extension.extra_link_args += ["-Wl,--no-as-needed"]
+            extension.extra_link_args += ["-Wl,--no-as-needed", "-ltorch"]
         if extension is RUNTIME:
             extension.libraries = [*extension.libraries, "torch_python"]
             extension.extra_compile_args += ["-fvisibility=hidden", "-O2"]

@@ -12,6 +12,7 @@ import argparse
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -19,6 +20,7 @@ import shutil
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 
 from gentron_fast.config import MAX_FRAMES
 from gentron_fast.diffusion import learned_range_log_variance
-from gentron_fast.guidance import MODULATION_BYTES
+from gentron_fast.guidance import MODULATION_BYTES, guidance_schedule
 from gentron_fast.layers import BranchContexts, CrossContext, FoldedContext, LeadingMotionFree
 from gentron_fast.model import EncodedText, GenTron, TextCondition
 from gentron_fast.solvers import SolverTable, make_table
@@ -66,10 +68,12 @@ The file holds machine code for this kind of machine and this torch.
 
 
 class CompiledOutput(NamedTuple):
-    """frames uint8 (B, T, H, W, 3), None without a VAE in the file; latents fp32 (B, C, T, h, w)"""
+    """As PipelineOutput: frames uint8 (B, T, H, W, 3), None where the file has no VAE; latents fp32
+    (B, C, T, h, w); guidance, in one line."""
 
     frames: Tensor | None
     latents: Tensor
+    guidance: str
 
 
 class CompiledSampler:
@@ -134,7 +138,8 @@ class CompiledSampler:
         ]
         latents = self._runtime.sample(text, null_text, seeds, *scales, on_step)
         frames = self._runtime.decode(latents) if self.metadata["whole"] else None
-        return CompiledOutput(frames, latents)
+        steps, solver = len(self.metadata["timesteps"]), self.metadata["solver"]
+        return CompiledOutput(frames, latents, f"{steps} compiled steps of {solver}")
 
     def check_shape(self, frames: int | None = None, size: Sequence[int] | None = None) -> None:
         """ValueError where the file was made for other frames or another size."""
@@ -160,12 +165,80 @@ class CompiledSampler:
                 path = Path(folder, name)
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(self._runtime.section(name))
-            folders = {name: Path(folder, SUBFOLDERS[name][1]) for name in self._encoders}
+            folders = {name: Path(folder, SUBFOLDERS[name][1]) for name in self.encoders}
             return TextEncoder.tokenizers_alone(folders)
 
     @property
-    def _encoders(self) -> list[str]:
+    def encoders(self) -> list[str]:
         return self.metadata["model"]["encoders"]
+
+
+class CompiledPipeline:
+    """A compiled sampler, called as a GenTronPipeline is.
+
+    folder: the pipeline folder with the text encoders and the VAE, for a file that has none.
+    """
+
+    def __init__(
+        self, sampler: CompiledSampler, folder: Path | None, device: torch.device | str = "cpu"
+    ):
+        self.sampler, self.text_encoder, self.vae = sampler, None, None
+        if folder is not None:
+            dtype = getattr(torch, sampler.metadata["dtype"])
+            folders = {
+                name: tuple(folder / part for part in SUBFOLDERS[name]) for name in sampler.encoders
+            }
+            self.text_encoder = TextEncoder.from_pretrained(**folders, dtype=dtype).to(device)
+            self.vae = VideoVAE.from_pretrained(folder / "vae", dtype).to(device)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: list[str],
+        *,
+        negative_prompt: str | None = None,
+        frames: int | None = None,
+        size: Sequence[int] | None = None,
+        lambda_t: float | None = None,
+        lambda_m: float | None = None,
+        guidance_range: tuple[float, float] = (0.0, 1.0),
+        seed: Sequence[int] | int = 0,
+        callback_on_step_end: Callable[[int, int, Tensor | None], None] | None = None,
+        **fixed,
+    ) -> CompiledOutput:
+        """`GenTronPipeline.__call__`; `fixed`, such as steps, is what the file has decided. The
+        callback gets None for the latents."""
+        metadata = self.sampler.metadata
+        timesteps = metadata["timesteps"]
+        scales = {
+            name: guidance_schedule(
+                metadata[name] if scale is None else scale, len(timesteps), *guidance_range
+            )
+            for name, scale in (("lambda_t", lambda_t), ("lambda_m", lambda_m))
+        }
+
+        def step_done(step: int) -> None:
+            if callback_on_step_end is not None:
+                callback_on_step_end(step, timesteps[step], None)
+
+        if self.text_encoder is None:
+            text, negative = prompts, negative_prompt or None
+        else:
+            text = self.text_encoder.encode(prompts)
+            negative = self.text_encoder.encode([negative_prompt]) if negative_prompt else None
+        output = self.sampler(
+            text,
+            negative=negative,
+            seed=seed,
+            frames=frames,
+            size=size,
+            on_step=step_done,
+            **scales,
+        )
+        if self.vae is None:
+            return output
+        pixels = self.vae.decode(output.latents.to(self.vae.dtype))
+        return output._replace(frames=to_frames(pixels).cpu())
 
 
 def export_sampler(
@@ -255,11 +328,8 @@ def export_sampler(
             graph.name: {"weights": list(graph.weights.values()), "per_block": graph.per_block}
             for graph in graphs
         }
-        for graph in graphs:
-            if on_graph is not None:
-                on_graph(graph.name)
-            sections[f"graphs/{graph.name}"] = folder / f"{graph.name}.pt2"
-            graph.compile(sections[f"graphs/{graph.name}"])
+        _compile_all(graphs, folder, on_graph)
+        sections |= {f"graphs/{graph.name}": folder / f"{graph.name}.pt2" for graph in graphs}
         _write_package(folder / path.name, metadata, sections | {WEIGHTS: folder / WEIGHTS})
         os.replace(folder / path.name, path)
 
@@ -371,6 +441,45 @@ class _Graph(NamedTuple):
                 dynamic_shapes=(self.dims, (None,) * len(weights)),
             )
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
+def _compile_all(graphs: list[_Graph], folder: Path, on_graph: Callable | None) -> None:
+    """Compile every graph to folder/NAME.pt2, for the CPU in as many processes as it has cores:
+    nearly all of the time is the C++ compiler's."""
+    is_cpu = graphs[0].inputs[0].device.type == "cpu"
+    jobs = min(len(os.sched_getaffinity(0)), 8, len(graphs)) if is_cpu else 1
+    if jobs == 1:
+        _compile_share(graphs, folder, on_graph)
+        return
+    fork = multiprocessing.get_context("fork")
+    shares = [
+        fork.Process(target=_compile_share, args=(graphs[i::jobs], folder, on_graph), daemon=True)
+        for i in range(jobs)
+    ]
+    with warnings.catch_warnings(action="ignore"):  # of threads, which the shares leave alone
+        for share in shares:
+            share.start()
+    for share in shares:
+        share.join()
+    missing = [graph.name for graph in graphs if not (folder / f"{graph.name}.pt2").exists()]
+    if missing:
+        raise RuntimeError(f"the compilation of {missing[0]} failed; its error is above")
+
+
+def _compile_share(graphs: list[_Graph], folder: Path, on_graph: Callable | None) -> None:
+    from torch._inductor import config
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    options = {"compile_threads": 1} if graphs[0].inputs[0].device.type == "cpu" else {}
+    try:
+        with config.patch(options), warnings.catch_warnings(action="ignore"):
+            for graph in graphs:
+                if on_graph is not None:
+                    on_graph(graph.name)
+                graph.compile(folder / f"{graph.name}.pt2")
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _BlockWithMerged(nn.Module):
@@ -508,23 +617,24 @@ def _sampling_graphs(
     names = _named(model, "patch_embed")
     yield _Graph("embed", model, _embed, (latents,), ({0: batch},), names)
 
-    forms = [""]
-    for index, name in enumerate(config.encoders if config.cross_attention else ()):
-        forms = ["folded"] if forms == [""] else forms
-        length = {0: batch, 1: Dim("length", min=2, max=MAX_TOKENS[name])}
-        tokens = some(b, s, config.text_width(name))
-        if config.caption_projection:
-            mlp = model.caption_projection[name]
+    encoders = config.encoders if config.cross_attention else ()
+    longest = max((MAX_TOKENS[name] for name in encoders), default=0)
+    forms = ["folded", "projected"][: 1 + (longest >= config.head_size)] if encoders else [""]
+    length = {0: batch, 1: Dim("length", min=2, max=longest)} if encoders else {}
+    widths = {config.text_width(name): i for i, name in enumerate(encoders)}
+    if config.caption_projection:
+        for name in encoders:
+            mlp, tokens = model.caption_projection[name], some(b, s, config.text_width(name))
             names = _named(mlp, file=f"caption_projection.{name}.")
             yield _Graph(f"caption-{name}", mlp, _caption, (tokens,), (length,), names)
-            tokens = some(b, s, config.width)
-        inputs, block = (tokens, some(b, s, dtype=torch.bool)), blocks[index % config.depth]
+        widths = {config.width: 0}
+    for wide, index in widths.items() if encoders else ():  # encoders of one width share graphs
+        inputs, block = (some(b, s, wide), some(b, s, dtype=torch.bool)), blocks[index]
         names = _named(block, "cross_attention", "blocks.*.")
-        yield _Graph(f"fold-{name}", block, _fold, inputs, (length, length), names)
-        if MAX_TOKENS[name] >= config.head_size:
-            forms = ["folded", "projected"]
+        yield _Graph(f"fold-{wide}", block, _fold, inputs, (length, length), names)
+        if "projected" in forms:
             names = _named(block, "cross_attention.kv", "blocks.*.")
-            yield _Graph(f"project-{name}", block, _project, inputs, (length, length), names)
+            yield _Graph(f"project-{wide}", block, _project, inputs, (length, length), names)
 
     module, heads, width = _BlockWithMerged(blocks[0]), config.heads, config.width
     patches = shape[2] * shape[3] // config.patch_size**2
@@ -535,11 +645,11 @@ def _sampling_graphs(
         for form in forms:
             inputs, dims = [*stack, some(k * b, 6, width)], [all_rows] * 4
             if form and k > 1:
-                folded, own = _folded_example(some, 1, s, heads, width), Dim("null", min=2, max=256)
-                inputs, dims = inputs + folded, dims + [{1: heads * own}] * 3
+                own = Dim("null_length", min=2, max=longest)
+                inputs += _folded_example(some, 1, s, heads, width)
+                dims += [{1: heads * own}] * 3
             if form:
-                limit = max(MAX_TOKENS[name] for name in config.encoders)
-                own = Dim("length", min=2, max=limit)
+                own = length[1]
                 if form == "folded":
                     inputs += _folded_example(some, b, s + 1, heads, width)
                     dims += [{0: batch, 1: heads * own}] * 3

@@ -358,7 +358,8 @@ std::vector<TensorList> Sampler::Parts::contexts(const TextCondition& text, bool
     const std::string& encoder = block_encoder(block);
     const EncodedText& own = text.at(encoder);
     const bool is_folded = always || folds(text, encoder);
-    const Graph& made = graph((is_folded ? "fold-" : "project-") + encoder);
+    const std::string form = is_folded ? "fold-" : "project-";
+    const Graph& made = graph(form + std::to_string(own.tokens.size(2)));
     result[block] = made({own.tokens, own.mask}, block);
     if (!is_folded) result[block].push_back(own.mask);
   }
