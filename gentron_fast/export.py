@@ -640,7 +640,7 @@ def _sampling_graphs(
     patches = shape[2] * shape[3] // config.patch_size**2
     for branches in _branch_sets(config.temporal and shape[1] > 1):
         k = branches.count("1")
-        stream, all_rows = some(k * b, shape[1], patches, width), {0: k * batch}
+        stream, all_rows = some(k * b, shape[1], patches, width), {0: k * batch if k > 1 else batch}
         stack = stream, stream, some(k * b, width)
         for form in forms:
             inputs, dims = [*stack, some(k * b, 6, width)], [all_rows] * 4
