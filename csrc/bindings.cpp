@@ -1,11 +1,13 @@
 // The runtime of compiled samplers, for Python: gentron_fast._runtime.
 
+#include <ATen/ops/empty.h>
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
 
+#include "runtime/noise.h"
 #include "runtime/sampler.h"
 
 namespace py = pybind11;
@@ -54,9 +56,16 @@ py::bytes section(const Sampler& sampler, const std::string& name) {
   return {static_cast<const char*>(bytes.const_data_ptr()), static_cast<size_t>(bytes.numel())};
 }
 
+Tensor noise(uint64_t seed, uint32_t step, uint32_t sample, int64_t size) {
+  Tensor drawn = at::empty({size}, at::kFloat);
+  gentron::portable_noise(seed, step, sample, size, drawn.mutable_data_ptr<float>());
+  return drawn;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_runtime, m) {
+  m.def("portable_noise", &noise);
   py::class_<Sampler>(m, "Sampler")
       .def_static("load", &Sampler::load, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("header", &Sampler::header)

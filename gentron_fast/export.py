@@ -255,16 +255,18 @@ def export_sampler(
     lambda_t: float = 7.5,
     lambda_m: float = 1.2,
     max_batch: int = MAX_BATCH,
+    max_tokens: dict[str, int] | None = None,
     factor: int | None = None,
     whole: tuple[TextEncoder, VideoVAE] | None = None,
     on_graph: Callable[[str], None] | None = None,
 ) -> None:
     """Compile the guided sampling of clips of one shape, for the model's device and dtype.
 
-    null_text: the encoded empty prompt; latent_size (h, w); factor: pixels per latent along each
-    side (the model's pixels_per_latent); whole: the text encoder and the VAE, on the same device.
-    on_graph is told the name of each graph before it is compiled. The file is written aside and
-    renamed. ValueError for what does not fit.
+    null_text: the encoded empty prompt; latent_size (h, w); max_tokens: the longest text by
+    encoder, 77 of CLIP and 256 of T5 unless told otherwise, at least 8; factor: pixels per latent
+    along each side (the model's pixels_per_latent); whole: the text encoder and the VAE, on the
+    same device. on_graph is told the name of each graph before it is compiled. The file is written
+    aside and renamed. ValueError for what does not fit.
     """
     config, weight = model.config, model.patch_embed.weight
     if not 1 <= frames <= MAX_FRAMES or (frames > 1 and not config.temporal):
@@ -278,7 +280,8 @@ def export_sampler(
     table = make_table(solver, scheduler, steps, eta)
     shape = (config.in_channels, frames, *latent_size)
     tensors = _file_tensors(model, null_text)
-    graphs = list(_sampling_graphs(model, shape, table, max_batch))
+    max_tokens = {name: (max_tokens or MAX_TOKENS)[name] for name in config.encoders}
+    graphs = list(_sampling_graphs(model, shape, table, max_batch, max_tokens))
     factor = factor or config.pixels_per_latent
     metadata = {
         "frames": [frames],
@@ -287,7 +290,7 @@ def export_sampler(
         "has_motion": config.temporal and frames > 1,
         "branches": _branch_sets(config.temporal and frames > 1),
         "max_batch": max_batch,
-        "max_tokens": {name: MAX_TOKENS[name] for name in config.encoders},
+        "max_tokens": max_tokens,
         "modulation_bytes": MODULATION_BYTES,
         "solver": solver,
         "eta": eta,
@@ -306,7 +309,7 @@ def export_sampler(
         sections = {}
         if whole is not None:
             text_encoder, vae = whole
-            graphs += _whole_graphs(text_encoder, vae, config.encoders, shape, max_batch)
+            graphs += _whole_graphs(text_encoder, vae, shape, max_batch, max_tokens)
             metadata["vocabulary"] = {
                 name: text_encoder.encoders[name].get_input_embeddings().num_embeddings
                 for name in config.encoders
@@ -592,7 +595,11 @@ def _decode(vae: VideoVAE, latents: Tensor) -> tuple[Tensor]:
 
 
 def _sampling_graphs(
-    model: GenTron, shape: tuple[int, ...], table: SolverTable, max_batch: int
+    model: GenTron,
+    shape: tuple[int, ...],
+    table: SolverTable,
+    max_batch: int,
+    max_tokens: dict[str, int],
 ) -> Iterator[_Graph]:
     """The graphs that sample latents of `shape` (C, T, h, w)."""
     Dim = torch.export.Dim
@@ -618,7 +625,7 @@ def _sampling_graphs(
     yield _Graph("embed", model, _embed, (latents,), ({0: batch},), names)
 
     encoders = config.encoders if config.cross_attention else ()
-    longest = max((MAX_TOKENS[name] for name in encoders), default=0)
+    longest = max((max_tokens[name] for name in encoders), default=0)
     forms = ["folded", "projected"][: 1 + (longest >= config.head_size)] if encoders else [""]
     length = {0: batch, 1: Dim("length", min=2, max=longest)} if encoders else {}
     widths = {config.text_width(name): i for i, name in enumerate(encoders)}
@@ -681,20 +688,20 @@ def _folded_example(some: Callable, batch: int, length: int, heads: int, width: 
 def _whole_graphs(
     text_encoder: TextEncoder,
     vae: VideoVAE,
-    encoders: Sequence[str],
     shape: tuple[int, ...],
     max_batch: int,
+    max_tokens: dict[str, int],
 ) -> Iterator[_Graph]:
     """Token ids to text, and latents to frames."""
     Dim = torch.export.Dim
     device, batch = next(vae.parameters()).device, Dim("batch", min=1, max=max_batch)
     inputs, dims = [], []
-    for name in encoders:
-        length = Dim(f"{name}_length", min=2, max=MAX_TOKENS[name])
+    for name, most in max_tokens.items():
+        length = Dim(f"{name}_length", min=2, max=most)
         ids = torch.ones(3, 5 + len(inputs), dtype=torch.int64, device=device)
         inputs += [ids, ids.bool()]
         dims += [{0: batch, 1: length}] * 2
-    run = functools.partial(_encode, encoders=encoders)
+    run = functools.partial(_encode, encoders=tuple(max_tokens))
     names = _named(text_encoder, file="text_encoder.")
     yield _Graph("encode", text_encoder, run, tuple(inputs), tuple(dims), names)
     latents = torch.ones(1, *shape, device=device)

@@ -17,12 +17,12 @@ namespace {
 using gentron::Sampler;
 
 constexpr const char* kHelp = R"(usage: gentron-sample FILE --tokens NAME=IDS... --out FILE.npy [options]
-       gentron-sample FILE --embeddings FILE.safetensors --out FILE.npy [options]
+       gentron-sample FILE --embeddings SAFETENSORS --out FILE.npy [options]
 
 FILE                     compiled sampler of python -m gentron_fast.export
 --tokens NAME=ID,ID...   token ids of each encoder: clip=... t5=... (--whole)
 --null-tokens NAME=...   those of the negative prompt (the empty prompt)
---embeddings FILE        encoded text: clip.tokens (B, S, W), clip.mask (B, S)
+--embeddings SAFETENSORS encoded text: clip.tokens (B, S, W), clip.mask (B, S)
                          bool, clip.pooled (B, W), t5.* likewise; those of the
                          negative prompt as null.clip.tokens and so on
 --seed N[,N...]          one a clip (0)
@@ -33,7 +33,7 @@ FILE                     compiled sampler of python -m gentron_fast.export
 --sha256 DIGEST          refuse any other file
 --operators FILE         libgentron.so (found beside this program)
 --out FILE.npy           frames (B, T, H, W, 3) uint8 with --whole, else
-                         latents (B, C, T, h, w) fp32
+                         latents (B, C, T, h, w) fp32; --latents: those
 )";
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
@@ -44,6 +44,7 @@ struct Arguments {
   std::vector<uint64_t> seeds{0};
   std::optional<double> lambda_t, lambda_m;
   std::vector<int64_t> frames, size;
+  bool latents = false;
 };
 
 template <class T, class Parse>
@@ -76,6 +77,10 @@ Arguments parse(const std::vector<std::string>& words) {
     if (option.rfind("--", 0) != 0) {
       if (!arguments.file.empty()) refuse("one FILE is wanted, " + option + " is another");
       arguments.file = option;
+      continue;
+    }
+    if (option == "--latents") {
+      arguments.latents = true;
       continue;
     }
     std::vector<std::string> values;
@@ -214,7 +219,9 @@ void run(const Arguments& arguments) {
     request.null_text = embeddings(tensors, "null.", 1);
   }
   const at::Tensor latents = sampler.sample(request);
-  gentron::write_npy(arguments.out, whole ? sampler.decode(latents) : latents.cpu().contiguous());
+  gentron::write_npy(
+      arguments.out,
+      whole && !arguments.latents ? sampler.decode(latents) : latents.cpu().contiguous());
 }
 
 }  // namespace
