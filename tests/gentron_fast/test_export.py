@@ -196,7 +196,18 @@ def corrupted(data, where):
         (lambda data: corrupted(data, len(data) // 2), "checksum"),
         (lambda data: corrupted(data, len(data) - 1), "weights.safetensors"),
     ],
-    ids="empty other truncated header_alone longer format digest header code weights".split(),
+    ids=[
+        "empty",
+        "other",
+        "truncated",
+        "header_alone",
+        "longer",
+        "format",
+        "digest",
+        "header",
+        "code",
+        "weights",
+    ],
 )
 def test_a_damaged_file_is_refused(package, tmp_path, damage, words):
     path = tmp_path / "damaged.gentron"
