@@ -474,7 +474,11 @@ def _compile_share(graphs: list[_Graph], folder: Path, on_graph: Callable | None
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
-    options = {"compile_threads": 1} if graphs[0].inputs[0].device.type == "cpu" else {}
+    options = {}
+    if graphs[0].inputs[0].device.type == "cpu":
+        # The code takes as many threads as there are where it runs; the number makes it parallel.
+        threads_there = max(2, len(os.sched_getaffinity(0)))
+        options = {"cpp.threads": threads_there, "cpp.dynamic_threads": True, "compile_threads": 1}
     try:
         with config.patch(options), warnings.catch_warnings(action="ignore"):
             for graph in graphs:

@@ -260,7 +260,7 @@ def test_what_the_file_was_not_made_for_is_refused(pipeline, sampler):
     for refused, words in (
         (lambda: sampler(PROMPT, frames=4), "made for frames 8, not 4"),
         (lambda: sampler(PROMPT, size=(64, 32)), "made for size 64 × 64, not 64 × 32"),
-        (lambda: sampler(narrow), r"clip tokens must be \(1, S, 128\), got \[1, 7, 7\]|got \[1"),
+        (lambda: sampler(narrow), r"clip tokens must be \(1, S, 128\)"),
         (lambda: sampler(long), "78 clip tokens, 77 are the most"),
         (lambda: sampler(TextCondition(text.clip, None)), "lacks the encoder t5"),
         (lambda: sampler(text, negative=text.repeat(2)), "null text's clip tokens must be"),
