@@ -104,7 +104,8 @@ Tensors parse_safetensors(const at::Tensor& bytes) {
   const int64_t header = size < 8 ? -1 : static_cast<int64_t>(little_endian(data));
   if (header < 2 || header > size - 8) refuse("no safetensors header");
   Tensors tensors;
-  for (const auto& [name, entry] : Json::parse({data + 8, static_cast<size_t>(header)}).object()) {
+  const Json entries = Json::parse({data + 8, static_cast<size_t>(header)});
+  for (const auto& [name, entry] : entries.object()) {
     if (name == "__metadata__") continue;
     const at::ScalarType type = scalar_type(entry["dtype"].string());
     const std::vector<int64_t> shape = entry["shape"].integers();
