@@ -440,7 +440,8 @@ class _Graph(NamedTuple):
         with torch.no_grad():
             program = torch.export.export(
                 _WithWeights(self.module, self.run, list(self.weights)),
-                (self.inputs, weights),
+                # Clones: torch.export takes two inputs that are one tensor for one input.
+                (tuple(tensor.clone() for tensor in self.inputs), weights),
                 dynamic_shapes=(self.dims, (None,) * len(weights)),
             )
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
