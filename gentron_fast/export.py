@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import traceback
@@ -457,37 +458,43 @@ def _compile_all(graphs: list[_Graph], folder: Path, on_graph: Callable | None) 
         return
     fork = multiprocessing.get_context("fork")
     shares = [
-        fork.Process(target=_compile_share, args=(graphs[i::jobs], folder, on_graph), daemon=True)
+        fork.Process(target=_forked_share, args=(graphs[i::jobs], folder, on_graph))
         for i in range(jobs)
     ]
-    with warnings.catch_warnings(action="ignore"):  # of threads, which the shares leave alone
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of threads, which the shares leave alone
+            for share in shares:
+                share.start()
         for share in shares:
-            share.start()
-    for share in shares:
-        share.join()
+            share.join()
+    finally:
+        for share in shares:
+            share.kill()
     missing = [graph.name for graph in graphs if not (folder / f"{graph.name}.pt2").exists()]
     if missing:
         raise RuntimeError(f"the compilation of {missing[0]} failed; its error is above")
 
 
+def _forked_share(*share) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # the parent tells, and cleans up
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    _compile_share(*share)
+
+
 def _compile_share(graphs: list[_Graph], folder: Path, on_graph: Callable | None) -> None:
     from torch._inductor import config
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked process has none of its parent's threads
     options = {}
     if graphs[0].inputs[0].device.type == "cpu":
         # The code takes as many threads as there are where it runs; the number makes it parallel.
         threads_there = max(2, len(os.sched_getaffinity(0)))
         options = {"cpp.threads": threads_there, "cpp.dynamic_threads": True, "compile_threads": 1}
-    try:
-        with config.patch(options), warnings.catch_warnings(action="ignore"):
-            for graph in graphs:
-                if on_graph is not None:
-                    on_graph(graph.name)
-                graph.compile(folder / f"{graph.name}.pt2")
-    finally:
-        torch.set_num_threads(threads)
+    with config.patch(options), warnings.catch_warnings(action="ignore"):
+        for graph in graphs:
+            if on_graph is not None:
+                on_graph(graph.name)
+            graph.compile(folder / f"{graph.name}.pt2")
 
 
 class _BlockWithMerged(nn.Module):
@@ -715,10 +722,14 @@ def _whole_graphs(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns 0, or 2 after wrong input, told in one line."""
+    """Run the command line. Returns 0, 2 after wrong input (told in one line), 130 after SIGINT."""
     argv = sys.argv[1:] if argv is None else argv
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     try:
         export(_parse_arguments(argv))
+    except KeyboardInterrupt:
+        print(f"{NAME}: interrupted; nothing was written", file=sys.stderr)
+        return 130
     except (OSError, ValueError) as error:
         if "--verbose" in argv:
             traceback.print_exc()
