@@ -56,13 +56,13 @@ sanitize: .venv/dev
 	$(INSTALL) torch
 	touch $@
 
-OPERATORS := $(wildcard csrc/ops/*)
+CPP := $(wildcard csrc/*.cpp csrc/*/*)
 
-.venv/run: .venv/base setup.py pyproject.toml constraints.txt $(OPERATORS)
+.venv/run: .venv/base setup.py pyproject.toml constraints.txt $(CPP)
 	$(INSTALL) --no-build-isolation -e .
 	touch $@
 
-.venv/dev: .venv/base setup.py pyproject.toml constraints.txt $(OPERATORS)
+.venv/dev: .venv/base setup.py pyproject.toml constraints.txt $(CPP)
 	$(INSTALL) --no-build-isolation -e ".[dev]"
 	touch $@
 

@@ -6,12 +6,13 @@ from gentron_fast.config import PRESETS, GenTronConfig
 
 # Loaded when asked for: torch takes seconds, and the pipeline needs diffusers and transformers.
 _LAZY = {
+    "CompiledSampler": "export",
     "EncodedText": "model",
     "GenTron": "model",
     "GenTronPipeline": "pipeline",
     "TextCondition": "model",
 }
-__all__ = ["PRESETS", "EncodedText", "GenTron", "GenTronConfig", "GenTronPipeline", "TextCondition"]
+__all__ = ["PRESETS", "GenTronConfig", *_LAZY]
 
 
 def __getattr__(name: str):

@@ -22,6 +22,14 @@ from gentron_fast.config import MAX_FRAMES, GenTronConfig
 NAME = "gentron_fast.generate"
 CLIP_ENDINGS = (".mp4", ".gif")
 IMAGE_ENDINGS = (".png",)
+FIXED = (
+    "--steps",
+    "--solver",
+    "--eta",
+    "--dtype",
+    "--compile",
+    "--offload",
+)  # in a compiled sampler
 NAME_LENGTH = 48  # letters of the prompt in a file name: 4 bytes each stay below the usual 255
 
 HELP = f"""\
@@ -36,6 +44,7 @@ PROMPT...               one or many prompts, each in quotes
 --size H W              in pixels
 --clips N --seed N      clips per prompt (1), seed of the first one (0)
 --model FOLDER          pipeline folder (the small model that ships)
+--compiled FILE --sha256 D   a compiled sampler in its place; its digest
 --steps N --solver S    denoising steps (50), ddpm, ddim or dpm++ (dpm++)
 --lambda-t X            text guidance (7.5)
 --lambda-m X            motion guidance (1.2)
@@ -87,15 +96,15 @@ def generate(args: argparse.Namespace) -> None:
     from gentron_fast.pipeline import ASSETS
 
     folder = args.model or ASSETS
+    if args.compiled is not None:
+        return generate_compiled(args, prompts, folder)
     frames = choose_frames(args, folder)
     clips = plan_clips(args, prompts, is_image=frames == 1)
     check_solver(args, folder)
     device = choose_device(args.device)
-    check_writable(clips[0].paths[0].parent)
-    if args.prompts is not None:
-        clips = leave_out_written(clips)
-        if not clips:
-            return
+    clips = clips_to_make(args, clips)
+    if not clips:
+        return
 
     start = time.perf_counter()
     pipeline = load_pipeline(args, folder, device)
@@ -104,6 +113,34 @@ def generate(args: argparse.Namespace) -> None:
         pipeline.encode_ahead([args.negative_prompt or "", *(clip.prompt for clip in clips)])
     clip_seconds = make_clips(pipeline, args, clips, frames)
     report(clips, load_seconds, clip_seconds, peak_memory(device))
+
+
+def generate_compiled(args: argparse.Namespace, prompts: list[str], folder: Path) -> None:
+    """`generate` with a compiled sampler; the text encoders and VAE it lacks are the folder's."""
+    from gentron_fast.export import CompiledPipeline, CompiledSampler
+    from gentron_fast.guidance import guidance_schedule
+
+    start = time.perf_counter()
+    sampler = CompiledSampler.load(args.compiled, device=args.device, sha256=args.sha256)
+    sampler.check_shape(1 if args.image else args.frames, args.size)
+    guidance_schedule(1.0, args.steps, *args.guidance_range)
+    args.steps = len(sampler.metadata["timesteps"])
+    args.batch = min(args.batch, sampler.metadata["max_batch"])
+    frames = sampler.metadata["frames"][0]
+    clips = clips_to_make(args, plan_clips(args, prompts, is_image=frames == 1))
+    if not clips:
+        return
+    device = choose_device(args.device or sampler.metadata["device"])
+    pipeline = CompiledPipeline(sampler, None if sampler.metadata["whole"] else folder, device)
+    load_seconds = time.perf_counter() - start
+    clip_seconds = make_clips(pipeline, args, clips, frames)
+    report(clips, load_seconds, clip_seconds, peak_memory(device))
+
+
+def clips_to_make(args: argparse.Namespace, clips: list[Clip]) -> list[Clip]:
+    """The clips, without those of a prompts file that are written; the folder can be written."""
+    check_writable(clips[0].paths[0].parent)
+    return clips if args.prompts is None else leave_out_written(clips)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -120,6 +157,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--clips", type=whole_number(1), default=1)
     parser.add_argument("--seed", type=whole_number(0, 2**64 - 1), default=0)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--compiled", type=Path)
+    parser.add_argument("--sha256")
     parser.add_argument("--steps", type=whole_number(1), default=50)
     parser.add_argument("--solver", default="dpm++")
     parser.add_argument("--lambda-t", type=number, default=7.5)
@@ -135,7 +174,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--grid", action="store_true")
     parser.add_argument("--fps", type=whole_number(1, 100), default=4)
     parser.add_argument("--verbose", action="store_true")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    given = {word.partition("=")[0] for word in argv}
+    if args.compiled is None and args.sha256 is not None:
+        raise ValueError("--sha256 is for the file of --compiled, and there is none")
+    if args.compiled is not None:
+        if fixed := sorted(given & set(FIXED)):
+            raise ValueError(f"{fixed[0]} is fixed in a compiled sampler: leave it out")
+        for name in {"--lambda-t", "--lambda-m"} - given:
+            setattr(args, name[2:].replace("-", "_"), None)  # the file's own
+    return args
 
 
 def refuse(message: str):

@@ -206,21 +206,21 @@ class CrossAttention(nn.Module):
             parts = zip(x.split(context.sizes), context.parts, strict=True)
             return tuple(self(part, own) for part, own in parts)
         if isinstance(context, ConstantContext):
-            return context.row.expand(len(x), -1)
+            return context.row.expand(x.shape[0], -1)
         tokens = x.flatten(1, 2)
         if isinstance(context, FoldedContext):
             return self._attend_folded(tokens, context).view_as(x)
         q = rearrange(self.q(tokens), "b l (h d) -> b l h d", h=self.heads)
-        k, v, mask = (None if t is None else t.expand(len(x), *t.shape[1:]) for t in context)
+        k, v, mask = (None if t is None else t.expand(x.shape[0], *t.shape[1:]) for t in context)
         return self.out(attention(q, k, v, mask)).view_as(x)
 
     def _attend_folded(self, x: Tensor, context: FoldedContext) -> Tensor:
-        if len(context.keys) == 1:
+        if context.keys.shape[0] == 1:
             scores = linear(x, context.keys[0], context.key_bias[0])
         else:
             scores = torch.baddbmm(context.key_bias[:, None], x, context.keys.mT)
         weights = scores.unflatten(-1, (self.heads, -1)).softmax(-1).flatten(-2)
-        if len(context.keys) == 1:
+        if context.keys.shape[0] == 1:
             return linear(weights, context.values[0].T, context.out_bias)
         return torch.baddbmm(context.out_bias, weights, context.values)
 
@@ -258,11 +258,11 @@ class TemporalAttention(nn.Module):
         motion_free: (B,) bool, one bool for the batch, None as False, or LeadingMotionFree.
         """
         if isinstance(motion_free, LeadingMotionFree):
-            count = len(x) if x.shape[1] == 1 else motion_free.count
+            count = x.shape[0] if x.shape[1] == 1 else motion_free.count
             if count == 0:
                 return self(x, False)
             values = self.values(x[:count], motion_free.merged)
-            return (values, self(x[count:], False)) if count < len(x) else values
+            return (values, self(x[count:], False)) if count < x.shape[0] else values
         if x.shape[1] == 1 or motion_free is True:
             return self.values(x)
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
@@ -360,7 +360,7 @@ class Block(nn.Module):
                 x = h = add_residual_ref(x, y, gate)
             y, gate = _joined(self.cross_attention(h, context), x), None
         if self.temporal_attention is not None:
-            frame = torch.arange(x.shape[1], device=x.device).repeat(len(x))
+            frame = torch.arange(x.shape[1], device=x.device).repeat(x.shape[0])
             shift = self.temporal_attention.positions, frame
             x, h = residual_layernorm_modulate(x, y, gate, shift)
             y, gate = _joined(self.temporal_attention(h, motion_free), x), None

@@ -17,7 +17,7 @@ from gentron_fast.guidance import GuidedDenoiser, guidance_schedule
 from gentron_fast.model import GenTron, TextCondition, read_json, write_json
 from gentron_fast.solvers import make_table
 from gentron_fast.text import SUBFOLDERS, TextEncoder
-from gentron_fast.vae import VideoVAE
+from gentron_fast.vae import VideoVAE, to_frames
 
 ASSETS = Path(__file__).parent / "assets"
 INDEX_NAME = "model_index.json"
@@ -199,9 +199,7 @@ class GenTronPipeline:
         self._place(self.vae)
         pixels = self.vae.decode(latents.to(self.vae.dtype))
         self._replace(self.vae)
-        pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        pixels = pixels.permute(0, 2, 3, 4, 1).cpu()
-        return PipelineOutput(pixels, latents, denoiser.describe())
+        return PipelineOutput(to_frames(pixels).cpu(), latents, denoiser.describe())
 
     def _denoise(self, denoiser: GuidedDenoiser, seeds, step_done) -> Tensor:
         """Noise of the seeds → latents (N, C, T, h, w) fp32, one guided step a row of the table."""

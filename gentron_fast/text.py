@@ -66,6 +66,15 @@ class TextEncoder(nn.Module):
         }
         return cls(**pairs).eval()
 
+    @classmethod
+    def tokenizers_alone(cls, folders: dict[str, str | os.PathLike]) -> TextEncoder:
+        """What tokenizes and cannot encode, of tokenizer folders by encoder."""
+        encoder = cls.__new__(cls)
+        nn.Module.__init__(encoder)
+        encoder.encoders, encoder._warned_of = nn.ModuleDict(), set()
+        encoder.tokenizers = {name: _load_tokenizer(name, path) for name, path in folders.items()}
+        return encoder
+
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write text_encoder/ and tokenizer/ for CLIP, text_encoder_2/ and tokenizer_2/ for T5.
 
@@ -75,7 +84,11 @@ class TextEncoder(nn.Module):
         for name, model in self.encoders.items():
             model_folder, tokenizer_folder = (Path(folder) / part for part in SUBFOLDERS[name])
             model.save_pretrained(model_folder)
-            _save_tokenizer(self.tokenizers[name], tokenizer_folder)
+            self.save_tokenizer(name, tokenizer_folder)
+
+    def save_tokenizer(self, name: str, folder: Path) -> None:
+        """Write the tokenizer of "clip" or "t5"."""
+        _save_tokenizer(self.tokenizers[name], folder)
 
     def width(self, name: str) -> int | None:
         """Width of the tokens of "clip" or "t5"; None without that encoder."""

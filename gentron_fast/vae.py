@@ -150,3 +150,9 @@ class VideoVAE(nn.Module):
         if clamp:
             pixels = pixels.clamp(-1, 1)
         return rearrange(pixels, "(b t) c h w -> b c t h w", t=latents.shape[2])
+
+
+def to_frames(pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, T, H, W) in [-1, 1] → uint8 (B, T, H, W, 3)."""
+    pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 4, 1)

@@ -276,7 +276,9 @@ def _check(latents, branches, weights, row, x0_previous, noise, d) -> None:
                 f"got {tensor.dtype} {tuple(tensor.shape)}"
             )
     wide = torch.float32, torch.float64
-    if weights.dtype not in wide or weights.shape not in ((3,), (latents.shape[0], 3)):
+    # Not `in` a tuple of both: under torch.export that would ask whether the batch is 3.
+    wanted = (3,) if weights.ndim == 1 else (latents.shape[0], 3)
+    if weights.dtype not in wide or weights.shape != wanted:
         raise ValueError(
             f"weights must be (3,) or ({latents.shape[0]}, 3) in fp32 or fp64, "
             f"got {weights.dtype} {tuple(weights.shape)}"

@@ -1,0 +1,183 @@
+"""A clip by the model that ships: compiled sampler, compiled pipeline, eager pipeline.
+
+pytest bench/bench_export.py --benchmark-only --full
+
+The package is made, and run once in a fresh process, before anything is timed: on CUDA that is the
+test of the Triton kernels inside it. Without the C++ runtime it is built in place.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from contest import DTYPES, OURS, Contender, absent
+from safetensors.torch import load_file, save_file
+
+import gentron_fast
+from gentron_fast import EncodedText, GenTron, TextCondition
+from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
+from gentron_fast.export import CompiledSampler, export_sampler
+from gentron_fast.guidance import GuidedDenoiser
+from gentron_fast.solvers import make_table
+
+ROOT = Path(__file__).parents[1]
+MODEL = Path(gentron_fast.__file__).parent / "assets" / "transformer"
+SHAPE, STEPS, SEED = (4, 8, 8, 8), 20, 0
+LAMBDA_T, LAMBDA_M = 7.5, 1.2
+PROMPT, NULL = {"clip": 7, "t5": 25}, {"clip": 2, "t5": 1}  # tokens
+TABLE = make_table("dpm++", SCHEDULER_CONFIG, STEPS)
+LOAD_LIMIT = 10.0  # seconds
+
+# In a process of its own: seconds from the start of loading to the first clip's latents.
+COLD = """
+import sys, time
+sys.path.insert(0, {bench!r})
+import bench_export as bench
+import torch
+from safetensors.torch import load_file, save_file
+kind, dtype, folder = sys.argv[1:]
+dtype, text = getattr(torch, dtype), bench.text_of(load_file(f"{{folder}}/text.safetensors"))
+start = time.perf_counter()
+make = bench.load_compiled if kind == "package" else bench.compiled_pipeline
+sample = make(f"{{folder}}/clip.gentron", dtype)
+latents = sample(text).cpu()
+print(time.perf_counter() - start)
+save_file({{"latents": latents}}, f"{{folder}}/{{kind}}.safetensors")
+"""
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def text_of(tensors: dict) -> TextCondition:
+    """One prompt's text of its tokens; nothing is padding."""
+    parts = {}
+    for name, tokens in tensors.items():
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        parts[name] = EncodedText(tokens, mask, tokens.mean(1))
+    return TextCondition(**parts)
+
+
+def random_text(lengths: dict, width: int = 128) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(1, n, width, generator=generator) for name, n in lengths.items()}
+
+
+def load_model(dtype: torch.dtype) -> GenTron:
+    return GenTron.from_pretrained(MODEL, dtype, device())
+
+
+def pipeline_of(model: GenTron):
+    """The pipeline's loop: text → latents."""
+    weight = model.patch_embed.weight
+    null_text = text_of(random_text(NULL)).to(weight.device, weight.dtype)
+
+    @torch.no_grad()
+    def sample(text: TextCondition):
+        text = text.to(weight.device, weight.dtype)
+        scales = LAMBDA_T, LAMBDA_M
+        denoiser = GuidedDenoiser(model, text, null_text, TABLE, *scales, SHAPE)
+        latents, x0 = portable_noise(SHAPE, [SEED], 0).to(weight.device), None
+        for step in range(STEPS):
+            latents, x0 = denoiser.step(latents, step, x0)
+        return latents
+
+    return sample
+
+
+def compiled_pipeline(_, dtype: torch.dtype):
+    model = load_model(dtype)
+    model.compile_blocks()
+    return pipeline_of(model)
+
+
+def load_compiled(path, _):
+    sampler = CompiledSampler.load(path)
+    return lambda text: sampler(text, seed=SEED, lambda_t=LAMBDA_T, lambda_m=LAMBDA_M).latents
+
+
+def cold(kind: str, dtype: torch.dtype, folder: Path) -> tuple[float, torch.Tensor]:
+    """Seconds to the first clip in a fresh process with empty caches, imports not counted, and the
+    clip."""
+    caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/{kind}", "TRITON_CACHE_DIR": f"{folder}/triton"}
+    code = COLD.format(bench=str(ROOT / "bench"))
+    name = str(dtype).removeprefix("torch.")
+    command = [sys.executable, "-c", code, kind, name, str(folder)]
+    environment = os.environ | caches
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds = float(done.stdout.splitlines()[-1])
+    return seconds, load_file(folder / f"{kind}.safetensors")["latents"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def runtime():
+    if find_spec("gentron_fast._runtime") is None:
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.skip(f"the C++ runtime cannot be built: {done.stderr.splitlines()[-1:]}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_clip(measure, contest, tmp_path, dtype):
+    """One clip of 8 frames of 64 × 64 pixels, without the text encoders and the VAE."""
+    model, path = load_model(dtype), tmp_path / "clip.gentron"
+    null_text = text_of(random_text(NULL)).to(device(), dtype)
+    save_file(random_text(PROMPT), tmp_path / "text.safetensors")
+    start = time.perf_counter()
+    export_sampler(
+        *(path, model, null_text, SCHEDULER_CONFIG),
+        frames=SHAPE[1],
+        latent_size=SHAPE[2:],
+        steps=STEPS,
+        lambda_t=LAMBDA_T,
+        lambda_m=LAMBDA_M,
+        max_batch=2,
+        max_tokens={"clip": 40, "t5": 40},  # shorter than a head: one form of text
+    )
+    seconds = {"export": time.perf_counter() - start}
+    eager = pipeline_of(model)
+    wanted = eager(text_of(random_text(PROMPT))).cpu()
+    seconds["cold"], latents = cold("package", dtype, tmp_path)
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    assert (latents - wanted).norm() <= tolerance * wanted.norm()
+    start = time.perf_counter()
+    ours = load_compiled(path, dtype)
+    seconds["load"] = time.perf_counter() - start
+    assert seconds["load"] <= LOAD_LIMIT
+    if contest.smoke:
+        compiled = absent("compiled pipeline", "not compiled in a dry run")
+    else:
+        seconds["cold torch.compile"], _ = cold("pipeline", dtype, tmp_path)
+        sample = compiled_pipeline(None, dtype)
+        compiled = Contender("compiled pipeline", lambda *tokens: sample(of(tokens)))
+
+    def of(tokens):
+        return text_of(dict(zip(PROMPT, tokens, strict=True)))
+
+    row = measure(
+        f"clip of {STEPS} steps, small",
+        (1, *SHAPE),
+        dtype,
+        make=lambda randn: tuple(randn(1, n, 128) for n in PROMPT.values()),
+        definition=lambda *tokens: pipeline_of(load_model(tokens[0].dtype))(of(tokens)),
+        contenders=[
+            Contender(OURS, lambda *tokens: ours(of(tokens))),
+            compiled,
+            Contender("eager pipeline", lambda *tokens: eager(of(tokens))),
+        ],
+        seconds=seconds,
+        steps=STEPS,
+    )
+    print("\n" + json.dumps(seconds))
+    if compiled.run is not None:
+        speedups = {name: own.get("speedup") for name, own in row["contenders"].items()}
+        print(json.dumps(speedups))

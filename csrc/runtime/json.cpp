@@ -1,0 +1,225 @@
+#include "json.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <utility>
+
+namespace gentron {
+
+namespace {
+constexpr int kDepth = 64;
+}
+
+class JsonParser {
+ public:
+  explicit JsonParser(std::string_view text) : text_(text) {}
+
+  Json document() {
+    Json value = parse_value(0);
+    if (peek() != '\0' || position_ != text_.size()) fail();
+    return value;
+  }
+
+ private:
+  Json parse_value(int depth) {
+    if (depth > kDepth) fail();
+    Json value;
+    switch (peek()) {
+      case '{': {
+        Json::Object object;
+        parse_list('}', [&] {
+          if (peek() != '"') fail();
+          std::string key = parse_string();
+          expect(':');
+          object.insert_or_assign(std::move(key), parse_value(depth + 1));
+        });
+        value.kind_ = Json::Kind::kObject;
+        value.object_ = std::make_shared<const Json::Object>(std::move(object));
+        return value;
+      }
+      case '[': {
+        Json::Array array;
+        parse_list(']', [&] { array.push_back(parse_value(depth + 1)); });
+        value.kind_ = Json::Kind::kArray;
+        value.array_ = std::make_shared<const Json::Array>(std::move(array));
+        return value;
+      }
+      case '"':
+        value.kind_ = Json::Kind::kString;
+        value.text_ = parse_string();
+        return value;
+      case 't':
+      case 'f':
+        value.kind_ = Json::Kind::kBoolean;
+        value.boolean_ = peek() == 't';
+        parse_word(value.boolean_ ? "true" : "false");
+        return value;
+      case 'n':
+        parse_word("null");
+        return value;
+      default:
+        value.kind_ = Json::Kind::kNumber;
+        value.text_ = parse_number();
+        return value;
+    }
+  }
+
+  template <class Item>
+  void parse_list(char close, const Item& item) {
+    ++position_;
+    if (peek() == close) {
+      ++position_;
+      return;
+    }
+    while (true) {
+      item();
+      if (peek() == close) break;
+      expect(',');
+    }
+    ++position_;
+  }
+
+  std::string parse_string() {
+    ++position_;
+    std::string result;
+    while (true) {
+      const char c = next();
+      if (c == '"') return result;
+      if (c != '\\') {
+        result.push_back(c);
+        continue;
+      }
+      const char escaped = next();
+      switch (escaped) {
+        case 'b': result.push_back('\b'); break;
+        case 'f': result.push_back('\f'); break;
+        case 'n': result.push_back('\n'); break;
+        case 'r': result.push_back('\r'); break;
+        case 't': result.push_back('\t'); break;
+        case 'u': append_utf8(result, parse_code_unit()); break;
+        default: result.push_back(escaped);
+      }
+    }
+  }
+
+  uint32_t parse_code_unit() {
+    const std::string digits = {next(), next(), next(), next()};
+    char* end = nullptr;
+    const uint32_t unit = std::strtoul(digits.c_str(), &end, 16);
+    if (end != digits.c_str() + 4) fail();
+    return unit;
+  }
+
+  // Code units of surrogate pairs are kept apart: headers hold ASCII alone.
+  static void append_utf8(std::string& text, uint32_t unit) {
+    if (unit < 0x80) {
+      text.push_back(static_cast<char>(unit));
+    } else if (unit < 0x800) {
+      text.push_back(static_cast<char>(0xC0 | unit >> 6));
+      text.push_back(static_cast<char>(0x80 | (unit & 0x3F)));
+    } else {
+      text.push_back(static_cast<char>(0xE0 | unit >> 12));
+      text.push_back(static_cast<char>(0x80 | (unit >> 6 & 0x3F)));
+      text.push_back(static_cast<char>(0x80 | (unit & 0x3F)));
+    }
+  }
+
+  std::string parse_number() {
+    const size_t start = position_;
+    while (position_ < text_.size() &&
+           std::string_view("+-0123456789.eE").find(text_[position_]) != std::string_view::npos) {
+      ++position_;
+    }
+    std::string text(text_.substr(start, position_ - start));
+    char* end = nullptr;
+    std::strtod(text.c_str(), &end);
+    if (text.empty() || *end != '\0') fail();
+    return text;
+  }
+
+  void parse_word(std::string_view word) {
+    if (text_.substr(position_, word.size()) != word) fail();
+    position_ += word.size();
+  }
+
+  void expect(char c) {
+    if (peek() != c) fail();
+    ++position_;
+  }
+
+  char next() {
+    if (position_ >= text_.size()) fail();
+    return text_[position_++];
+  }
+
+  // The next character that is no white space, '\0' at the end.
+  char peek() {
+    while (position_ < text_.size() &&
+           std::string_view(" \t\r\n").find(text_[position_]) != std::string_view::npos) {
+      ++position_;
+    }
+    return position_ < text_.size() ? text_[position_] : '\0';
+  }
+
+  [[noreturn]] void fail() const {
+    throw std::invalid_argument("no JSON at byte " + std::to_string(position_));
+  }
+
+  std::string_view text_;
+  size_t position_ = 0;
+};
+
+Json Json::parse(std::string_view text) { return JsonParser(text).document(); }
+
+namespace {
+[[noreturn]] void wrong_kind(const char* wanted) {
+  throw std::invalid_argument(std::string("a header holds no ") + wanted + " where one belongs");
+}
+}  // namespace
+
+bool Json::boolean() const {
+  if (kind_ != Kind::kBoolean) wrong_kind("true or false");
+  return boolean_;
+}
+
+double Json::number() const {
+  if (kind_ != Kind::kNumber) wrong_kind("number");
+  return std::strtod(text_.c_str(), nullptr);
+}
+
+int64_t Json::integer() const {
+  if (kind_ != Kind::kNumber) wrong_kind("whole number");
+  char* end = nullptr;
+  const int64_t value = std::strtoll(text_.c_str(), &end, 10);
+  if (*end != '\0') wrong_kind("whole number");
+  return value;
+}
+
+const std::string& Json::string() const {
+  if (kind_ != Kind::kString) wrong_kind("string");
+  return text_;
+}
+
+const Json::Array& Json::array() const {
+  if (kind_ != Kind::kArray) wrong_kind("array");
+  return *array_;
+}
+
+const Json::Object& Json::object() const {
+  if (kind_ != Kind::kObject) wrong_kind("object");
+  return *object_;
+}
+
+const Json& Json::operator[](const std::string& key) const {
+  const auto found = object().find(key);
+  if (found == object().end()) throw std::invalid_argument("a header lacks " + key);
+  return found->second;
+}
+
+std::vector<int64_t> Json::integers() const {
+  std::vector<int64_t> values;
+  for (const Json& value : array()) values.push_back(value.integer());
+  return values;
+}
+
+}  // namespace gentron

@@ -1,0 +1,228 @@
+#include "package.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <unistd.h>
+
+#include <bit>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <stdexcept>
+
+#include "sha256.h"
+
+namespace gentron {
+namespace {
+
+static_assert(std::endian::native == std::endian::little, "packages are little endian");
+
+constexpr std::string_view kMagic("GENTRON\x01", 8);
+constexpr int64_t kPrefix = 8 + 8 + 32;
+constexpr int64_t kLargestHeader = int64_t{1} << 26;
+constexpr int64_t kAlignment = 64;
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+uint64_t little_endian(const char* bytes) {
+  uint64_t value;
+  std::memcpy(&value, bytes, sizeof(value));
+  return value;
+}
+
+std::string hex(const std::string& bytes) {
+  std::string digits;
+  for (const unsigned char byte : bytes) {
+    digits += {"0123456789abcdef"[byte >> 4], "0123456789abcdef"[byte & 15]};
+  }
+  return digits;
+}
+
+std::string sha256(const void* data, size_t size) {
+  Sha256 hash;
+  hash.update(data, size);
+  return hash.hex();
+}
+
+class File {
+ public:
+  explicit File(const std::string& path) : path_(path), stream_(path, std::ios::binary) {
+    std::error_code error;
+    size_ = static_cast<int64_t>(std::filesystem::file_size(path, error));
+    if (error || !stream_) refuse("no file " + path);
+  }
+
+  int64_t size() const { return size_; }
+
+  void read(int64_t offset, int64_t size, char* out) {
+    if (offset < 0 || size < 0 || offset + size > size_) refuse(path_ + " is truncated");
+    stream_.seekg(offset);
+    if (!stream_.read(out, size)) refuse("cannot read " + path_);
+  }
+
+  std::string read(int64_t offset, int64_t size) {
+    if (size < 0 || size > size_) refuse(path_ + " is truncated");
+    std::string bytes(static_cast<size_t>(size), '\0');
+    read(offset, size, bytes.data());
+    return bytes;
+  }
+
+  // A part as (size,) uint8. The place behind a safetensors header is aligned: there, the first 8
+  // bytes tell the header's length.
+  at::Tensor tensor(int64_t offset, int64_t size) {
+    int64_t shift = 0;
+    if (size >= 8) {
+      const uint64_t header = little_endian(read(offset, 8).data());
+      shift = kAlignment - static_cast<int64_t>((header + 8) % kAlignment);
+    }
+    at::Tensor bytes = at::empty({shift + size}, at::kByte).narrow(0, shift, size);
+    read(offset, size, reinterpret_cast<char*>(bytes.mutable_data_ptr<uint8_t>()));
+    return bytes;
+  }
+
+ private:
+  std::string path_;
+  std::ifstream stream_;
+  int64_t size_ = 0;
+};
+
+at::ScalarType scalar_type(const std::string& name) {
+  static const std::map<std::string, at::ScalarType> kTypes{
+      {"F64", at::kDouble},  {"F32", at::kFloat}, {"F16", at::kHalf}, {"BF16", at::kBFloat16},
+      {"I64", at::kLong},    {"I32", at::kInt},   {"U8", at::kByte},  {"BOOL", at::kBool}};
+  const auto found = kTypes.find(name);
+  if (found == kTypes.end()) refuse("unknown dtype " + name + " in a safetensors header");
+  return found->second;
+}
+
+// `bytes` are a whole safetensors file; the tensors keep them alive.
+Tensors parse_safetensors(const at::Tensor& bytes) {
+  const char* data = reinterpret_cast<const char*>(bytes.const_data_ptr<uint8_t>());
+  const int64_t size = bytes.numel();
+  const int64_t header = size < 8 ? -1 : static_cast<int64_t>(little_endian(data));
+  if (header < 2 || header > size - 8) refuse("no safetensors header");
+  Tensors tensors;
+  const Json entries = Json::parse({data + 8, static_cast<size_t>(header)});
+  for (const auto& [name, entry] : entries.object()) {
+    if (name == "__metadata__") continue;
+    const at::ScalarType type = scalar_type(entry["dtype"].string());
+    const std::vector<int64_t> shape = entry["shape"].integers();
+    const std::vector<int64_t> place = entry["data_offsets"].integers();
+    int64_t wanted = static_cast<int64_t>(c10::elementSize(type));
+    for (const int64_t side : shape) {
+      if (side < 0 || (side > 0 && wanted > size / side)) refuse("tensor " + name + " is too large");
+      wanted *= side;
+    }
+    if (place.size() != 2 || place[0] < 0 || place[1] - place[0] != wanted ||
+        place[1] > size - 8 - header) {
+      refuse("tensor " + name + " does not lie in its file");
+    }
+    void* start = const_cast<char*>(data) + 8 + header + place[0];
+    tensors.emplace(name, at::from_blob(start, shape, [bytes](void*) {}, type));
+  }
+  return tensors;
+}
+
+}  // namespace
+
+Package Package::read(const std::string& path, const std::string& pinned) {
+  File file(path);
+  if (file.size() < kPrefix) refuse(path + " is no compiled sampler: it is too short");
+  const std::string prefix = file.read(0, kPrefix);
+  if (std::string_view(prefix).substr(0, 7) != kMagic.substr(0, 7)) {
+    refuse(path + " is no compiled sampler");
+  }
+  if (prefix[7] != kMagic[7]) refuse(path + " has another format than this version reads");
+  const int64_t size = static_cast<int64_t>(little_endian(prefix.data() + 8));
+  if (size < 2 || size > kLargestHeader || kPrefix + size > file.size()) {
+    refuse(path + " is truncated or altered: its header does not fit");
+  }
+  const std::string header = file.read(kPrefix, size);
+  if (sha256(header.data(), header.size()) != hex(prefix.substr(16))) {
+    refuse(path + " is altered: its header has another checksum");
+  }
+
+  Package package;
+  package.text_ = header;
+  package.header_ = Json::parse(header);
+  const Json::Object& entries = package.header_["sections"].object();
+  std::map<int64_t, std::string> in_order;
+  int64_t end = kPrefix + size;
+  for (const auto& [name, entry] : entries) in_order.emplace(entry["offset"].integer(), name);
+  for (const auto& [offset, name] : in_order) {
+    if (kPrefix + size + offset != end) refuse(path + " is altered: section " + name + " is moved");
+    end += entries.at(name)["size"].integer();
+  }
+  if (in_order.size() != entries.size()) refuse(path + " is altered: sections overlap");
+  if (end > file.size()) {
+    refuse(
+        path + " is truncated: " + std::to_string(end) + " bytes belong to it, " +
+        std::to_string(file.size()) + " are there");
+  }
+  if (end < file.size()) refuse(path + " is altered: it is longer than its header says");
+
+  Sha256 whole;
+  whole.update(prefix.data(), prefix.size());
+  whole.update(header.data(), header.size());
+  for (const auto& [offset, name] : in_order) {
+    const Json& entry = entries.at(name);
+    const at::Tensor bytes = file.tensor(kPrefix + size + offset, entry["size"].integer());
+    const uint8_t* data = bytes.const_data_ptr<uint8_t>();
+    if (sha256(data, bytes.numel()) != entry["sha256"].string()) {
+      refuse(path + " is altered: section " + name + " has another checksum");
+    }
+    if (!pinned.empty()) whole.update(data, bytes.numel());
+    package.sections_.emplace(name, bytes);
+  }
+  if (!pinned.empty()) {
+    const std::string digest = whole.hex();
+    if (digest != pinned) refuse(path + " has SHA-256 " + digest + ", wanted " + pinned);
+  }
+  return package;
+}
+
+const at::Tensor& Package::section(const std::string& name) const {
+  const auto found = sections_.find(name);
+  if (found == sections_.end()) refuse("the compiled sampler has no section " + name);
+  return found->second;
+}
+
+Tensors Package::tensors(const std::string& name) const { return parse_safetensors(section(name)); }
+
+Tensors read_safetensors(const std::string& path) {
+  File file(path);
+  try {
+    return parse_safetensors(file.tensor(0, file.size()));
+  } catch (const std::invalid_argument& error) {
+    refuse(path + " is no safetensors file: " + error.what());
+  }
+}
+
+void write_npy(const std::string& path, const at::Tensor& tensor) {
+  const char* type = tensor.scalar_type() == at::kByte ? "|u1" : "<f4";
+  std::string shape;
+  for (const int64_t side : tensor.sizes()) shape += std::to_string(side) + ", ";
+  std::string header = std::string("{'descr': '") + type +
+      "', 'fortran_order': False, 'shape': (" + shape + "), }";
+  header.append(kAlignment - (10 + header.size() + 1) % kAlignment, ' ');
+  header.push_back('\n');
+
+  const std::string aside = path + ".part";
+  std::ofstream out(aside, std::ios::binary);
+  const auto length = static_cast<uint16_t>(header.size());
+  out.write("\x93NUMPY\x01\x00", 8);
+  out.write(reinterpret_cast<const char*>(&length), sizeof(length));
+  out << header;
+  out.write(static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes());
+  out.close();
+  std::error_code error;
+  if (out) std::filesystem::rename(aside, path, error);
+  if (!out || error) {
+    std::remove(aside.c_str());
+    refuse("cannot write " + path);
+  }
+}
+
+}  // namespace gentron

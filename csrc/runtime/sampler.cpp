@@ -1,0 +1,568 @@
+#include "sampler.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <c10/core/DeviceGuard.h>
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <sys/utsname.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/version.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <mutex>
+#include <set>
+#include <sstream>
+#include <stdexcept>
+
+#include "noise.h"
+
+namespace gentron {
+namespace {
+
+using at::Tensor;
+using TensorList = std::vector<Tensor>;
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+template <class T>
+std::string text_of(const T& value) {
+  std::ostringstream stream;
+  stream << value;
+  return stream.str();
+}
+
+// The instruction sets of this CPU, as Linux names them.
+std::set<std::string> cpu_flags() {
+  std::ifstream info("/proc/cpuinfo");
+  std::string line;
+  while (std::getline(info, line)) {
+    if (line.rfind("flags", 0) != 0) continue;
+    std::istringstream words(line.substr(line.find(':') + 1));
+    return {std::istream_iterator<std::string>(words), {}};
+  }
+  return {};
+}
+
+// "9.0" by the driver, which any process with a CUDA device has.
+std::string cuda_capability(int index) {
+  using Init = int (*)(unsigned);
+  using Attribute = int (*)(int*, int, int);
+  void* driver = dlopen("libcuda.so.1", RTLD_NOW);
+  if (driver == nullptr) return "";
+  const auto init = reinterpret_cast<Init>(dlsym(driver, "cuInit"));
+  const auto attribute = reinterpret_cast<Attribute>(dlsym(driver, "cuDeviceGetAttribute"));
+  constexpr int kMajor = 75, kMinor = 76;
+  int major = 0, minor = 0;
+  if (init == nullptr || attribute == nullptr || init(0) != 0 ||
+      attribute(&major, kMajor, index) != 0 || attribute(&minor, kMinor, index) != 0) {
+    return "";
+  }
+  return std::to_string(major) + "." + std::to_string(minor);
+}
+
+at::Device choose_device(const Json& metadata, const std::string& asked) {
+  const std::string& made_for = metadata["device"].string();
+  at::Device device(asked.empty() ? made_for : asked);
+  if (device.str().rfind(made_for, 0) != 0) {
+    refuse("the compiled sampler was made for " + made_for + ", not for " + asked);
+  }
+  if (device.is_cuda()) {
+    if (!at::hasCUDA()) refuse("the compiled sampler was made for cuda, and there is none here");
+    if (!device.has_index()) device.set_index(0);
+  }
+  return device;
+}
+
+void check_machine(const Json& metadata, const at::Device& device) {
+  const std::string version =
+      std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR);
+  if (metadata["torch"].string() != version) {
+    refuse(
+        "the compiled sampler was made with torch " + metadata["torch"].string() +
+        ", this is torch " + version);
+  }
+  utsname machine{};
+  uname(&machine);
+  if (metadata["machine"].string() != machine.machine) {
+    refuse(
+        "the compiled sampler was made for " + metadata["machine"].string() + ", this is " +
+        machine.machine);
+  }
+  const std::set<std::string> here = cpu_flags();
+  for (const Json& flag : metadata["cpu_flags"].array()) {
+    if (here.count(flag.string()) == 0) {
+      refuse("the compiled sampler was made for a CPU with " + flag.string() + ", this has none");
+    }
+  }
+  if (device.is_cuda()) {
+    const std::string capability = cuda_capability(device.index());
+    if (metadata["capability"].string() != capability) {
+      refuse(
+          "the compiled sampler was made for compute capability " +
+          metadata["capability"].string() + ", this is " + capability);
+    }
+  }
+}
+
+// A folder of our own that is gone when this is.
+class TemporaryFolder {
+ public:
+  TemporaryFolder() {
+    std::string name = (std::filesystem::temp_directory_path() / "gentron-XXXXXX").string();
+    if (mkdtemp(name.data()) == nullptr) refuse("cannot make a folder like " + name);
+    path_ = name;
+  }
+  ~TemporaryFolder() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  TemporaryFolder(const TemporaryFolder&) = delete;
+
+  std::string write(const std::string& name, const Tensor& bytes) const {
+    const std::filesystem::path path = path_ / name;
+    std::ofstream out(path, std::ios::binary);
+    out.write(static_cast<const char*>(bytes.const_data_ptr()), bytes.numel());
+    out.close();
+    if (!out) refuse("cannot write " + path.string());
+    return path.string();
+  }
+
+ private:
+  std::filesystem::path path_;
+};
+
+// A compiled graph. Its weights are inputs behind the others, so that graphs and blocks share one
+// copy; `weights` holds one list, or one a block.
+struct Graph {
+  std::unique_ptr<torch::inductor::AOTIModelPackageLoader> loader;
+  std::vector<TensorList> weights;
+
+  TensorList operator()(TensorList inputs, int64_t block = 0) const {
+    const TensorList& own = weights.at(block);
+    // The code goes by the strides of the examples, all contiguous, and checks none.
+    for (Tensor& input : inputs) input = input.contiguous();
+    inputs.insert(inputs.end(), own.begin(), own.end());
+    return loader->boxed_run(std::move(inputs));
+  }
+};
+
+// The branches of a step: ε(∅,∅), ε(∅,c_M), ε(c_T,c_M), "1" where one runs.
+int64_t count(const std::string& branches) {
+  return std::count(branches.begin(), branches.end(), '1');
+}
+
+// (S, B) fp64 of a scale in any of its forms.
+Tensor per_step(const Tensor& scale, double otherwise, int64_t steps, int64_t batch,
+                const char* name) {
+  if (!scale.defined()) return at::full({steps, batch}, otherwise, at::kDouble);
+  const auto sizes = scale.sizes().vec();
+  const bool fits = sizes.empty() || sizes == std::vector<int64_t>{1} ||
+      sizes == std::vector<int64_t>{batch} || sizes == std::vector<int64_t>{steps, 1} ||
+      sizes == std::vector<int64_t>{steps, batch};
+  if (!fits) {
+    refuse(
+        std::string(name) + " must be a number, (" + std::to_string(batch) + ",) or (" +
+        std::to_string(steps) + ", " + std::to_string(batch) + "), got " + text_of(scale.sizes()));
+  }
+  const Tensor wide = scale.to(at::kCPU, at::kDouble);
+  if (!wide.isfinite().all().item<bool>()) refuse(std::string(name) + " must be a finite number");
+  return wide.expand({steps, batch});
+}
+
+}  // namespace
+
+struct Sampler::Parts {
+  Package package;
+  at::Device device = at::kCPU;
+  at::ScalarType dtype = at::kFloat;
+  Tensors weights;
+  std::map<std::string, Graph> graphs;
+  mutable std::mutex busy;
+
+  // Of the metadata.
+  std::vector<int64_t> latent_shape;
+  std::vector<std::string> encoders;
+  std::vector<std::string> branches;  // fewest first
+  int64_t depth = 0, width = 0, steps = 0, max_batch = 0, modulation_bytes = 0, head_size = 0;
+  bool has_motion = false, draws = false, cross_attention = false, pooled = false;
+  Tensor timesteps, rows, bounds;
+
+  void load(const std::string& path, const std::string& pinned, const std::string& asked);
+  void load_graphs();
+  const Graph& graph(const std::string& name) const;
+
+  TextCondition prepared(TextCondition text, int64_t batch, const char* name) const;
+  TextCondition null_text() const;
+  // Of every block: keys, biases and values where the text is folded, else keys, values and mask.
+  std::vector<TensorList> contexts(const TextCondition& text, bool folds) const;
+  bool folds(const TextCondition& text, const std::string& encoder) const;
+  const std::string& block_encoder(int64_t block) const;
+  Tensor latents_of(const Request& request, uint32_t step) const;
+  Tensor sample(const Request& request) const;
+};
+
+void Sampler::Parts::load(
+    const std::string& path, const std::string& pinned, const std::string& asked) {
+  package = Package::read(path, pinned);
+  const Json& metadata = package.metadata();
+  device = choose_device(metadata, asked);
+  check_machine(metadata, device);
+  const std::string& name = metadata["dtype"].string();
+  dtype = name == "bfloat16" ? at::kBFloat16 : name == "float16" ? at::kHalf : at::kFloat;
+
+  const Json& model = metadata["model"];
+  depth = model["depth"].integer();
+  width = model["width"].integer();
+  head_size = width / model["heads"].integer();
+  cross_attention = model["cross_attention"].boolean();
+  pooled = model["pooled_text"].boolean();
+  for (const Json& encoder : model["encoders"].array()) encoders.push_back(encoder.string());
+  for (const Json& set : metadata["branches"].array()) branches.push_back(set.string());
+  latent_shape = metadata["latent_shape"].integers();
+  has_motion = metadata["has_motion"].boolean();
+  max_batch = metadata["max_batch"].integer();
+  modulation_bytes = metadata["modulation_bytes"].integer();
+
+  const std::vector<int64_t> times = metadata["timesteps"].integers();
+  steps = static_cast<int64_t>(times.size());
+  timesteps = at::tensor(times, at::kLong).to(device);
+  const auto table = [&](const Json& values) {
+    std::vector<double> flat;
+    for (const Json& row : values.array()) {
+      for (const Json& value : row.array()) flat.push_back(value.number());
+    }
+    return at::tensor(flat, at::kDouble).view({steps, -1});
+  };
+  rows = table(metadata["rows"]);
+  draws = (rows.select(1, 5) != 0).any().item<bool>();
+  rows = rows.to(device);
+  if (!metadata["log_variance"].is_null()) {
+    bounds = table(metadata["log_variance"]).to(device, at::kFloat);
+  }
+
+  weights = package.tensors("weights.safetensors");
+  for (auto& [key, tensor] : weights) tensor = tensor.to(device);
+  load_graphs();
+}
+
+void Sampler::Parts::load_graphs() {
+  const TemporaryFolder folder;
+  const auto tensor = [&](const std::string& name) {
+    const auto found = weights.find(name);
+    if (found == weights.end()) refuse("the compiled sampler lacks the tensor " + name);
+    return found->second;
+  };
+  for (const auto& [name, entry] : package.metadata()["graphs"].object()) {
+    const std::string path = folder.write(name + ".pt2", package.section("graphs/" + name));
+    Graph& graph = graphs[name];
+    graph.loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(
+        path, "model", false, 1, device.is_cuda() ? device.index() : -1);
+    const bool is_per_block = entry["per_block"].boolean();
+    for (int64_t block = 0; block < (is_per_block ? depth : 1); ++block) {
+      TensorList& own = graph.weights.emplace_back();
+      for (const Json& weight : entry["weights"].array()) {
+        std::string key = weight.string();
+        const size_t star = key.find('*');
+        if (star != std::string::npos) key.replace(star, 1, std::to_string(block));
+        // A graph of one encoder's blocks has no weights in the others'.
+        own.push_back(star != std::string::npos && weights.count(key) == 0 ? Tensor() : tensor(key));
+      }
+    }
+  }
+}
+
+const Graph& Sampler::Parts::graph(const std::string& name) const {
+  const auto found = graphs.find(name);
+  if (found == graphs.end()) refuse("the compiled sampler holds no graph " + name);
+  return found->second;
+}
+
+const std::string& Sampler::Parts::block_encoder(int64_t block) const {
+  return encoders[block % encoders.size()];
+}
+
+// On the device, cut to the longest text; at least two places, since softmax over one is no graph
+// of its own.
+TextCondition Sampler::Parts::prepared(
+    TextCondition text, int64_t batch, const char* name) const {
+  const Json& limits = package.metadata()["max_tokens"];
+  TextCondition result;
+  for (const std::string& encoder : encoders) {
+    const auto found = text.find(encoder);
+    if (found == text.end()) refuse(std::string(name) + " lacks the encoder " + encoder);
+    auto [tokens, mask, summary] = found->second;
+    const int64_t wide = package.metadata()["model"][encoder + "_width"].integer();
+    if (!tokens.defined() || tokens.dim() != 3 || tokens.size(0) != batch ||
+        tokens.size(2) != wide || tokens.size(1) == 0) {
+      refuse(
+          std::string(name) + "'s " + encoder + " tokens must be (" + std::to_string(batch) +
+          ", S, " + std::to_string(wide) + "), got " +
+          (tokens.defined() ? text_of(tokens.sizes()) : "none"));
+    }
+    if (!mask.defined()) mask = at::ones({batch, tokens.size(1)}, at::kBool);
+    if (mask.sizes() != tokens.sizes().slice(0, 2) || mask.scalar_type() != at::kBool ||
+        !mask.any(1).all().item<bool>()) {
+      refuse(
+          std::string(name) + "'s " + encoder + " mask must be bool (" + std::to_string(batch) +
+          ", " + std::to_string(tokens.size(1)) + ") with a token in each row");
+    }
+    if (pooled &&
+        (!summary.defined() || summary.sizes() != at::IntArrayRef({batch, wide}))) {
+      refuse(
+          std::string(name) + "'s pooled " + encoder + " text must be (" + std::to_string(batch) +
+          ", " + std::to_string(wide) + ")");
+    }
+    const int64_t length =
+        at::arange(1, tokens.size(1) + 1).mul(mask.cpu()).max().item<int64_t>();
+    if (length > limits[encoder].integer()) {
+      refuse(
+          std::string(name) + " has " + std::to_string(length) + " " + encoder + " tokens, " +
+          text_of(limits[encoder].integer()) + " are the most");
+    }
+    tokens = tokens.narrow(1, 0, length).to(device, dtype);
+    mask = mask.narrow(1, 0, length).to(device);
+    if (length == 1) {
+      tokens = at::constant_pad_nd(tokens, {0, 0, 0, 1});
+      mask = at::constant_pad_nd(mask, {0, 1});
+    }
+    if (summary.defined()) summary = summary.to(device, dtype).contiguous();
+    tokens = tokens.contiguous();
+    if (graphs.count("caption-" + encoder) > 0) tokens = graph("caption-" + encoder)({tokens})[0];
+    result[encoder] = {tokens, mask.contiguous(), summary};
+  }
+  return result;
+}
+
+TextCondition Sampler::Parts::null_text() const {
+  TextCondition text;
+  for (const std::string& encoder : encoders) {
+    const auto part = [&](const char* name) {
+      const auto found = weights.find("null." + encoder + "." + name);
+      return found == weights.end() ? Tensor() : found->second;
+    };
+    text[encoder] = {part("tokens"), part("mask"), part("pooled")};
+  }
+  return text;
+}
+
+bool Sampler::Parts::folds(const TextCondition& text, const std::string& encoder) const {
+  return text.at(encoder).tokens.size(1) < head_size;
+}
+
+std::vector<TensorList> Sampler::Parts::contexts(const TextCondition& text, bool always) const {
+  std::vector<TensorList> result(depth);
+  if (!cross_attention) return result;
+  for (int64_t block = 0; block < depth; ++block) {
+    const std::string& encoder = block_encoder(block);
+    const EncodedText& own = text.at(encoder);
+    const bool is_folded = always || folds(text, encoder);
+    const std::string form = is_folded ? "fold-" : "project-";
+    const Graph& made = graph(form + std::to_string(own.tokens.size(2)));
+    result[block] = made({own.tokens, own.mask}, block);
+    if (!is_folded) result[block].push_back(own.mask);
+  }
+  return result;
+}
+
+Tensor Sampler::Parts::latents_of(const Request& request, uint32_t step) const {
+  std::vector<int64_t> shape = latent_shape;
+  shape.insert(shape.begin(), static_cast<int64_t>(request.seeds.size()));
+  Tensor noise = at::empty(shape, at::kFloat);
+  const int64_t size = noise[0].numel();
+  for (size_t i = 0; i < request.seeds.size(); ++i) {
+    portable_noise(request.seeds[i], step, 0, size, noise.mutable_data_ptr<float>() + i * size);
+  }
+  return noise.to(device);
+}
+
+Tensor Sampler::Parts::sample(const Request& request) const {
+  const auto batch = static_cast<int64_t>(request.seeds.size());
+  if (batch < 1 || batch > max_batch) {
+    refuse(
+        "the compiled sampler makes 1 to " + std::to_string(max_batch) + " clips at once, not " +
+        std::to_string(batch));
+  }
+  const Json& metadata = package.metadata();
+  const Tensor lambda_t = per_step(
+      request.lambda_t, metadata["lambda_t"].number(), steps, batch, "lambda_t");
+  const Tensor lambda_m = per_step(
+      request.lambda_m, metadata["lambda_m"].number(), steps, batch, "lambda_m");
+  const Tensor guidance = has_motion
+      ? at::stack({1 - lambda_m, lambda_m - lambda_t, lambda_t}, -1)
+      : at::stack({1 - lambda_t, at::zeros_like(lambda_t), lambda_t}, -1);
+  const Tensor active = (guidance != 0).any(1).contiguous();  // (S, 3)
+  const Tensor guidance_here = guidance.to(device);
+
+  const TextCondition text = prepared(request.text, batch, "the text");
+  const TextCondition null_text = prepared(
+      request.null_text.empty() ? this->null_text() : request.null_text, 1, "the null text");
+  const std::vector<TensorList> null_contexts = contexts(null_text, true);
+  const std::vector<TensorList> text_contexts = contexts(text, false);
+
+  // The rows of the modulation, of many steps at once: the null text's, then each prompt's.
+  const int64_t conditions = 1 + batch;
+  TensorList summaries;
+  for (const std::string& encoder : encoders) {
+    if (pooled) {
+      summaries.push_back(at::cat({null_text.at(encoder).pooled, text.at(encoder).pooled}));
+    }
+  }
+  const int64_t values = (6 * depth + 2) * width * conditions;
+  const int64_t chunk = std::max<int64_t>(
+      1, modulation_bytes / (values * static_cast<int64_t>(c10::elementSize(dtype))));
+  TensorList block_rows(depth);
+  Tensor final_rows;
+  const auto modulate = [&](int64_t start) {
+    const int64_t length = std::min(chunk, steps - start);
+    TensorList inputs{timesteps.narrow(0, start, length).repeat_interleave(conditions)};
+    for (const Tensor& summary : summaries) inputs.push_back(summary.repeat({length, 1}));
+    const TensorList made = graph("condition")(std::move(inputs));
+    final_rows = made[1].view({length, conditions, 2, width});
+    for (int64_t block = 0; block < depth; ++block) {
+      block_rows[block] =
+          graph("modulation")({made[0]}, block)[0].view({length, conditions, 6, width});
+    }
+  };
+
+  // Which condition each sample of the stacked batch has, by the branches that run.
+  std::map<std::string, Tensor> samples;
+  for (const std::string& set : branches) {
+    const int64_t nulls = (count(set) - 1) * batch;
+    const Tensor own = at::arange(1, conditions, at::kLong);
+    samples[set] = at::cat({at::zeros({nulls}, at::kLong), own}).to(device);
+  }
+
+  Tensor latents = latents_of(request, 0), x0 = latents;
+  for (int64_t step = 0; step < steps; ++step) {
+    if (step % chunk == 0) modulate(step);
+    const bool* needed = active[step].const_data_ptr<bool>();
+    const auto runs = [&](const std::string& set) {
+      for (int branch = 0; branch < 3; ++branch) {
+        if (needed[branch] && set[branch] == '0') return false;
+      }
+      return true;
+    };
+    const std::string& set = *std::find_if(branches.begin(), branches.end(), runs);
+    const int64_t nulls = count(set) - 1, place = step % chunk;
+
+    Tensor x = graph("embed")({latents})[0];
+    x = x.repeat({nulls + 1, 1, 1, 1});
+    Tensor y = at::zeros_like(x);
+    Tensor gate = at::zeros({x.size(0), width}, x.options());
+    for (int64_t block = 0; block < depth; ++block) {
+      TensorList inputs{x, y, gate, block_rows[block][place].index_select(0, samples[set])};
+      std::string name = "block-" + set;
+      if (cross_attention) {
+        if (nulls > 0) {
+          const TensorList& context = null_contexts[block];
+          inputs.insert(inputs.end(), context.begin(), context.end());
+        }
+        const TensorList& context = text_contexts[block];
+        inputs.insert(inputs.end(), context.begin(), context.end());
+        name += folds(text, block_encoder(block)) ? "-folded" : "-projected";
+      }
+      TensorList next = graph(name)(std::move(inputs), block);
+      x = std::move(next[0]);
+      y = std::move(next[1]);
+      gate = std::move(next[2]);
+    }
+    TensorList inputs{
+        x, y, gate, final_rows[place].index_select(0, samples[set]),
+        latents, guidance_here[step].contiguous(), rows[step], x0};
+    if (draws) inputs.push_back(latents_of(request, static_cast<uint32_t>(step) + 1));
+    if (bounds.defined()) inputs.push_back(bounds[step]);
+    TensorList next = graph("step-" + set)(std::move(inputs));
+    latents = std::move(next[0]);
+    x0 = std::move(next[1]);
+    if (request.on_step) request.on_step(step);
+  }
+  return latents;
+}
+
+Sampler::Sampler(std::unique_ptr<Parts> parts) : parts_(std::move(parts)) {}
+Sampler::Sampler(Sampler&&) noexcept = default;
+Sampler::~Sampler() = default;
+
+Sampler Sampler::load(
+    const std::string& path, const std::string& pinned, const std::string& device,
+    const std::string& operators) {
+  if (!operators.empty() && dlopen(operators.c_str(), RTLD_NOW) == nullptr) {
+    refuse("cannot load the operators: " + std::string(dlerror()));
+  }
+  auto parts = std::make_unique<Parts>();
+  parts->load(path, pinned, device);
+  return Sampler(std::move(parts));
+}
+
+const std::string& Sampler::header() const { return parts_->package.header(); }
+const Json& Sampler::metadata() const { return parts_->package.metadata(); }
+const Tensor& Sampler::section(const std::string& name) const {
+  return parts_->package.section(name);
+}
+
+namespace {
+// What every run needs: the device, and no autograd, whose kernels may be Python's.
+struct Run {
+  std::lock_guard<std::mutex> lock;
+  c10::OptionalDeviceGuard guard;
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  Run(std::mutex& busy, const at::Device& device) : lock(busy) {
+    if (device.is_cuda()) guard.reset_device(device);
+  }
+};
+}  // namespace
+
+TextCondition Sampler::encode(const Tokens& tokens) const {
+  const Run run(parts_->busy, parts_->device);
+  TensorList inputs;
+  int64_t batch = -1;
+  for (const std::string& encoder : parts_->encoders) {
+    const auto found = tokens.find(encoder);
+    if (found == tokens.end()) refuse("there are no " + encoder + " tokens");
+    const auto& [ids, mask] = found->second;
+    const int64_t most = metadata()["max_tokens"][encoder].integer();
+    const int64_t known = metadata()["vocabulary"][encoder].integer();
+    if (batch < 0) batch = ids.size(0);
+    if (ids.dim() != 2 || ids.size(0) != batch || ids.size(1) < 1 || ids.size(1) > most ||
+        mask.sizes() != ids.sizes() || (ids < 0).any().item<bool>() ||
+        (ids >= known).any().item<bool>()) {
+      refuse(
+          encoder + " tokens must be (" + std::to_string(batch) + ", 1 to " +
+          std::to_string(most) + ") of ids below " + std::to_string(known) + ", got " +
+          text_of(ids.sizes()));
+    }
+    const int64_t extra = ids.size(1) == 1;  // no graph for one token alone
+    inputs.push_back(at::constant_pad_nd(ids.to(parts_->device, at::kLong), {0, extra}));
+    inputs.push_back(at::constant_pad_nd(mask.to(parts_->device, at::kBool), {0, extra}));
+  }
+  const TensorList made = parts_->graph("encode")(std::move(inputs));
+  TextCondition text;
+  for (size_t i = 0; i < parts_->encoders.size(); ++i) {
+    const Tensor& mask = tokens.at(parts_->encoders[i]).second;
+    const int64_t extra = made[2 * i].size(1) - mask.size(1);
+    text[parts_->encoders[i]] = {
+        made[2 * i], at::constant_pad_nd(mask.to(parts_->device, at::kBool), {0, extra}),
+        made[2 * i + 1]};
+  }
+  return text;
+}
+
+Tensor Sampler::sample(const Request& request) const {
+  const Run run(parts_->busy, parts_->device);
+  return parts_->sample(request);
+}
+
+Tensor Sampler::decode(const Tensor& latents) const {
+  const Run run(parts_->busy, parts_->device);
+  TensorList clips;
+  for (const Tensor& clip : latents.split(1)) {
+    clips.push_back(parts_->graph("decode")({clip.contiguous()})[0].cpu());
+  }
+  return at::stack(clips);
+}
+
+}  // namespace gentron

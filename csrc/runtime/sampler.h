@@ -1,0 +1,66 @@
+// Loads a compiled sampler and runs it; libtorch alone, no Python.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "package.h"
+
+namespace gentron {
+
+// One encoder's view of the text: tokens (B, S, W), mask (B, S) bool, pooled (B, P).
+struct EncodedText {
+  at::Tensor tokens, mask, pooled;
+};
+
+// By encoder, "clip" and "t5".
+using TextCondition = std::map<std::string, EncodedText>;
+
+// Token ids (B, L) int64 and mask (B, L) bool, by encoder.
+using Tokens = std::map<std::string, std::pair<at::Tensor, at::Tensor>>;
+
+struct Request {
+  TextCondition text;       // of B prompts
+  TextCondition null_text;  // of one prompt; empty: the null text of the package
+  std::vector<uint64_t> seeds;  // one a clip
+  // A number (), one a clip (B,), or a schedule (S, 1) or (S, B); undefined: the package's own.
+  at::Tensor lambda_t, lambda_m;
+  std::function<void(int64_t step)> on_step;  // behind each step; may throw to end the run
+};
+
+// Every refusal is a std::invalid_argument of one line.
+class Sampler {
+ public:
+  // pinned: the SHA-256 that the file must have, or empty. device: of the kind that the file was
+  // made for, empty for its first. operators: the library of the C++ operators, empty where the
+  // process has them already.
+  static Sampler load(
+      const std::string& path, const std::string& pinned, const std::string& device,
+      const std::string& operators);
+  Sampler(Sampler&&) noexcept;
+  ~Sampler();
+
+  const std::string& header() const;  // of the file, JSON
+  const Json& metadata() const;
+  const at::Tensor& section(const std::string& name) const;
+
+  // Token ids → text; a package made with --whole alone.
+  TextCondition encode(const Tokens& tokens) const;
+  // Noise of the seeds → latents (B, C, T, h, w) fp32.
+  at::Tensor sample(const Request& request) const;
+  // Latents → frames (B, T, H, W, 3) uint8 on the CPU; a package made with --whole alone.
+  at::Tensor decode(const at::Tensor& latents) const;
+
+ private:
+  struct Parts;
+  explicit Sampler(std::unique_ptr<Parts> parts);
+  std::unique_ptr<Parts> parts_;
+};
+
+}  // namespace gentron

@@ -1,0 +1,429 @@
+"""Compiled samplers: the pipeline's result, from Python and without, and every refusal.
+
+The model that ships is exported once; nothing else is compiled.
+"""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch._inductor import config as inductor_config
+
+from gentron_fast import GenTronPipeline, export, generate
+from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
+from gentron_fast.export import HELP, MAGIC, CompiledSampler, export_sampler
+from gentron_fast.guidance import GuidedDenoiser
+from gentron_fast.media import read_video
+from gentron_fast.model import TextCondition
+from gentron_fast.solvers import make_table
+
+PROGRAM = Path(export.__file__).with_name("gentron-sample")
+PROMPT = "a red circle moving left"
+LONG = "a large yellow triangle moving slowly down and to the left on a white background"
+STEPS = 20
+PREFIX = len(MAGIC) + 8 + 32
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / "clip.gentron"
+    arguments = ["--out", str(path), "--whole", "--steps", str(STEPS), "--batch", "3"]
+    # The code around the kernels unoptimised: half of the compiler's time.
+    with inductor_config.patch("aot_inductor.compile_wrapper_opt_level", "O0"):
+        assert export.main(arguments) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def sampler(package):
+    return CompiledSampler.load(package)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return GenTronPipeline.from_pretrained()
+
+
+def run_program(*arguments):
+    """gentron-sample in an environment with no trace of Python."""
+    command = [PROGRAM, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={})
+
+
+def error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def token_arguments(pipeline, prompt):
+    tokens = pipeline.text_encoder.tokenize([prompt])
+    return [f"{name}={','.join(map(str, ids[0].tolist()))}" for name, (ids, _) in tokens.items()]
+
+
+def embeddings(text, prefix=""):
+    named = {name: part for name, part in text._asdict().items() if part is not None}
+    return {
+        f"{prefix}{name}.{field}": tensor.contiguous()
+        for name, part in named.items()
+        for field, tensor in part._asdict().items()
+    }
+
+
+def read_package(path):
+    data = path.read_bytes()
+    size = int.from_bytes(data[8:16], "little")
+    return json.loads(data[PREFIX : PREFIX + size]), data[PREFIX + size :]
+
+
+def write_package(path, header, body):
+    """A package whose checksums are right."""
+    text = json.dumps(header).encode()
+    digest = hashlib.sha256(text).digest()
+    path.write_bytes(MAGIC + len(text).to_bytes(8, "little") + digest + text + body)
+    return path
+
+
+@pytest.mark.parametrize(
+    "prompts, lambda_t, lambda_m",
+    [
+        ([PROMPT], 7.5, 1.2),
+        ([PROMPT], 7.5, 1.0),
+        ([PROMPT], 1.0, 1.0),
+        ([PROMPT, LONG], 5.0, [1.0, 1.3]),
+        ([LONG], 4.0, 4.0),
+    ],
+    ids=["three branches", "two", "one", "two clips", "a branch of weight 0"],
+)
+def test_the_same_as_the_pipeline(pipeline, sampler, prompts, lambda_t, lambda_m):
+    seeds = [7 + i for i in range(len(prompts))]
+    options = {"seed": seeds, "lambda_t": lambda_t, "lambda_m": lambda_m}
+    wanted = pipeline(prompts, steps=STEPS, progress=False, **options)
+    options |= {"lambda_m": torch.tensor(lambda_m, dtype=torch.float64)}
+    got = sampler(prompts, **options)
+    assert error(got.latents, wanted.latents) <= 1e-4
+    assert got.frames.shape == wanted.frames.shape and got.frames.dtype == torch.uint8
+    assert (got.frames.int() - wanted.frames.int()).abs().max() <= 1
+    assert not torch.equal(sampler(prompts, **options | {"seed": 1}).latents, got.latents)
+
+
+def test_a_negative_prompt_and_a_schedule_of_guidance(pipeline, sampler):
+    options = {"seed": 3, "lambda_t": 6.0, "lambda_m": 1.2}
+    wanted = pipeline(
+        [PROMPT],
+        negative_prompt=LONG,
+        guidance_range=(0.0, 0.5),
+        steps=STEPS,
+        progress=False,
+        **options,
+    )
+    compiled = export.CompiledPipeline(sampler, None)
+    got = compiled([PROMPT], negative_prompt=LONG, guidance_range=(0.0, 0.5), **options)
+    assert error(got.latents, wanted.latents) <= 1e-4
+
+
+def test_the_program_gives_the_pipelines_latents_and_frames(pipeline, package, tmp_path):
+    wanted = pipeline([PROMPT], steps=STEPS, seed=7, lambda_t=5.0, lambda_m=1.3, progress=False)
+    arguments = [package, "--tokens", *token_arguments(pipeline, PROMPT), "--seed", 7]
+    arguments += ["--lambda-t", 5, "--lambda-m", 1.3, "--frames", 8, "--size", 64, 64]
+    done = run_program(*arguments, "--latents", "--out", tmp_path / "latents.npy")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    latents = torch.from_numpy(np.load(tmp_path / "latents.npy"))
+    assert latents.dtype == torch.float32 and error(latents, wanted.latents) <= 1e-4
+    assert run_program(*arguments, "--out", tmp_path / "frames.npy").returncode == 0
+    frames = torch.from_numpy(np.load(tmp_path / "frames.npy"))
+    assert frames.dtype == torch.uint8 and frames.shape == wanted.frames.shape
+    assert (frames.int() - wanted.frames.int()).abs().max() <= 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["frames.npy", "latents.npy"]
+
+
+def test_the_program_takes_embeddings(pipeline, package, tmp_path):
+    text = pipeline.text_encoder.encode([PROMPT, LONG])
+    negative = pipeline.text_encoder.encode(["a blue square"])
+    save_file(embeddings(text) | embeddings(negative, "null."), tmp_path / "text.safetensors")
+    arguments = ["--embeddings", tmp_path / "text.safetensors", "--seed", "1,2", "--latents"]
+    done = run_program(package, *arguments, "--out", tmp_path / "latents.npy")
+    assert (done.returncode, done.stderr) == (0, "")
+    wanted = pipeline(
+        [PROMPT, LONG], negative_prompt="a blue square", steps=STEPS, seed=[1, 2], progress=False
+    )
+    latents = torch.from_numpy(np.load(tmp_path / "latents.npy"))
+    assert error(latents, wanted.latents) <= 1e-4
+
+
+def test_the_program_links_no_python():
+    dynamic = subprocess.run(["readelf", "-d", PROGRAM], capture_output=True, text=True, check=True)
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic.stdout)
+    assert "libtorch_cpu.so" in needed and not [name for name in needed if "python" in name]
+
+
+def test_the_weights_are_there_once(package, pipeline):
+    header, _ = read_package(package)
+    sections = header["sections"]
+    parts = pipeline.transformer, pipeline.text_encoder, pipeline.vae.autoencoder.decoder
+    least = sum(4 * p.numel() for part in parts for p in part.parameters())
+    assert least <= sections["weights.safetensors"]["size"] <= 1.15 * least
+    graphs = [entry["size"] for name, entry in sections.items() if name.startswith("graphs/")]
+    assert max(graphs) < 4 << 20
+
+
+def test_noise_is_drawn_alike():
+    from gentron_fast._runtime import portable_noise as drawn
+
+    for seed, step, sample in ((0, 0, 0), (2**64 - 1, 50, 3), (123456789012345, 2**32 - 1, 0)):
+        wanted = portable_noise((3, 333), [seed], step, [sample])[0].flatten()
+        got = drawn(seed, step, sample, 999)
+        assert (got == wanted).float().mean() > 0.999 and (got - wanted).abs().max() <= 1e-6
+
+
+def corrupted(data, where):
+    return data[:where] + bytes([data[where] ^ 1]) + data[where + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda data: b"", "too short"),
+        (lambda data: b"no sampler" * 20, "no compiled sampler"),
+        (lambda data: data[:-1], "truncated"),
+        (lambda data: data[:100], "truncated"),
+        (lambda data: data + b"\0", "longer"),
+        (lambda data: corrupted(data, 7), "format"),
+        (lambda data: corrupted(data, 20), "checksum"),
+        (lambda data: corrupted(data, PREFIX + 30), "checksum"),
+        (lambda data: corrupted(data, len(data) // 2), "checksum"),
+        (lambda data: corrupted(data, len(data) - 1), "weights.safetensors"),
+    ],
+    ids=[
+        "empty",
+        "other",
+        "truncated",
+        "header_alone",
+        "longer",
+        "format",
+        "digest",
+        "header",
+        "code",
+        "weights",
+    ],
+)
+def test_a_damaged_file_is_refused(package, tmp_path, damage, words):
+    path = tmp_path / "damaged.gentron"
+    path.write_bytes(damage(package.read_bytes()))
+    with pytest.raises(ValueError, match=re.escape(words)) as refusal:
+        CompiledSampler.load(path)
+    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+    done = run_program(path, "--tokens", "clip=1", "--out", tmp_path / "out.npy")
+    assert (done.returncode, done.stdout) == (2, "") and not (tmp_path / "out.npy").exists()
+    assert done.stderr == f"gentron-sample: error: {refusal.value}\n"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"torch": "1.0"}, "made with torch 1.0"),
+        ({"machine": "pdp11"}, "made for pdp11"),
+        ({"cpu_flags": ["avx4096"]}, "a CPU with avx4096"),
+        ({"device": "cuda"}, "made for cuda"),
+    ],
+    ids=["torch", "machine", "instructions", "device"],
+)
+def test_another_machine_is_refused(package, tmp_path, change, words):
+    if change.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is CUDA here")
+    header, body = read_package(package)
+    header["metadata"] |= change
+    path = write_package(tmp_path / "other.gentron", header, body)
+    with pytest.raises(ValueError, match=words):
+        CompiledSampler.load(path)
+
+
+def test_a_digest_pins_the_file(package, tmp_path):
+    digest = hashlib.sha256(package.read_bytes()).hexdigest()
+    CompiledSampler.load(package, sha256=digest.upper())
+    header, body = read_package(package)
+    header["metadata"]["lambda_t"] = 1.0
+    forged = write_package(tmp_path / "forged.gentron", header, body)
+    CompiledSampler.load(forged)  # its own checksums tell damage alone
+    with pytest.raises(ValueError, match=f"wanted {digest}"):
+        CompiledSampler.load(forged, sha256=digest)
+    arguments = [forged, "--tokens", "clip=1", "--out", tmp_path / "out.npy", "--sha256", digest]
+    assert digest in run_program(*arguments).stderr
+
+
+def test_what_the_file_was_not_made_for_is_refused(pipeline, sampler):
+    text = pipeline.text_encoder.encode([PROMPT])
+    narrow = TextCondition(text.clip._replace(tokens=text.clip.tokens[..., :7]), text.t5)
+    long = TextCondition(text.clip.pad(78)._replace(mask=torch.ones(1, 78).bool()), text.t5)
+    for refused, words in (
+        (lambda: sampler(PROMPT, frames=4), "made for frames 8, not 4"),
+        (lambda: sampler(PROMPT, size=(64, 32)), "made for size 64 × 64, not 64 × 32"),
+        (lambda: sampler(narrow), r"clip tokens must be \(1, S, 128\)"),
+        (lambda: sampler(long), "78 clip tokens, 77 are the most"),
+        (lambda: sampler(TextCondition(text.clip, None)), "lacks the encoder t5"),
+        (lambda: sampler(text, negative=text.repeat(2)), "null text's clip tokens must be"),
+        (lambda: sampler([PROMPT] * 4), "1 to 3 clips at once, not 4"),
+        (lambda: sampler([PROMPT] * 2, seed=[1]), "1 seeds for 2 clips"),
+        (lambda: sampler(PROMPT, seed=-1), "seed must be"),
+        (lambda: sampler(PROMPT, lambda_t=float("nan")), "lambda_t must be a finite number"),
+        (lambda: sampler(PROMPT, lambda_m=torch.ones(5)), "lambda_m must be a number"),
+    ):
+        with pytest.raises(ValueError, match=words) as refusal:
+            refused()
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["nowhere.gentron"], "one of --tokens and --embeddings"),
+        (["nowhere.gentron", "--tokens", "clip=1"], "no file nowhere.gentron"),
+        (["FILE", "--tokens", "clip=1,x"], "--tokens: no number: x"),
+        (["FILE", "--tokens", "clip=99999999", "t5=1"], "ids below"),
+        (["FILE", "--tokens", "clip=1"], "there are no t5 tokens"),
+        (["FILE", "--tokens", "clip=1", "t5=1", "--frames", "4"], "made for frames"),
+        (["FILE", "--tokens", "clip=1", "t5=1", "--size", "8", "8"], "made for size"),
+        (["FILE", "--tokens", "clip=1", "t5=1", "--seed", "-1"], "--seed"),
+        (["FILE", "--tokens", "clip=1", "t5=1", "--device", "cuda"], "made for cpu, not for cuda"),
+        (["FILE", "--shiny", "1"], "unknown option --shiny"),
+        (["FILE", "--embeddings", "nowhere"], "no file nowhere"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_program_refuses_in_one_line(package, tmp_path, arguments, words):
+    arguments = [package if argument == "FILE" else argument for argument in arguments]
+    done = run_program(*arguments, "--out", tmp_path / "out.npy")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("gentron-sample: error: ") and done.stderr.count("\n") == 1
+    assert words in done.stderr
+
+
+def test_generate_takes_a_compiled_sampler(package, pipeline, tmp_path, capsys):
+    arguments = [PROMPT, "--compiled", str(package), "--out", str(tmp_path / "clip.mp4")]
+    assert generate.main(arguments) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line[:13].strip() for line in out] == ["wrote", "load time", "per clip", "peak memory"]
+    assert read_video(tmp_path / "clip.mp4")[0].shape == (8, 64, 64, 3)
+    for refused, words in (
+        (["--steps", "20"], "--steps is fixed in a compiled sampler"),
+        (["--frames", "4"], "made for frames 8, not 4"),
+        (["--sha256", "0" * 64], "wanted 000"),
+    ):
+        assert generate.main([*arguments, *refused]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_generate_takes_what_a_file_lacks_from_the_folder(sampler, pipeline):
+    metadata = sampler.metadata | {"whole": False}
+    partial = CompiledSampler(sampler._runtime)
+    partial.metadata = metadata
+    with pytest.raises(ValueError, match="no text encoders"):
+        partial(PROMPT)
+    compiled = export.CompiledPipeline(partial, Path(export.__file__).parent / "assets")
+    frames = compiled([PROMPT], seed=[5]).frames
+    wanted = pipeline([PROMPT], steps=STEPS, seed=5, progress=False).frames
+    assert (frames.int() - wanted.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "--out"),
+        (["nowhere", "--out", "x.gentron"], "nowhere"),
+        (["--out", "x.gentron", "--size", "60"], "multiples of"),
+        (["--out", "x.gentron", "--size", "64", "64", "64"], "--size"),
+        (["--out", "x.gentron", "--frames", "33"], "--frames"),
+        (["--out", "x.gentron", "--batch", "1"], "--batch"),
+        (["--out", "x.gentron", "--solver", "euler"], "euler"),
+        (["--out", "x.gentron", "--device", "abacus"], "abacus"),
+        (["--out", "x.gentron", "--eta", "0.5"], "eta"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_the_exporter_refuses_in_one_line(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert export.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("gentron_fast.export: error: ") and err.count("\n") == 1
+    assert words in err and not list(tmp_path.iterdir())
+
+
+def test_a_failed_export_leaves_the_old_file(pipeline, tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "_compile_all", fail)
+    path = tmp_path / "clip.gentron"
+    path.write_text("old")
+    null_text = pipeline.text_encoder.encode([""])
+    with pytest.raises(KeyboardInterrupt):
+        export_sampler(
+            path,
+            pipeline.transformer,
+            null_text,
+            pipeline.scheduler,
+            frames=2,
+            latent_size=(4, 4),
+        )
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_help_fits_one_screen_and_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        export.main(["--help"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == HELP.splitlines()
+    for screen in (lines, run_program("--help").stdout.splitlines()):
+        assert len(screen) <= 24 and max(map(len, screen)) <= 80
+    source = Path(export.__file__).read_text()
+    options = [part.split('"')[0] for part in source.split('add_argument("--')[1:]]
+    assert len(options) > 10 and all(f"--{option} " in HELP for option in options)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "dpm++"])
+def test_a_learned_range_takes_the_same_step(make_model, make_text, tiny_config, solver):
+    """The last graph of a step, uncompiled, against the denoiser, which the pipeline runs."""
+    config = replace(tiny_config, learned_range=True)
+    model = make_model(config, torch.float32)
+    text = make_text(config, batch=2, dtype=torch.float32)
+    null_text = make_text(config, batch=1, clip=2, t5=1, dtype=torch.float32, seed=2)
+    table = make_table(solver, SCHEDULER_CONFIG | {"variance_type": "learned_range"}, 10)
+    shape, step = (4, 3, 4, 4), 4
+    denoiser = GuidedDenoiser(model, text, null_text, table, 7.5, 1.2, shape)
+    latents, x0, noise = torch.randn(3, 2, *shape, generator=torch.Generator().manual_seed(0))
+    draws = bool((table.rows[:, -1] != 0).any())
+    wanted = denoiser.step(latents, step, x0, noise if draws else None)
+    captured = []
+    final = model.final.forward
+    model.final.forward = lambda *inputs: captured.append(inputs) or final(*inputs)
+    denoiser.step(latents, step, x0, noise if draws else None)
+    model.final.forward = final
+    weights = torch.tensor([[1 - 1.2, 1.2 - 7.5, 7.5]] * 2, dtype=torch.float64)
+    rest = [noise] * draws
+    if table.log_variance is not None:
+        rest.append(table.log_variance[step].float())
+    with torch.no_grad():
+        got = export._step(
+            *(model, *captured[0], latents, weights, table.rows[step], x0, *rest),
+            branches="111",
+            draws=draws,
+        )
+    assert all(error(a, b) <= 1e-6 for a, b in zip(got, wanted, strict=True))
+
+
+def test_loading_compiles_nothing(package):
+    """It imports neither Inductor's compiler nor transformers or diffusers."""
+    code = (
+        "import sys; from gentron_fast.export import CompiledSampler;"
+        f"CompiledSampler.load({str(package)!r});"
+        "sys.exit(bool({'torch._inductor.compile_fx', 'transformers', 'diffusers'}"
+        "& set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
