@@ -5,11 +5,16 @@ lies a safetensors file with the posterior (mean and standard deviation) of its 
 every read still samples the VAE; training itself decodes no pixels.
 """
 
+import bisect
+import functools
+import glob
 import hashlib
 import io
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -18,6 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from gentron_fast.model import TextCondition
+from gentron_fast.text import Tokens
 from gentron_fast.vae import VideoVAE
 
 # Shapes: N samples, S starts of a clip, B batch, C channels, T frames, h × w latents.
@@ -208,97 +215,229 @@ def seeded(*key: object) -> torch.Generator:
 
 
 @dataclass(frozen=True)
+class DataSettings:
+    """What a run trains on. Shard patterns are globs or URLs that WebDataset reads, with braces."""
+
+    kinds: tuple[str, ...] = ("images",)  # or ("images", "clips")
+    images: str = "data/shapes/images-*.tar"
+    clips: str = "data/shapes/clips-*.tar"
+    size: tuple[int, int] | None = None  # pixels (H, W); None: as they are, all of one size
+    buckets: tuple[tuple[int, int], ...] = ()  # sizes instead, the one nearest in aspect ratio
+    frames: int = 8
+    fps: float = 4.0
+    starts: int = 2  # random first frames of each clip; 0: a new one at every reading
+    crop: str = "center"  # or "random"
+    batch: int = 32  # captions per rank and micro-step
+    draws: int = 1  # noises and timesteps of each caption
+    p_null: float = 0.1
+    p_motion_free: float = 0.2
+    seed: int = 0
+    workers: int = 2  # decoding processes per rank
+    in_memory: bool = False  # encode once, beside the shards, and hold the latents in memory
+    max_broken: float = 0.05
+    log: Path = Path("runs/broken.jsonl")  # names every broken sample
+
+    def __post_init__(self):
+        if not self.kinds or set(self.kinds) - {"images", "clips"}:
+            raise ValueError(f"kinds is {self.kinds}, must name images, clips or both")
+        for name in ("frames", "batch", "draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        for name in ("starts", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, must not be negative")
+        for name in ("p_null", "p_motion_free", "max_broken"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be between 0 and 1")
+        if self.crop not in ("center", "random"):
+            raise ValueError(f"crop is {self.crop!r}, must be center or random")
+
+    @functools.cached_property
+    def precomputed(self) -> bool:
+        """Whether the shards hold latents and text embeddings instead of pixels and captions."""
+        return False
+
+
+class TooManyBroken(ValueError):
+    """More than the set share of the samples is broken."""
+
+
+@dataclass(frozen=True)
 class Batch:
-    """What one rank trains on in one micro-step, on the CPU: B captions, K noise draws of each.
+    """What one rank trains on in one micro-step: B captions, K noise draws of each.
 
-    latents and noise (B·K, C, T, h, w) fp32; timestep (B·K,) int64; motion_free (B·K,) bool, None
-    for images; caption (B,) row of `Stream.captions`, whose row 0 is the null text.
+    On the CPU; latents on the device where a VAE encodes them.
     """
 
-    latents: Tensor
-    noise: Tensor
-    timestep: Tensor
-    motion_free: Tensor | None
-    caption: Tensor
+    latents: Tensor  # (B·K, C, T, h, w) fp32, drawn from the posterior
+    noise: Tensor  # the same shape
+    timestep: Tensor  # (B·K,) int64
+    motion_free: Tensor | None  # (B·K,) bool; None for images
+    text: Tokens | TextCondition  # of B captions, the null text where they were dropped
 
 
-class Stream:
-    """An endless stream of captioned samples; sample g is a function of (seed, g) and nothing else.
+class Position:
+    """Which numbers of the endless order of samples a rank has taken and which come next.
 
-    Resuming, or another number of ranks, therefore changes nothing in what is drawn: the data
-    position is one number, and each rank takes its own part of the next samples. With clips, the
-    fraction p_motion_free of the stream is images, repeated to T frames, spread evenly; each
-    kind runs through its own permutations, one an epoch, so that an epoch sees each sample once.
-    The texts are dropped (row 0 of `captions`) with probability p_null. Each sample comes with
-    `draws` pairs of timestep and noise, and as many draws of its posterior.
+    Micro-batch m of rank r of R is part m·R + r of the order. A rank that met broken samples is
+    ahead of the others; on another number of ranks, `done` holds the numbers after `base` that were
+    taken already.
     """
 
-    def __init__(
-        self,
-        images: LatentSet | None,
-        clips: LatentSet | None,
-        seed: int,
-        timesteps: int = 1000,
-        p_null: float = 0.1,
-        p_motion_free: float = 0.2,
-        draws: int = 1,
-    ):
-        if images is None and clips is None:
-            raise ValueError("a stream needs images, clips or both")
-        self.images, self.clips = images, clips
-        self.seed, self.timesteps, self.p_null, self.draws = seed, timesteps, p_null, draws
-        self.p_image = 1.0 if clips is None else 0.0 if images is None else p_motion_free
-        if not 0 <= self.p_image <= 1:
-            raise ValueError(f"p_motion_free is {p_motion_free}, must be between 0 and 1")
-        self.captions = [""]
-        self._first_row = {}  # of each set, in captions
-        for source in (images, clips):
-            if source is not None:
-                self._first_row[id(source)] = len(self.captions)
-                self.captions += source.captions
+    def __init__(self, batch: int, rank: int = 0, ranks: int = 1):
+        self.batch, self.rank, self.ranks = batch, rank, ranks
+        self.base, self.taken = 0, 0
+        self.done: list[int] = []
+        self.waiting: list[int] = []  # taken, and in no batch yet
+
+    def number(self, nth: int) -> int:
+        """The number of this rank's nth sample since `base`."""
+        part, row = divmod(nth, self.batch)
+        free = (part * self.ranks + self.rank) * self.batch + row
+        # done[i] has as many free numbers between base and itself:
+        passed = bisect.bisect_right(
+            range(len(self.done)), free, key=lambda i: self.done[i] - self.base - i
+        )
+        return self.base + free + passed
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        """Go on where the ranks of another run, or of this one, stood."""
+        old = [Position(0) for _ in states]
+        for position, state in zip(old, states, strict=True):
+            vars(position).update(state)
+        mine = old[self.rank] if self.rank < len(old) else None
+        if mine and (mine.ranks, mine.batch) == (self.ranks, self.batch):
+            vars(self).update(vars(mine))
+            return
+        self.base = min(position.number(position.taken) for position in old)
+        taken = {
+            number
+            for position in old
+            for nth in range(position.taken)
+            if (number := position.number(nth)) > self.base
+        }
+        self.done = sorted(taken.union(n for n in old[0].done if n > self.base))
+        self.taken = 0
+        self.waiting = [n for position in old for n in position.waiting][self.rank :: self.ranks]
+
+
+class Loader:
+    """Endless micro-batches of one rank; sample g is a function of (seed, g) and nothing else.
+
+    With clips, the fraction p_motion_free of the samples is images, repeated to T frames, spread
+    evenly; each kind runs through its own permutations, one an epoch, so that an epoch sees each
+    sample once. The texts are dropped with probability p_null. Each sample comes with `draws` pairs
+    of timestep and noise, and as many draws of its posterior.
+    """
+
+    timesteps = 1000
+
+    def __init__(self, data: DataSettings, sets: dict[str, LatentSet], tokenize, rank=0, ranks=1):
+        self.data, self.sets = data, sets
+        self.position = Position(data.batch, rank, ranks)
+        self.p_image = 1.0 if "clips" not in sets else data.p_motion_free
+        if "images" not in sets:
+            self.p_image = 0.0
+        captions, self._first_row = [""], {}
+        for kind, latents in sets.items():
+            self._first_row[kind] = len(captions)
+            captions += latents.captions
+        self.tokens = tokenize(captions)
         self._orders: dict[str, tuple[int, Tensor]] = {}
 
-    def batch(self, position: int, size: int) -> Batch:
-        """Samples position … position + size - 1 of the stream."""
-        rows = [self._sample(number) for number in range(position, position + size)]
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Batch:
+        numbers = [self.position.number(self.position.taken + i) for i in range(self.data.batch)]
+        self.position.taken += self.data.batch
+        rows = [self._sample(number) for number in numbers]
         latents, noise, timestep, is_image, caption = zip(*rows, strict=True)
-        motion_free = torch.tensor(is_image).repeat_interleave(self.draws)
+        motion_free = torch.tensor(is_image).repeat_interleave(self.data.draws)
         return Batch(
             torch.cat(latents),
             torch.cat(noise),
             torch.cat(timestep),
-            None if self.clips is None else motion_free,
-            torch.tensor(caption),
+            motion_free if "clips" in self.sets else None,
+            select_tokens(self.tokens, torch.tensor(caption)),
         )
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Latents (C, T, h, w) of one sample; of the largest bucket, if there are several."""
+        return tuple(self.sets[self.data.kinds[-1]].mean.shape[-4:])
+
+    def state_dict(self) -> dict:
+        """This rank's place in the data, between micro-steps; JSON-able."""
+        return self.position.state_dict()
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        """Go on where a run stood: `states` are those of all its ranks, in rank order."""
+        self.position.load_state_dict(states)
+
+    def broken(self) -> dict[str, int]:
+        """Skipped samples by cause, since the start."""
+        return {}
 
     def _sample(self, number: int) -> tuple[Tensor, Tensor, Tensor, bool, int]:
         # Of the first n samples exactly floor(p · n) are images.
         earlier_images = int(self.p_image * number)
         is_image = int(self.p_image * (number + 1)) > earlier_images
         generator = self._generator(number)
-        source = self.images if is_image else self.clips
+        kind = "images" if is_image else "clips"
+        source = self.sets[kind]
         nth = earlier_images if is_image else number - earlier_images
-        index = self._shuffled("images" if is_image else "clips", nth, len(source))
-        keep = float(torch.rand((), generator=generator)) >= self.p_null
+        index = self._shuffled(kind, nth, len(source))
+        keep = float(torch.rand((), generator=generator)) >= self.data.p_null
         start = int(torch.randint(source.mean.shape[1], (), generator=generator))
-        timestep = torch.randint(self.timesteps, (self.draws,), generator=generator)
-        latents = source.sample(index, start, self.draws, generator)
-        if is_image and self.clips is not None:  # each draw of the posterior, repeated to T frames
-            latents = latents.expand(-1, -1, self.clips.mean.shape[3], -1, -1)
+        timestep = torch.randint(self.timesteps, (self.data.draws,), generator=generator)
+        latents = source.sample(index, start, self.data.draws, generator)
+        if is_image and "clips" in self.sets:  # each draw of the posterior, repeated to T frames
+            latents = latents.expand(-1, -1, self.data.frames, -1, -1)
         noise = torch.randn(latents.shape, generator=generator)
-        caption = self._first_row[id(source)] + index if keep else 0
-        return latents, noise, timestep, is_image, caption
+        return latents, noise, timestep, is_image, self._first_row[kind] + index if keep else 0
 
     def _generator(self, number: int) -> torch.Generator:
         # The CPU generator reads 32 bits of its seed; an odd multiplier keeps numbers distinct.
-        return torch.Generator().manual_seed((self.seed * 0x9E3779B1 + number) & 0xFFFFFFFF)
+        return torch.Generator().manual_seed((self.data.seed * 0x9E3779B1 + number) & 0xFFFFFFFF)
 
     def _shuffled(self, kind: str, nth: int, length: int) -> int:
         epoch, place = divmod(nth, length)
         if self._orders.get(kind, (None,))[0] != epoch:
-            order = torch.randperm(length, generator=seeded(self.seed, kind, epoch))
+            order = torch.randperm(length, generator=seeded(self.data.seed, kind, epoch))
             self._orders[kind] = (epoch, order)
         return int(self._orders[kind][1][place])
+
+
+def make_loader(
+    data: DataSettings,
+    vae: Path,
+    tokenize: Callable[[list[str]], Tokens],
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    device: str | torch.device = "cpu",
+) -> Loader:
+    """The micro-batches of one rank; encodes what is missing first if they are kept in memory.
+
+    Under torch.distributed the ranks share the encoding, and wait for each other.
+    """
+    sampling = Sampling(frames=data.frames, fps=data.fps, starts=data.starts)
+    together = ranks > 1 and torch.distributed.is_initialized()
+    share = (rank, ranks) if together else (0, 1)
+    paths = {}
+    for kind in data.kinds:
+        shards = [Path(name) for name in sorted(glob.glob(getattr(data, kind)))]
+        paths[kind] = precompute(shards, vae, sampling, *share, device)
+    if together:
+        # Encoding may take hours, in which the others wait: not to be taken for a frozen rank.
+        patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=2))
+        torch.distributed.barrier(patient)
+    sets = {kind: load_latents(paths[kind]) for kind in data.kinds}
+    return Loader(data, sets, tokenize, rank, ranks)
 
 
 def select_tokens(

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,24 +16,12 @@ from safetensors.torch import load_file
 
 from gentron_fast import PRESETS, GenTron, GenTronPipeline
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
-from gentron_train.data import (
-    LatentSet,
-    Sampling,
-    Stream,
-    latents_path,
-    load_latents,
-    pick_frames,
-    precompute,
-    seeded,
-    select_tokens,
-)
 from gentron_train.engine import Objective, Settings, learning_rate, parse_settings
 from gentron_train.shapes import vocabulary, write_shards
 from gentron_train.small import small_text_encoder, small_vae
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
-SIDE = 64 // small_vae().factor  # of the latents
 
 
 @pytest.fixture(scope="module")
@@ -209,112 +196,6 @@ def test_noisy_timesteps_weigh_more_up_to_the_cap(cap):
     expected = (expected * noise.square().mean((1, 2, 3, 4))).mean()
     loss = objective(latents, noise, timestep, text, None)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-
-
-def test_precompute(world):
-    data, sampling = world / "data", Sampling(starts=2)
-    shards = sorted(data.glob("clips-*.tar"))
-    paths = precompute(shards, world / "vae", sampling)
-    clips = load_latents(paths)
-    assert clips.mean.shape == clips.std.shape == (6, 2, 4, 8, SIDE, SIDE)
-    assert len(clips.captions) == 6
-    assert (clips.std > 0).all()
-    assert paths[0] != latents_path(shards[0], world / "vae", Sampling(starts=1))
-    assert not list(data.glob(".*part"))
-    before = [path.stat().st_mtime_ns for path in paths]
-    assert precompute(shards, world / "vae", sampling) == paths
-    assert [path.stat().st_mtime_ns for path in paths] == before
-    with pytest.raises(ValueError, match="no shards"):
-        load_latents([])
-
-
-def test_ranks_that_look_at_different_times_encode_every_shard(world, tmp_path):
-    shards = write_shards(tmp_path, images=4, clips=0, shard_size=1, processes=1, progress=False)
-    for rank in range(2):  # rank 1 begins when rank 0 has finished
-        paths = precompute(shards, world / "vae", Sampling(), rank, ranks=2)
-    assert len(paths) == 4 and all(path.exists() for path in paths)
-
-
-@pytest.mark.parametrize("fps, step", [(24.0, 6), (12.0, 3), (30.0, 7.5)])
-def test_pick_frames(fps, step):
-    starts = set()
-    for seed in range(200):
-        picks = pick_frames(60, fps, Sampling(), seeded(seed))
-        assert len(picks) == 8
-        expected = (torch.arange(8) * step).round().long()
-        assert torch.equal(picks - picks[0], expected)
-        starts.add(int(picks[0]))
-    assert starts <= set(range(60 - int(expected[-1])))
-    assert len(starts) > 5
-
-
-def test_short_clip_is_refused():
-    assert pick_frames(43, 24.0, Sampling(), seeded(0))[0] == 0
-    with pytest.raises(ValueError, match=r"42 frames at 24 FPS.* need 43"):
-        pick_frames(42, 24.0, Sampling(), seeded(0))
-
-
-def latent_set(kind: str, count: int, frames: int) -> LatentSet:
-    values = torch.arange(count).half()[:, None, None, None, None, None]
-    mean = values.expand(count, 1, 4, frames, 2, 2)
-    return LatentSet(mean, torch.zeros_like(mean), [f"{kind} {n}" for n in range(count)])
-
-
-def stream(**options) -> Stream:
-    return Stream(latent_set("image", 40, 1), latent_set("clip", 160, 8), seed=3, **options)
-
-
-def test_stream_depends_on_position_alone():
-    whole, source = stream(draws=2).batch(0, 60), stream(draws=2)
-    source.batch(1000, 3)
-    parts = [source.batch(position, 20) for position in (40, 0, 20)]
-    for name in ("latents", "noise", "timestep", "motion_free", "caption"):
-        joined = torch.cat([getattr(parts[part], name) for part in (1, 2, 0)])
-        assert torch.equal(joined, getattr(whole, name)), name
-    assert len(whole.latents) == 2 * len(whole.caption) == 120
-
-
-def test_epoch_sees_each_sample_once_and_text_fits():
-    source = stream(p_null=0.0)
-    batch = source.batch(0, 200)
-    captions = [source.captions[row] for row in batch.caption]
-    assert Counter(captions) == Counter(source.captions[1:])
-    for latents, caption, motion_free in zip(
-        batch.latents, captions, batch.motion_free, strict=True
-    ):
-        kind, number = caption.split()
-        assert motion_free == (kind == "image")
-        assert latents.shape == (4, 8, 2, 2)
-        assert (latents == float(number)).all()
-
-
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.37, 1.0])
-def test_shares(share):
-    source = stream(p_motion_free=share, p_null=0.1)
-    batch = source.batch(0, 2000)
-    assert int(batch.motion_free.sum()) == int(share * 2000)
-    assert 0.07 < (batch.caption == 0).float().mean() < 0.13
-    assert 400 < batch.timestep.float().mean() < 600
-    assert abs(float(batch.noise.mean())) < 0.02
-
-
-def test_images_alone_have_no_mask():
-    source = Stream(latent_set("image", 40, 1), None, seed=0)
-    batch = source.batch(0, 4)
-    assert batch.motion_free is None
-    assert batch.latents.shape == (4, 4, 1, 2, 2)
-
-
-def test_select_tokens():
-    tokens = small_text_encoder(vocabulary()).tokenize(["", "a red circle", "a circle " * 12])
-    rows = torch.tensor([1, 0])
-    chosen = select_tokens(tokens, rows, multiple=8)
-    for name, (ids, mask) in chosen.items():
-        longest = int(mask.sum(1).max())
-        assert ids.shape == mask.shape and longest <= ids.shape[1] < longest + 8
-        assert torch.equal(
-            ids[mask], torch.cat([tokens[name][0][r][tokens[name][1][r]] for r in rows])
-        )
 
 
 def test_learning_rate():
