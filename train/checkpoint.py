@@ -1,26 +1,28 @@
 """Checkpoints: written aside by all ranks and renamed, resumed by as many ranks or by others.
 
-    RUN/checkpoints/latest               the name of the last whole checkpoint
-    RUN/checkpoints/step-00000500/       DeepSpeed's files of optimizer and masters, and
-        checkpoint.json                  step, settings, model configuration, shapes
-        ema-rankR.safetensors            rank R's shards of the averaged weights
-        state-rankR.safetensors          its random generators and its place in the data
-        text/                            configuration and tokenizers of text encoders that train
+RUN/checkpoints/latest               the name of the last whole checkpoint
+RUN/checkpoints/step-00000500/       DeepSpeed's files of optimizer and masters, and
+    checkpoint.json                  step, settings, model configuration, shapes
+    ema-rankR.safetensors            rank R's shards of the averaged weights
+    state-rankR.safetensors          its random generators and its place in the data
+    text/                            configuration and tokenizers of text encoders that train
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from deepspeed import comm as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
+from torch import distributed as dist
 
 from gentron_fast.model import read_json, write_json
 
@@ -45,6 +47,21 @@ def check_run_folder(run: Path, resume: bool) -> None:
         raise ValueError(f"no checkpoint in {run} to resume from")
     if latest is not None and not resume:
         raise ValueError(f"{run} holds checkpoints: add --resume, or name another --run folder")
+
+
+def shard_of(whole: Tensor, size: int, rank: int) -> Tensor:
+    """A rank's ZeRO-3 shard of a tensor, flat and padded with zeros to `size` elements."""
+    part = whole.flatten()[rank * size : (rank + 1) * size]
+    return torch.cat([part, part.new_zeros(size - part.numel())])
+
+
+def read_sharded(paths: list[Path], name: str, shape: Sequence[int]) -> Tensor:
+    """A whole tensor from safetensors files of all ranks' shards, in rank order."""
+    parts = []
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            parts.append(file.get_tensor(name))
+    return torch.cat(parts)[: math.prod(shape)].view(*shape)
 
 
 def read_info(checkpoint: Path) -> dict:
@@ -73,7 +90,7 @@ class Checkpoints:
 
     def __init__(self, run: Path, keep: int, device: torch.device):
         self.folder, self.keep, self.device = checkpoints_folder(run), keep, device
-        self._patient = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     @property
     def is_main(self) -> bool:
@@ -81,7 +98,7 @@ class Checkpoints:
 
     def barrier(self) -> None:
         """Wait for all ranks, however long one of them works."""
-        torch.distributed.barrier(self._patient)
+        dist.barrier(self._patient)
 
     def save(self, engine, ema, name: str, info: dict, place: dict, extra: Callable) -> str | None:
         """Write checkpoint `name`; then `latest` names it, and those too old are removed.
@@ -104,7 +121,7 @@ class Checkpoints:
             writes(extra, aside / name)
         failures: list[str | None] = [None] * dist.get_world_size()
         own = None if writes.failure is None else f"rank {rank}: {writes.failure}"
-        torch.distributed.all_gather_object(failures, own, self._patient)
+        dist.all_gather_object(failures, own, self._patient)
         failure = next(filter(None, failures), None)
         if self.is_main:
             if failure is None:
@@ -112,7 +129,7 @@ class Checkpoints:
                 failure = None if writes.failure is None else str(writes.failure)
             shutil.rmtree(aside, ignore_errors=True)
         outcome = [failure]
-        torch.distributed.broadcast_object_list(outcome, 0, self._patient)
+        dist.broadcast_object_list(outcome, 0, self._patient)
         return outcome[0]
 
     def _publish(self, aside: Path, name: str) -> None:
@@ -160,7 +177,7 @@ class Checkpoints:
                 _convert(checkpoint, universal)
             except (OSError, subprocess.CalledProcessError) as error:
                 failure = [f"{checkpoint} cannot be resharded: {error}"]
-        torch.distributed.broadcast_object_list(failure, 0, self._patient)
+        dist.broadcast_object_list(failure, 0, self._patient)
         if failure[0]:
             raise OSError(failure[0])
         engine.load_checkpoint(str(self.folder), tag=universal.name)

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from gentron_fast.config import PRESETS
+from gentron_train.data import DataSettings
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = CONFIGS / "small.yaml"
@@ -43,13 +44,14 @@ class Settings:
     clips: str | None = option(None, "shards of clips, likewise")
     make_images: int = option(20000, "images to make if the data folder has no shards")
     make_clips: int = option(6000, "clips to make if the data folder has no shards")
-    size: int | None = option(None, "pixels of the short side; none: as the data is")
-    buckets: bool = option(False, "aspect-ratio buckets instead of squares")
+    size: str | None = option(None, "pixels, 256 or HxW; without, as the data is, all of one size")
+    buckets: str | None = option(None, "sizes HxW, HxW … instead: the nearest in aspect ratio")
+    in_memory: bool = option(False, "encode once, beside the shards, and hold the latents")
     crop: str = option("center", "which part of a picture is kept", choices=["center", "random"])
     frames: int = option(8, "frames of a clip")
     fps: float = option(4.0, "their rate")
-    starts: int = option(2, "random starts of each clip that are encoded")
-    workers: int = option(0, "processes that read data, a rank")
+    starts: int = option(0, "random starts of each clip that are encoded; 0: a new one each time")
+    workers: int = option(2, "processes that read data, a rank")
     max_broken: float = option(0.05, "share of broken samples that ends the run")
     p_null: float = option(0.1, "probability of the empty caption")
     p_motion_free: float = option(0.2, "share of image-text pairs in T2V training")
@@ -96,14 +98,16 @@ class Settings:
     def __post_init__(self):
         for name, least in {
             **dict.fromkeys(("steps", "batch", "draws", "log_every", "save_every", "keep"), 1),
-            **dict.fromkeys(("frames", "starts"), 1),
-            **dict.fromkeys(("global_batch", "accumulation", "size"), 1),
-            **dict.fromkeys(("warmup", "workers", "sample_every", "export_every"), 0),
+            **dict.fromkeys(("frames", "global_batch", "accumulation"), 1),
+            **dict.fromkeys(("warmup", "workers", "starts", "sample_every", "export_every"), 0),
             **dict.fromkeys(("make_images", "make_clips"), 0),
         }.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{_flag(name)} is {value}, must be at least {least}")
+        for name in ("size", "buckets"):
+            if getattr(self, name) is not None:
+                _sizes(f"--{name}", getattr(self, name))
         for name in ("decay_last", "p_null", "p_motion_free", "max_broken"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{_flag(name)} is {getattr(self, name)}, must be in 0 … 1")
@@ -152,6 +156,23 @@ class Settings:
             )
         return replace(self, accumulation=micro_steps)
 
+    def pixels(self) -> tuple[int, int] | None:
+        """Height and width of a sample, of the largest bucket where there are several."""
+        sizes = [_sizes("--size", value) for value in (self.buckets, self.size) if value]
+        return max(sizes[0], key=lambda size: size[0] * size[1]) if sizes else None
+
+    def data_settings(self, stage: str) -> DataSettings:
+        """What the loader of a stage, "t2i" or "t2v", takes."""
+        return DataSettings(
+            kinds=("images",) if stage == "t2i" else ("images", "clips"),
+            images=self.images or str(self.data / "images-*.tar"),
+            clips=self.clips or str(self.data / "clips-*.tar"),
+            size=None if self.size is None else _sizes("--size", self.size)[0],
+            buckets=() if self.buckets is None else _sizes("--buckets", self.buckets),
+            log=self.run / "broken.jsonl",
+            **{name: getattr(self, name) for name in _DATA_FIELDS},
+        )
+
     def batch_line(self, ranks: int) -> str:
         """The global batch and what it is made of, in one line."""
         settings = self.on(ranks)
@@ -171,6 +192,23 @@ class Settings:
     def from_dict(cls, values: dict) -> "Settings":
         """The inverse of `to_dict`; unknown fields, and values of another type: ValueError."""
         return cls(**converted(values, "these settings"))
+
+
+_DATA_FIELDS = (
+    *("frames", "fps", "starts", "crop", "batch", "draws", "p_null", "p_motion_free", "seed"),
+    *("workers", "in_memory", "max_broken"),
+)
+
+
+def _sizes(option: str, text: str) -> tuple[tuple[int, int], ...]:
+    """Pixels (H, W) of "256", of "256x320", or of several with commas between them."""
+    sizes = []
+    for part in text.replace(" ", "").split(","):
+        sides = part.split("x")
+        if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+            raise ValueError(f"{option} is {text!r}, wanted a side or HxW in pixels")
+        sizes.append((int(sides[0]), int(sides[-1])))
+    return tuple(sizes)
 
 
 def _flag(name: str) -> str:
@@ -196,11 +234,12 @@ def converted(values: dict, where: str) -> dict:
         wrong = ValueError(f"{name} in {where} is {value!r}, wanted {kind.__name__}")
         if value is None and optional:
             result[name] = None
-        elif value is None or isinstance(value, bool) != (kind is bool):
-            raise wrong
-        elif kind is int and isinstance(value, float):
-            raise wrong
         else:
+            fits = isinstance(value, str | int | float) and isinstance(value, bool) == (
+                kind is bool
+            )
+            if not fits or (kind is int and isinstance(value, float)):
+                raise wrong
             try:
                 result[name] = kind(value)
             except (TypeError, ValueError):

@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 from deepspeed import comm as dist
 from deepspeed.utils import safe_get_local_fp32_param
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
+
+from gentron_train.checkpoint import read_sharded, shard_of
 
 
 class ShardedEMA:
@@ -59,18 +60,3 @@ class ShardedEMA:
         for name, shard in self.shards.items():
             whole = read_sharded(paths, name, self.parameters[name].ds_shape)
             shard.copy_(shard_of(whole, shard.numel(), dist.get_rank()))
-
-
-def shard_of(whole: Tensor, size: int, rank: int) -> Tensor:
-    """A rank's ZeRO-3 shard of a tensor, flat and padded with zeros to `size` elements."""
-    part = whole.flatten()[rank * size : (rank + 1) * size]
-    return torch.cat([part, part.new_zeros(size - part.numel())])
-
-
-def read_sharded(paths: list[Path], name: str, shape: tuple[int, ...]) -> Tensor:
-    """A whole tensor from the files of all ranks, in rank order."""
-    parts = []
-    for path in paths:
-        with safe_open(path, "pt") as file:
-            parts.append(file.get_tensor(name))
-    return torch.cat(parts)[: torch.Size(shape).numel()].view(shape)
