@@ -17,7 +17,7 @@ OURS_ALLOWED = {
 ONLY_IN = {
     "diffusers": {"vae.py", "pipeline.py", "convert.py", "small.py"},
     "transformers": {"text.py", "small.py"},
-    "deepspeed": {"engine.py", "ema.py"},
+    "deepspeed": {"engine.py", "ema.py", "sharding.py"},
     "webdataset": {"data.py", "vae.py"},
     "av": {"media.py", "data.py", "shapes.py"},
 }

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -18,18 +17,11 @@ import numpy as np
 import psutil
 import torch
 from deepspeed import comm as dist
-from torch import Tensor, nn
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch import Tensor
 from tqdm import tqdm
 
 from gentron_fast.config import PRESETS, GenTronConfig
-from gentron_fast.diffusion import (
-    SCHEDULER_CONFIG,
-    NoiseSchedule,
-    diffusion_loss,
-    portable_noise,
-    vlb_loss,
-)
+from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule, portable_noise
 from gentron_fast.guidance import guided_prediction
 from gentron_fast.media import contact_sheet
 from gentron_fast.model import GenTron, TextCondition
@@ -49,7 +41,8 @@ from gentron_train.ema import ShardedEMA
 from gentron_train.export_pipeline import DTYPES, export_pipeline
 from gentron_train.flops import parameter_count, peak_flops, training_flops
 from gentron_train.log import RunLog, memory_gib
-from gentron_train.memory import WHOLE_MODEL, attention_operators, report
+from gentron_train.memory import WHOLE_MODEL, report
+from gentron_train.objective import Objective, checkpoint_activations
 from gentron_train.shapes import ensure_shards, vocabulary
 from gentron_train.sharding import (
     Source,
@@ -65,63 +58,6 @@ from gentron_train.vae import main as train_vae
 BAD_STEPS = 10  # without a finite loss, one after the other, end the run
 SAMPLE_STEPS, LAMBDA_T, LAMBDA_M = 20, 7.5, 1.2
 PROMPTS = ("a red circle moving left", "a large blue star", "a green square above a yellow cross")
-
-
-class Objective(nn.Module):
-    """Noise-prediction loss of a batch: the one module that DeepSpeed wraps.
-
-    With a text encoder it takes tokens, and the encoder trains too; without, a TextCondition. Each
-    text stands for as many latents in a row as there are more of these.
-    """
-
-    def __init__(
-        self,
-        transformer: GenTron,
-        text_encoder: TextEncoder | None,
-        schedule: NoiseSchedule,
-        dtype: torch.dtype,
-        weight_cap: float = 1.0,
-    ):
-        super().__init__()
-        self.transformer = transformer
-        self.text_encoder = text_encoder
-        self.schedule = schedule
-        self.dtype = dtype
-        # x0 = (x - σ·ε) / α: an error of ε is an error of x0, 1 / ᾱ times as large in square.
-        self.weights = (1 / schedule.alphas_cumprod).clamp(max=weight_cap).float()
-
-    @property
-    def config(self) -> GenTronConfig:
-        return self.transformer.config
-
-    def forward(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        text: Tokens | TextCondition,
-        motion_free: Tensor | bool | None = None,
-        noise: Tensor | None = None,
-    ) -> Tensor:
-        """latents and noise (B, C, T, h, w) fp32, timestep (B,), motion_free (B,) bool → scalar.
-
-        Without noise the latents are noisy already, and the prediction comes back.
-        """
-        noisy = latents if noise is None else self.schedule.add_noise(latents, noise, timestep)
-        if self.text_encoder is not None:
-            text = self.text_encoder(text)
-        parameters = self.transformer.patch_embed.weight.dtype
-        noisy, text = noisy.to(parameters), text.to(latents.device, parameters)
-        text = text.repeat(len(latents) // text.batch)
-        autocast = self.dtype != parameters
-        with torch.autocast(latents.device.type, self.dtype, enabled=autocast):
-            prediction = self.transformer(noisy, timestep, text, motion_free)
-        if noise is None:
-            return prediction
-        weight = self.weights.to(timestep.device)[timestep]
-        loss = diffusion_loss(prediction, noise, weight)
-        if self.config.learned_range:
-            loss = loss + vlb_loss(self.schedule, prediction, noise, timestep)
-        return loss
 
 
 class StopRequest:
@@ -245,16 +181,6 @@ def deepspeed_config(
     if resharded:
         config["checkpoint"] = {"load_universal": True}
     return config
-
-
-def checkpoint_activations(transformer: GenTron, mode: str) -> None:
-    """Have a model's backward pass recompute nothing ("none"), whole blocks ("full"), or blocks
-    but their attention, whose outputs are kept ("attention")."""
-    transformer.gradient_checkpointing = mode != "none"
-    if mode == "attention":
-        transformer.checkpoint_contexts = partial(
-            create_selective_checkpoint_contexts, attention_operators()
-        )
 
 
 @dataclass(frozen=True)

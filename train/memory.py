@@ -16,27 +16,14 @@ from gentron_fast.model import CONFIG_NAME, GenTron, read_json
 from gentron_fast.text import MAX_TOKENS
 from gentron_train.config import CHECKPOINTING, Settings
 from gentron_train.flops import meta_text, parameter_count
+from gentron_train.objective import attention_operators
 
 # Shapes: latents (C, T, h, w) of a sample.
 # DeepSpeed's defaults on CUDA, in elements.
 REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
 WHOLE_MODEL = 50_000_000  # parameters up to which gathers cost more than the memory they save
-# The operators whose outputs are kept when all of a block but its attention is computed again.
-ATTENTION = (
-    *("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_cudnn_attention"),
-    *("aten::_scaled_dot_product_efficient_attention", "gentron::flash4"),
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    *("flash_attn::_flash_attn_forward", "flash_attn_3::fwd"),
-    *("gentron::temporal_attention_cuda", "gentron::temporal_attention_cpu"),
-)
 GPUS = (1, 8, 64)
-
-
-def attention_operators() -> list:
-    """Those of ATTENTION that are registered here."""
-    pairs = [name.split("::") for name in ATTENTION if torch._C._dispatch_has_kernel(name)]
-    return [getattr(getattr(torch.ops, library), name).default for library, name in pairs]
 
 
 @dataclass(frozen=True)
