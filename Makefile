@@ -1,6 +1,7 @@
 # make demo   a clip by the model that ships        make test   everything the tests need, and the tests
 # make lint   ruff                                  make train  the small model, from nothing
 # make gpu PART=test|ops|step|train|export [RESULTS=DIR]   on a CUDA machine, by its own python
+# make faults   twenty ranks killed at random moments, each run resumed
 # make large    one step of the whole G/2-T2V on the CPU, plain against shared: 12 GB of memory
 # make report   README's performance section, from bench/results
 # make kernels  registers, spills and shared memory of every Triton kernel, compiled without a GPU
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint train kernels gpu large report clean
+.PHONY: demo test faults lint train kernels gpu large report clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -17,6 +18,9 @@ demo: .venv/run
 test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/pytest
+
+faults: .venv/dev
+	FAULTS=20 $(BIN)/pytest tests/train/test_faults.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -1,7 +1,6 @@
 """Checkpoints: resumed by as many ranks, by fewer and by more; kept whole; exported."""
 
 import errno
-import json
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import torch
 from deepspeed import comm as dist
 from safetensors.torch import load_file, save_file
+from training import log_of
 
 from gentron_fast import GenTron
 from gentron_train import checkpoint as checkpoint_module
@@ -28,7 +28,7 @@ def train(world: Path, init: Path, run: Path, *options: str) -> None:
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in log_of(run)]
 
 
 def averages(run: Path) -> dict:

@@ -1,19 +1,17 @@
 """The engine against one plain process: ZeRO-3 on two ranks, bf16, EMA, and bad steps."""
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
-from training import STEPS, settings_of, trainer_of
+from training import STEPS, log_of, settings_of, trainer_of
 
 from gentron_fast import GenTron
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
 from gentron_train import engine, sharding
-from gentron_train.checkpoint import checkpoints_folder, read_sharded, shard_of
+from gentron_train.checkpoint import checkpoints_folder, read_info, read_sharded, shard_of
 from gentron_train.config import Settings
 from gentron_train.data import make_loader
 from gentron_train.engine import Objective, build_parts
@@ -174,10 +172,6 @@ def not_finite(settings: Settings, bad: set[int], value: float) -> None:
     engine.run(lambda: trainer_of(settings, "t2i").train())
 
 
-def log_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_bad_steps_are_skipped_and_counted(ranks, world, tiny_t2i_folder, tmp_path, value):
     settings = settings_of(world, tiny_t2i_folder, tmp_path / "run", save_every=2, steps=6)
@@ -188,7 +182,7 @@ def test_bad_steps_are_skipped_and_counted(ranks, world, tiny_t2i_folder, tmp_pa
     assert [row["loss"] is None for row in rows] == [False, False, True, True, False, False]
     steps = [checkpoints_folder(tmp_path / "run") / f"step-0000000{step}" for step in (4, 6)]
     name = "transformer.blocks.0.mlp.fc1.weight"
-    info = json.loads((steps[0] / "checkpoint.json").read_text())
+    info = read_info(steps[0])
     assert (info["skipped"], info["ema_updates"]) == (2, 2)
     for step in steps:
         paths = [step / f"ema-rank{rank}.safetensors" for rank in range(2)]
