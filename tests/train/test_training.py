@@ -107,8 +107,8 @@ def by_hand(model: GenTron, latents, noise, timestep, text, motion_free, cap: fl
         flags = None if motion_free is None else motion_free[[i]]
         with torch.no_grad():
             prediction = model(noisy, timestep[[i]], text.select([i]), flags)
-        squares = [(a - b) ** 2 for a, b in zip(prediction.flatten().tolist(), noise[i].flatten())]
-        total += min(1 / kept, cap) * float(sum(squares)) / len(squares)
+        squares = (prediction[0].double() - noise[i]) ** 2
+        total += min(1 / kept, cap) * float(squares.sum()) / squares.numel()
     return total / len(latents)
 
 
