@@ -18,8 +18,8 @@ ONLY_IN = {
     "diffusers": {"vae.py", "pipeline.py", "convert.py", "small.py"},
     "transformers": {"text.py", "small.py"},
     "deepspeed": {"engine.py", "ema.py", "sharding.py"},
-    "webdataset": {"data.py", "vae.py"},
-    "av": {"media.py", "data.py", "shapes.py"},
+    "webdataset": {"shards.py", "vae.py"},
+    "av": {"media.py", "decode.py", "shapes.py"},
 }
 CORE_MODULES = [
     "gentron_fast",

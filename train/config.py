@@ -11,6 +11,7 @@ import yaml
 
 from gentron_fast.config import PRESETS
 from gentron_train.data import DataSettings
+from gentron_train.shards import CACHE
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = CONFIGS / "small.yaml"
@@ -52,6 +53,7 @@ class Settings:
     fps: float = option(4.0, "their rate")
     starts: int = option(0, "random starts of each clip that are encoded; 0: a new one each time")
     workers: int = option(2, "processes that read data, a rank")
+    cache: Path = option(CACHE, "folder for copies of the shards that are no local files")
     max_broken: float = option(0.05, "share of broken samples that ends the run")
     p_null: float = option(0.1, "probability of the empty caption")
     p_motion_free: float = option(0.2, "share of image-text pairs in T2V training")
@@ -196,7 +198,7 @@ class Settings:
 
 _DATA_FIELDS = (
     *("frames", "fps", "starts", "crop", "batch", "draws", "p_null", "p_motion_free", "seed"),
-    *("workers", "in_memory", "max_broken"),
+    *("workers", "cache", "in_memory", "max_broken"),
 )
 
 

@@ -108,10 +108,8 @@ def start_distributed(timeout: float) -> torch.device:
     return torch.device("cpu")
 
 
-def prepare_data(
-    settings: Settings, data: DataSettings, text_encoder: TextEncoder | None, device: torch.device
-) -> Loader:
-    """This rank's loader; of the small model, rank 0 first makes missing shards and VAE."""
+def make_missing(settings: Settings) -> None:
+    """On rank 0, and for the small model alone: shards where there are none, and the autoencoder."""
     # Either may take hours, in which the others wait: not to be taken for a frozen rank.
     patient = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
     if dist.get_rank() == 0 and settings.preset == "small":
@@ -120,14 +118,6 @@ def prepare_data(
         if not (settings.vae / "config.json").exists():
             train_vae(["--data", str(settings.data), "--out", str(settings.vae), "--resume"])
     torch.distributed.barrier(patient)
-    return make_loader(
-        data,
-        settings.vae,
-        None if text_encoder is None else text_encoder.tokenize,
-        rank=dist.get_rank(),
-        ranks=dist.get_world_size(),
-        device=device,
-    )
 
 
 def load_text_encoder(settings: Settings) -> TextEncoder:
@@ -562,12 +552,25 @@ def train(stage: str, description: str, argv: list[str] | None = None) -> None:
             print("\n".join(report(settings, stage)))
         return
     check_run_folder(settings.run, settings.resume)
+    trainer_of(settings, stage).train()
+
+
+def trainer_of(settings: Settings, stage: str) -> Trainer:
+    """The trainer of a stage, "t2i" or "t2v", on this rank."""
     device = start_distributed(settings.timeout)
     settings = settings.on(dist.get_world_size())
+    make_missing(settings)
     data = settings.data_settings(stage)
     parts = build_parts(settings, stage, data, device)
-    loader = prepare_data(settings, data, parts.text_encoder, device)
-    Trainer(settings, parts, loader, device).train()
+    loader = make_loader(
+        data,
+        settings.vae,
+        None if parts.text_encoder is None else parts.text_encoder.tokenize,
+        rank=dist.get_rank(),
+        ranks=dist.get_world_size(),
+        device=device,
+    )
+    return Trainer(settings, parts, loader, device)
 
 
 def run(main: Callable[[], None]) -> None:

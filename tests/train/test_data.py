@@ -9,20 +9,22 @@ import torch
 
 from gentron_train.data import (
     DataSettings,
-    LatentSet,
     Loader,
     Position,
-    Sampling,
+    make_loader,
+)
+from gentron_train.decode import Sampling
+from gentron_train.shapes import vocabulary, write_shards
+from gentron_train.shards import find_shards
+from gentron_train.small import small_text_encoder, small_vae
+from gentron_train.sources import (
+    LatentSet,
+    MemorySource,
+    encode_shards,
     latents_path,
     load_latents,
-    make_loader,
-    pick_frames,
-    precompute,
-    seeded,
     select_tokens,
 )
-from gentron_train.shapes import vocabulary, write_shards
-from gentron_train.small import small_text_encoder, small_vae
 
 SIDE = 64 // small_vae().factor  # of the latents
 
@@ -37,47 +39,29 @@ def world(tmp_path_factory):
     return folder
 
 
-def test_precompute(world):
+def test_latents_beside_the_shards(world):
     data, sampling = world / "data", Sampling(starts=2)
-    shards = sorted(data.glob("clips-*.tar"))
-    paths = precompute(shards, world / "vae", sampling)
+    shards = find_shards(f"{data}/clips-*.tar")
+    paths = encode_shards(shards, world / "vae", sampling)
     clips = load_latents(paths)
     assert clips.mean.shape == clips.std.shape == (6, 2, 4, 8, SIDE, SIDE)
     assert len(clips.captions) == 6
     assert (clips.std > 0).all()
-    assert paths[0] != latents_path(shards[0], world / "vae", Sampling(starts=1))
+    assert paths[0] != latents_path(shards[0].path, world / "vae", Sampling(starts=1))
     assert not list(data.glob(".*part"))
     before = [path.stat().st_mtime_ns for path in paths]
-    assert precompute(shards, world / "vae", sampling) == paths
+    assert encode_shards(shards, world / "vae", sampling) == paths
     assert [path.stat().st_mtime_ns for path in paths] == before
     with pytest.raises(ValueError, match="no shards"):
         load_latents([])
 
 
 def test_ranks_that_look_at_different_times_encode_every_shard(world, tmp_path):
-    shards = write_shards(tmp_path, images=4, clips=0, shard_size=1, processes=1, progress=False)
+    write_shards(tmp_path, images=4, clips=0, shard_size=1, processes=1, progress=False)
+    shards = find_shards(f"{tmp_path}/images-*.tar")
     for rank in range(2):  # rank 1 begins when rank 0 has finished
-        paths = precompute(shards, world / "vae", Sampling(), rank, ranks=2)
+        paths = encode_shards(shards, world / "vae", Sampling(), rank, ranks=2)
     assert len(paths) == 4 and all(path.exists() for path in paths)
-
-
-@pytest.mark.parametrize("fps, step", [(24.0, 6), (12.0, 3), (30.0, 7.5)])
-def test_pick_frames(fps, step):
-    starts = set()
-    for seed in range(200):
-        picks = pick_frames(60, fps, Sampling(), seeded(seed))
-        assert len(picks) == 8
-        expected = (torch.arange(8) * step).round().long()
-        assert torch.equal(picks - picks[0], expected)
-        starts.add(int(picks[0]))
-    assert starts <= set(range(60 - int(expected[-1])))
-    assert len(starts) > 5
-
-
-def test_short_clip_is_refused():
-    assert pick_frames(43, 24.0, Sampling(), seeded(0))[0] == 0
-    with pytest.raises(ValueError, match=r"42 frames at 24 FPS.* need 43"):
-        pick_frames(42, 24.0, Sampling(), seeded(0))
 
 
 def latent_set(kind: str, count: int, frames: int) -> LatentSet:
@@ -94,6 +78,13 @@ def count_words(captions):
 
 SETS = {"images": latent_set("image", 40, 1), "clips": latent_set("clip", 160, 8)}
 BOTH = DataSettings(kinds=("images", "clips"), batch=10, seed=3)
+
+
+def in_memory(settings, *ranks):
+    """A loader over SETS, or those of them that the settings name."""
+    sets = {kind: SETS[kind] for kind in settings.kinds}
+    counts = {kind: [len(latents)] for kind, latents in sets.items()}
+    return Loader(settings, MemorySource(sets, count_words), counts, *ranks)
 
 
 def rows(batches):
@@ -115,19 +106,19 @@ def equal(some, others) -> bool:
 
 
 def test_two_ranks_see_what_one_with_twice_the_batch_sees():
-    one = Loader(replace(BOTH, batch=20, draws=2), SETS, count_words)
-    two = [Loader(replace(BOTH, draws=2), SETS, count_words, rank, 2) for rank in range(2)]
+    one = in_memory(replace(BOTH, batch=20, draws=2))
+    two = [in_memory(replace(BOTH, draws=2), rank, 2) for rank in range(2)]
     for _ in range(4):
         assert equal(rows([next(one)]), rows([next(two[0]), next(two[1])]))
 
 
 @pytest.mark.parametrize("ranks", [2, 1, 3])
 def test_resume_on_any_number_of_ranks(ranks):
-    old = [Loader(BOTH, SETS, count_words, rank, 2) for rank in range(2)]
+    old = [in_memory(BOTH, rank, 2) for rank in range(2)]
     for _ in range(3):
         [next(loader) for loader in old]
     states = json.loads(json.dumps([loader.state_dict() for loader in old]))
-    new = [Loader(BOTH, SETS, count_words, rank, ranks) for rank in range(ranks)]
+    new = [in_memory(BOTH, rank, ranks) for rank in range(ranks)]
     for loader in new:
         loader.load_state_dict(states)
     continued = [batch for _ in range(6) for batch in map(next, old)]
@@ -154,7 +145,7 @@ def test_ranks_apart_join_without_loss():
 
 
 def test_epoch_sees_each_sample_once_and_text_fits():
-    loader = Loader(replace(BOTH, p_null=0.0), SETS, count_words)
+    loader = in_memory(replace(BOTH, p_null=0.0))
     samples = list(rows(next(loader) for _ in range(20)))
     assert Counter(text for text, *_ in samples) == Counter(range(1, 201))
     for text, latents, *_ in samples:
@@ -165,7 +156,7 @@ def test_epoch_sees_each_sample_once_and_text_fits():
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.37, 1.0])
 def test_shares(share):
     settings = replace(BOTH, p_motion_free=share, batch=100)
-    loader = Loader(settings, SETS, count_words)
+    loader = in_memory(settings)
     batches = [next(loader) for _ in range(20)]
     assert sum(int(batch.motion_free.sum()) for batch in batches) == int(share * 2000)
     samples = list(rows(batches))
@@ -175,7 +166,7 @@ def test_shares(share):
 
 
 def test_images_alone_have_no_mask():
-    loader = Loader(DataSettings(batch=4), {"images": SETS["images"]}, count_words)
+    loader = in_memory(DataSettings(batch=4))
     batch = next(loader)
     assert batch.motion_free is None
     assert batch.latents.shape == (4, 4, 1, 2, 2)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
-from training import STEPS, log_of, settings_of, trainer_of
+from training import STEPS, log_of, settings_of
 
 from gentron_fast import GenTron
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
@@ -14,7 +14,7 @@ from gentron_train import engine, sharding
 from gentron_train.checkpoint import checkpoints_folder, read_info, read_sharded, shard_of
 from gentron_train.config import Settings
 from gentron_train.data import make_loader
-from gentron_train.engine import Objective, build_parts
+from gentron_train.engine import Objective, build_parts, trainer_of
 
 
 def run_steps(settings: Settings, stage: str = "t2i") -> dict:

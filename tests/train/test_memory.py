@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from training import settings_of, trainer_of
+from training import settings_of
 
 from gentron_fast import PRESETS, GenTron
 from gentron_train import memory
 from gentron_train.config import CHECKPOINTING, CONFIGS, parse_settings
+from gentron_train.engine import trainer_of
 from gentron_train.flops import parameter_count, training_flops
 from gentron_train.objective import attention_operators, checkpoint_activations
 
