@@ -109,7 +109,7 @@ def start_distributed(timeout: float) -> torch.device:
 
 
 def make_missing(settings: Settings) -> None:
-    """On rank 0, and for the small model alone: shards where there are none, and the autoencoder."""
+    """Shards and autoencoder of the small model, where there are none; rank 0 makes them."""
     # Either may take hours, in which the others wait: not to be taken for a frozen rank.
     patient = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
     if dist.get_rank() == 0 and settings.preset == "small":
@@ -120,7 +120,7 @@ def make_missing(settings: Settings) -> None:
     torch.distributed.barrier(patient)
 
 
-def load_text_encoder(settings: Settings) -> TextEncoder:
+def load_text_encoder(settings: Settings, dtype: torch.dtype) -> TextEncoder:
     """The text encoders named by --clip and --t5, else those of the --init pipeline.
 
     ValueError where there are neither.
@@ -132,7 +132,7 @@ def load_text_encoder(settings: Settings) -> TextEncoder:
         pairs = {name: tuple(pair) for name, pair in folders.items() if pair[0].exists()}
     if not pairs:
         raise ValueError(f"--preset {settings.preset} needs its text encoders: --clip, --t5")
-    return TextEncoder.from_pretrained(**pairs)
+    return TextEncoder.from_pretrained(**pairs, dtype=dtype)
 
 
 def learning_rate(settings: Settings, step: int, progress: float) -> float:
@@ -218,7 +218,8 @@ def build_parts(settings: Settings, stage: str, data: DataSettings, device: torc
     if train_text and settings.init is None:
         text_encoder = small_text_encoder(vocabulary())
     elif not data.precomputed:
-        text_encoder = load_text_encoder(settings)
+        dtype = torch.float32 if train_text else DTYPES[settings.parameters]
+        text_encoder = load_text_encoder(settings, dtype)
     return Parts(transformer, source, text_encoder, train_text)
 
 
@@ -334,13 +335,13 @@ class Trainer:
                     self.export()
         if failure := self.save():
             raise OSError(f"the last checkpoint could not be written: {failure}")
+        self.log.close()
         if broken:
             raise self._broken or TooManyBroken("another rank met too many broken samples")
         if interrupted:
             self._say(f"stopped at step {self.step}; go on with --resume")
             sys.exit(130)
         self.export()
-        self.log.close()
 
     def _step(self, rate: float) -> Tensor:
         """One optimizer step; the mean loss of this rank's micro-steps."""
