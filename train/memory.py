@@ -63,23 +63,28 @@ def activations(
     latents: tuple[int, int, int, int],
     lengths: dict[str, int],
     batch: int,
-    mode: str,
     itemsize: int,
-) -> int:
-    """Bytes that one forward pass of `batch` samples leaves for its backward pass, at the peak.
+) -> dict[str, int]:
+    """Bytes that a forward pass of `batch` samples leaves for its backward pass, at the peak, by
+    mode of CHECKPOINTING.
 
-    mode: one of CHECKPOINTING; itemsize: of an activation; lengths: text tokens of each encoder.
-    Two and four blocks run on fake tensors, and autograd tells what it keeps; the rest are alike.
+    itemsize: of an activation; lengths: text tokens of each encoder. A few blocks and twice as many
+    run on fake tensors, and autograd tells what it keeps; the rest are alike.
     """
     period = max(len(config.encoders), 1)
     one, two = (
-        _kept(replace(config, depth=depth), latents, lengths, batch, mode)
+        _kept(replace(config, depth=depth), latents, lengths, batch)
         for depth in (period, 2 * period)
     )
-    return (one + (two - one) * (config.depth - period) // period) * itemsize // 4
+    return {
+        mode: (one[mode] + (two[mode] - one[mode]) * (config.depth - period) // period)
+        * itemsize
+        // 4
+        for mode in CHECKPOINTING
+    }
 
 
-def _kept(config: GenTronConfig, latents, lengths, batch: int, mode: str) -> int:
+def _kept(config: GenTronConfig, latents, lengths, batch: int) -> dict[str, int]:
     """Bytes in fp32 that a forward pass keeps, with those of a block that is computed again."""
     with FakeTensorMode(), torch.device("cpu"):
         model = GenTron(config)
@@ -94,10 +99,12 @@ def _kept(config: GenTronConfig, latents, lengths, batch: int, mode: str) -> int
             block.forward = partial(_watched, block.forward, own, boundary)
         with outside.keeping(), _AttentionOutputs(attention):
             model(*inputs).square().mean()
-    if mode == "none":
-        return _Storages.bytes(outside, *inside)
-    kept = [outside, boundary] + ([attention] if mode == "attention" else [])
-    return _Storages.bytes(*kept) + _Storages.bytes(inside[-1])
+    again = _Storages.bytes(inside[-1])
+    return {
+        "none": _Storages.bytes(outside, *inside),
+        "attention": _Storages.bytes(outside, boundary, attention) + again,
+        "full": _Storages.bytes(outside, boundary) + again,
+    }
 
 
 class _Storages:
@@ -154,24 +161,6 @@ def model_config(settings: Settings, stage: str) -> GenTronConfig:
     return replace(config, temporal=config.temporal or stage == "t2v")
 
 
-def estimate(
-    settings: Settings, config: GenTronConfig, latents: tuple[int, int, int, int], ranks: int
-) -> dict[str, Memory]:
-    """Bytes of one of `ranks` ranks for each mode of checkpointing; texts at their longest."""
-    itemsize = {"fp32": 4, "bf16": 2}
-    shared = states(parameter_count(config), ranks, itemsize[settings.parameters])
-    batch = settings.batch * settings.draws
-    return {
-        mode: Memory(
-            **shared,
-            activations=activations(
-                config, latents, MAX_TOKENS, batch, mode, itemsize[settings.dtype]
-            ),
-        )
-        for mode in CHECKPOINTING
-    }
-
-
 def report(settings: Settings, stage: str) -> list[str]:
     """Lines for --dry-run: the batch and the memory on 1, 8 and 64 GPUs, and whether it fits.
 
@@ -182,16 +171,21 @@ def report(settings: Settings, stage: str) -> list[str]:
     factor = config.pixels_per_latent
     frames = settings.frames if stage == "t2v" else 1
     latents = (config.in_channels, frames, height // factor, width // factor)
+    itemsize = {"fp32": 4, "bf16": 2}
+    samples = settings.batch * settings.draws
+    kept = activations(config, latents, MAX_TOKENS, samples, itemsize[settings.dtype])
     room, where = _room(settings)
     title = f"{settings.preset}{'-T2V' if stage == 't2v' else ''}"
     lines = [
         f"{title}: {parameter_count(config) / 1e6:.1f} M parameters, latents {latents}, "
-        f"{settings.batch * settings.draws} samples a micro-step; GiB of one GPU",
+        f"{samples} samples a micro-step, texts at their longest; GiB of one GPU",
         f"{'GPUs':>4} {'checkpointing':<14}{'parameters':>11}{'gradients':>10}{'optimizer':>10}"
         f"{'EMA':>7}{'gathered':>9}{'activations':>12}{'all':>8}  fits in {room:.0f} {where}",
     ]
     for ranks in GPUS:
-        for mode, memory in estimate(settings, config, latents, ranks).items():
+        shared = states(parameter_count(config), ranks, itemsize[settings.parameters])
+        for mode in CHECKPOINTING:
+            memory = Memory(**shared, activations=kept[mode])
             parts = [getattr(memory, item.name) / 2**30 for item in fields(memory)]
             total = memory.total / 2**30
             mark = " ←" if mode == settings.checkpoint_activations else ""

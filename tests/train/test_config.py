@@ -160,7 +160,7 @@ def test_batches_that_cannot_be_made(changes, ranks, message):
 
 
 def test_settings_go_to_json_and_back():
-    settings = parse_settings("t2v", "", ["--minutes=3", "--buckets=64x64,32x96"])
+    settings = parse_settings("t2v", "", ["--minutes=3", "--no-in-memory", "--buckets=64x64,32x96"])
     assert Settings.from_dict(settings.to_dict()) == settings
     assert settings.pixels() == (64, 64)
     assert settings.data_settings("t2v").buckets == ((64, 64), (32, 96))

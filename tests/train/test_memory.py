@@ -1,6 +1,8 @@
 """The memory table against what small models really take."""
 
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -43,14 +45,14 @@ def test_activations(make_text, mode, depth):
         longer = kept_by_autograd(GenTron(replace(config, depth=2)), batch, latents, text)
         shorter = kept_by_autograd(GenTron(replace(config, depth=1)), batch, latents, text)
         recomputed = longer - shorter
-    expected = memory.activations(config, latents, LENGTHS, batch, mode, 4)
+    expected = memory.activations(config, latents, LENGTHS, batch, 4)[mode]
     assert expected == pytest.approx(measured + recomputed, rel=0.1)
 
 
 def test_modes_are_ordered():
     config, latents = PRESETS["XL/2-T2V"], (4, 8, 32, 32)
     none, attention, full = (
-        memory.activations(config, latents, LENGTHS, 1, mode, 2) for mode in CHECKPOINTING
+        memory.activations(config, latents, LENGTHS, 1, 2)[mode] for mode in CHECKPOINTING
     )
     assert none > 4 * attention and attention > 1.5 * full
 
@@ -108,7 +110,8 @@ def test_flops_are_three_forward_passes():
     block += 4 * tokens * tokens * width  # scores and values
     block += sum(4 * length * 128 * width + 4 * tokens * length * width for length in (5, 9)) / 2
     counted = training_flops(config, latents, LENGTHS)
-    assert 3 * config.depth * block < counted < 1.1 * 3 * config.depth * block
+    # The text's gradient is not computed, and there are layers outside of the blocks.
+    assert counted == pytest.approx(3 * config.depth * block, rel=0.05)
 
 
 def test_parameter_count():
@@ -126,6 +129,18 @@ class _Counted(torch.utils._python_dispatch.TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
+def counting(contexts, counted: _Counted):
+    """The contexts of a checkpoint, with what is computed again counted."""
+    forward, again = contexts()
+
+    @contextmanager
+    def both():
+        with counted, again:
+            yield
+
+    return forward, both()
+
+
 def test_kept_attention_is_not_computed_again(make_text):
     """The gradients are those without checkpointing, and no attention runs twice."""
     config = replace(PRESETS["small-T2V"], depth=2)
@@ -135,15 +150,16 @@ def test_kept_attention_is_not_computed_again(make_text):
     model = GenTron(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
-    gradients, calls = {}, {}
+    gradients, again = {}, {}
     for mode in CHECKPOINTING:
         checkpoint_activations(model, mode)
+        counted = _Counted()
+        model.checkpoint_contexts = partial(counting, model.checkpoint_contexts, counted)
         model.zero_grad()
-        with _Counted() as counted:
-            model(*inputs).square().mean().backward()
-        calls[mode] = counted.calls
+        model(*inputs).square().mean().backward()
+        again[mode] = counted.calls
         gradients[mode] = [parameter.grad.clone() for parameter in model.parameters()]
     for mode in ("attention", "full"):
         torch.testing.assert_close(gradients[mode], gradients["none"])
     # Spatial, cross and temporal attention in each of two blocks.
-    assert calls == {"none": 6, "attention": 6, "full": 12}
+    assert again == {"none": 0, "attention": 0, "full": 6}
