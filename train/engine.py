@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 from tqdm import tqdm
 
@@ -177,13 +178,13 @@ def deepspeed_config(
 class Parts:
     """What a run trains: the transformer, its weights once more, and the text encoder.
 
-    source gives the fp32 weights again after DeepSpeed rounded them; sharded: the transformer is
-    ZeRO-3's already; train_text: the encoder trains too, else it is frozen and stays out of the
-    engine; None where the data holds its output.
+    source: of a transformer that is ZeRO-3's already, its fp32 weights once more. train_text: the
+    encoder trains too, else it is frozen and stays out of the engine; None where the data holds its
+    output.
     """
 
     transformer: GenTron
-    source: Source
+    source: Source | None
     text_encoder: TextEncoder | None
     train_text: bool
 
@@ -268,22 +269,30 @@ class Trainer:
             DTYPES[settings.dtype],
             settings.weight_cap,
         ).train()
-        source, masters = parts.source, objective.transformer
-        if source is None:
-            weights = {n: p.detach().clone() for n, p in objective.named_parameters()}
-            source, masters = (lambda: iter([("", weights)])), objective
-            objective.to(self.device)
+        weights = {}
+        if rounded := settings.parameters == "bf16":
+            weights = {
+                name: parameter.detach().clone()
+                for name, parameter in objective.named_parameters()
+                if not hasattr(parameter, "ds_id")  # not ZeRO-3's yet
+            }
         parameters = parameter_count(self.config)
         resharded = bool(self._written_by) and self._written_by != dist.get_world_size()
         self.engine, *_ = deepspeed.initialize(
-            model=objective,
+            model=objective.to(self.device),
             optimizer=torch.optim.AdamW(
                 objective.parameters(), lr=settings.lr, weight_decay=0.0, fused=True
             ),
             config=deepspeed_config(settings, parameters, self.device, resharded),
         )
-        if settings.parameters == "bf16":
-            restore_masters(masters, source)
+        if rounded:
+            restore_masters(objective, [("", weights)])
+            if parts.source is not None:
+                restore_masters(objective.transformer, parts.source())
+
+        if parameters <= WHOLE_MODEL:
+            # What is never shared out between steps needs no hook that fetches and releases it.
+            self.engine.optimizer.parameter_offload._remove_module_hooks()
 
     @property
     def is_main(self) -> bool:
@@ -348,6 +357,7 @@ class Trainer:
         settings = self.settings
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
+        self._gather_persistent()
         total = torch.zeros((), device=self.device)
         for _ in range(settings.accumulation):
             batch = self._next_batch()
@@ -374,6 +384,12 @@ class Trainer:
             self.ema.update()
         self.step += 1
         return total
+
+    def _gather_persistent(self) -> None:
+        """Gather what stays whole between steps, where a load or a skipped step took it apart."""
+        parameters = self.engine.optimizer.persistent_parameters
+        if parameters and parameters[0].ds_status == ZeroParamStatus.NOT_AVAILABLE:
+            parameters[0].all_gather(parameters)
 
     def _next_batch(self) -> Batch:
         """The next micro-batch; the last one again once too many samples are broken, so that this
@@ -516,6 +532,7 @@ class Trainer:
             texts = [self.frozen_text(tokens) for tokens in texts]
         state = torch.get_rng_state()
         self.engine.eval()
+        self._gather_persistent()
         table = make_table("dpm++", SCHEDULER_CONFIG, SAMPLE_STEPS)
         x = portable_noise(shape, [settings.seed + row for row in range(count)], 0).to(self.device)
         x0 = None

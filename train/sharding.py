@@ -1,6 +1,6 @@
 """A model under ZeRO-3 that no rank ever holds whole, and fp32 masters for bf16 parameters."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,13 +87,14 @@ def sharded_model(
 
 
 @torch.no_grad()
-def restore_masters(module: nn.Module, source: Source) -> None:
-    """The source's fp32 values into the masters, which DeepSpeed makes from rounded parameters.
+def restore_masters(module: nn.Module, parts: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
+    """fp32 values into the masters, which DeepSpeed makes from rounded parameters.
 
-    module: the sharded model, under a DeepSpeed engine.
+    module: under a DeepSpeed engine; parts: names of submodules and their tensors, as of a Source.
     """
-    for part, tensors in source():
-        for name, parameter in module.get_submodule(part).named_parameters():
-            size = parameter.ds_tensor.numel()
-            shard = shard_of(tensors[name], size, dist.get_rank())
+    for part, tensors in parts:
+        owner = module.get_submodule(part)
+        for name, tensor in tensors.items():
+            parameter = owner.get_parameter(name)
+            shard = shard_of(tensor, parameter.ds_tensor.numel(), dist.get_rank())
             safe_set_local_fp32_param(parameter, shard.to(parameter.ds_tensor.device))
