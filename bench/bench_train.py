@@ -104,10 +104,8 @@ class TrainingStep:
 
     def zero(self):
         """The same weights under DeepSpeed, as train/engine.py configures it."""
-        import deepspeed
-
         from gentron_train.config import Settings
-        from gentron_train.engine import deepspeed_config, start_distributed
+        from gentron_train.engine import gather_persistent, start_distributed, zero_engine
 
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
@@ -118,18 +116,13 @@ class TrainingStep:
         model.load_state_dict(self.model.state_dict())
         name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
         parameters = "fp32" if self.device == "cpu" else name
-        settings = Settings(batch=self.shape[0], dtype=name, parameters=parameters).on(1)
+        settings = Settings(batch=self.shape[0], lr=RATE, dtype=name, parameters=parameters).on(1)
         objective = Objective(model, None, SCHEDULE, self.dtype)
-        engine, *_ = deepspeed.initialize(
-            model=objective,
-            optimizer=torch.optim.AdamW(
-                objective.parameters(), lr=RATE, weight_decay=0.0, fused=True
-            ),
-            config=deepspeed_config(settings, parameter_count(model), device),
-        )
+        engine = zero_engine(objective, settings, device)
 
         @torch.enable_grad()
         def run(latents, noise):
+            gather_persistent(engine)
             loss = self.loss(engine, latents, noise)
             engine.backward(loss)
             engine.step()

@@ -174,6 +174,32 @@ def deepspeed_config(
     return config
 
 
+def zero_engine(
+    objective: Objective, settings: Settings, device: torch.device, resharded: bool = False
+) -> deepspeed.DeepSpeedEngine:
+    """The DeepSpeed engine of an objective on `device`, with AdamW; `gather_persistent` comes
+    before every forward pass."""
+    parameters = parameter_count(objective.config)
+    engine, *_ = deepspeed.initialize(
+        model=objective,
+        optimizer=torch.optim.AdamW(
+            objective.parameters(), lr=settings.lr, weight_decay=0.0, fused=True
+        ),
+        config=deepspeed_config(settings, parameters, device, resharded),
+    )
+    if parameters <= WHOLE_MODEL:
+        # What is never shared out between steps needs no hook that fetches and releases it.
+        engine.optimizer.parameter_offload._remove_module_hooks()
+    return engine
+
+
+def gather_persistent(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Gather what stays whole between steps, where a load or a skipped step took it apart."""
+    parameters = engine.optimizer.persistent_parameters
+    if parameters and parameters[0].ds_status == ZeroParamStatus.NOT_AVAILABLE:
+        parameters[0].all_gather(parameters)
+
+
 @dataclass(frozen=True)
 class Parts:
     """What a run trains: the transformer, its weights once more, and the text encoder.
@@ -276,23 +302,12 @@ class Trainer:
                 for name, parameter in objective.named_parameters()
                 if not hasattr(parameter, "ds_id")  # not ZeRO-3's yet
             }
-        parameters = parameter_count(self.config)
         resharded = bool(self._written_by) and self._written_by != dist.get_world_size()
-        self.engine, *_ = deepspeed.initialize(
-            model=objective.to(self.device),
-            optimizer=torch.optim.AdamW(
-                objective.parameters(), lr=settings.lr, weight_decay=0.0, fused=True
-            ),
-            config=deepspeed_config(settings, parameters, self.device, resharded),
-        )
+        self.engine = zero_engine(objective.to(self.device), settings, self.device, resharded)
         if rounded:
             restore_masters(objective, [("", weights)])
             if parts.source is not None:
                 restore_masters(objective.transformer, parts.source())
-
-        if parameters <= WHOLE_MODEL:
-            # What is never shared out between steps needs no hook that fetches and releases it.
-            self.engine.optimizer.parameter_offload._remove_module_hooks()
 
     @property
     def is_main(self) -> bool:
@@ -357,7 +372,7 @@ class Trainer:
         settings = self.settings
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        self._gather_persistent()
+        gather_persistent(self.engine)
         total = torch.zeros((), device=self.device)
         for _ in range(settings.accumulation):
             batch = self._next_batch()
@@ -384,12 +399,6 @@ class Trainer:
             self.ema.update()
         self.step += 1
         return total
-
-    def _gather_persistent(self) -> None:
-        """Gather what stays whole between steps, where a load or a skipped step took it apart."""
-        parameters = self.engine.optimizer.persistent_parameters
-        if parameters and parameters[0].ds_status == ZeroParamStatus.NOT_AVAILABLE:
-            parameters[0].all_gather(parameters)
 
     def _next_batch(self) -> Batch:
         """The next micro-batch; the last one again once too many samples are broken, so that this
@@ -532,7 +541,7 @@ class Trainer:
             texts = [self.frozen_text(tokens) for tokens in texts]
         state = torch.get_rng_state()
         self.engine.eval()
-        self._gather_persistent()
+        gather_persistent(self.engine)
         table = make_table("dpm++", SCHEDULER_CONFIG, SAMPLE_STEPS)
         x = portable_noise(shape, [settings.seed + row for row in range(count)], 0).to(self.device)
         x0 = None
