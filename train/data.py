@@ -7,12 +7,10 @@ and its timestep are a function of (seed, g) alone, whatever the number of ranks
 
 import functools
 import itertools
-import json
 import signal
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate, chain
 from pathlib import Path
@@ -22,7 +20,8 @@ from torch import Tensor
 
 from gentron_fast.model import TextCondition
 from gentron_fast.text import Tokens
-from gentron_train.decode import BrokenSample, Sampling
+from gentron_train.broken import Broken, BrokenLog, BrokenSample, TooManyBroken
+from gentron_train.decode import Sampling
 from gentron_train.shards import CACHE, Shard, count, find_shards, index, read_facts
 from gentron_train.sources import (
     LatentSource,
@@ -35,9 +34,9 @@ from gentron_train.sources import (
 )
 
 # Shapes: B batch, K draws, C channels, T frames, h × w latents.
+__all__ = ["Batch", "DataSettings", "Loader", "TooManyBroken", "make_loader"]
 TIMESTEPS = 1000
 SHUFFLED_TOGETHER = 64  # shards
-FEW_SAMPLES = 1000  # the broken ones among fewer are no share yet
 
 
 @dataclass(frozen=True)
@@ -105,10 +104,6 @@ class DataSettings:
         return read_facts(self.shards[self.kinds[0]][0]) is not None
 
 
-class TooManyBroken(ValueError):
-    """More than the set share of the samples is broken."""
-
-
 @dataclass(frozen=True)
 class Batch:
     """What one rank trains on in one micro-step: B captions, K noise draws of each.
@@ -121,16 +116,6 @@ class Batch:
     timestep: Tensor  # (B·K,) int64
     motion_free: Tensor | None  # (B·K,) bool; None for images
     text: Tokens | TextCondition  # of B captions, the null text where they were dropped
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A sample that was skipped."""
-
-    cause: str
-    sample: str
-    shard: str
-    detail: str
 
 
 class Position:
@@ -194,15 +179,17 @@ class Order:
     """
 
     def __init__(self, counts: dict[str, list[int]], p_image: float, seed: int):
-        for kind, lengths in counts.items():
-            if not sum(lengths):
-                raise ValueError(f"the shards of {kind} hold no samples")
         self.counts, self.seed = counts, seed
+        self.totals = {kind: sum(lengths) for kind, lengths in counts.items()}
+        for kind, total in self.totals.items():
+            if not total:
+                raise ValueError(f"the shards of {kind} hold no samples")
         self.p_image = 1.0 if "clips" not in counts else p_image if "images" in counts else 0.0
+        self.locate = functools.lru_cache(maxsize=4096)(self._locate)
         self._epoch = functools.lru_cache(maxsize=4)(self._shuffle_shards)
         self._group = functools.lru_cache(maxsize=4)(self._shuffle_samples)
 
-    def locate(self, number: int) -> tuple[str, int, int]:
+    def _locate(self, number: int) -> tuple[str, int, int]:
         """Kind, shard and place in the shard of sample `number`."""
         # Of the first n samples exactly floor(p · n) are images.
         images = int(self.p_image * number)
@@ -210,7 +197,7 @@ class Order:
             kind, nth = "images", images
         else:
             kind, nth = "clips", number - images
-        epoch, place = divmod(nth, sum(self.counts[kind]))
+        epoch, place = divmod(nth, self.totals[kind])
         ends, _ = self._epoch(kind, epoch)
         group = bisect_right(ends, place)
         shards, places = self._group(kind, epoch, group)
@@ -281,7 +268,8 @@ class Loader:
         self.data, self.source = data, source
         self.reader = Reader(source, Order(counts, data.p_motion_free, data.seed), data)
         self.position = Position(data.batch, rank, ranks)
-        self._seen, self._broken = 0, Counter()
+        samples = sum(self.reader.order.totals.values())
+        self.log = BrokenLog(data.log, data.max_broken, samples, rank)
         self._buckets: dict[tuple[int, int], list[tuple[int, Sample]]] = {}
         self._incoming: Iterator | None = None
 
@@ -295,11 +283,11 @@ class Loader:
             number, sample, is_new = next(self._incoming)
             if is_new:
                 self.position.taken += 1
-                self._seen += 1
+                self.log.seen += 1
                 if isinstance(sample, Sample):
                     self.position.waiting.append(number)
             if isinstance(sample, Broken):
-                self.skip(sample)
+                self.log.add(sample)
                 continue
             bucket = self._buckets.setdefault(sample.size, [])
             bucket.append((number, sample))
@@ -322,11 +310,14 @@ class Loader:
             size = max(sampling.buckets, key=lambda size: size[0] * size[1])
         else:
             size = sampling.size
-        if size is None and isinstance(self.source, PixelSource):
-            samples = map(self.reader.__getitem__, range(FEW_SAMPLES))
-            size = next(sample.size for sample in samples if isinstance(sample, Sample))
-        channels, height, width = self.source.latent_size(size)
-        return channels, self.data.frames if "clips" in self.data.kinds else 1, height, width
+        frames = self.data.frames if "clips" in self.data.kinds else 1
+        if size is not None and not self.data.in_memory:
+            channels, height, width = self.source.latent_size(size)
+            return channels, frames, height, width
+        samples = map(self.reader.__getitem__, itertools.count())
+        sample = next(sample for sample in samples if isinstance(sample, Sample))
+        ((mean, _),) = self.source.posteriors([sample])
+        return mean.shape[0], frames, *mean.shape[-2:]
 
     def state_dict(self) -> dict:
         """This rank's place in the data, between micro-steps; JSON-able.
@@ -348,13 +339,12 @@ class Loader:
 
     def broken(self) -> dict[str, int]:
         """Skipped samples by cause, since the start."""
-        return dict(self._broken)
+        return dict(self.log.causes)
 
     def _fingerprint(self) -> dict:
         """What the order of samples depends on."""
         order = self.reader.order
-        samples = {kind: sum(lengths) for kind, lengths in order.counts.items()}
-        return {"samples": samples, "seed": order.seed, "p_motion_free": order.p_image}
+        return {"samples": order.totals, "seed": order.seed, "p_motion_free": order.p_image}
 
     def _read_ahead(self) -> Iterator[tuple[int, Sample | Broken, bool]]:
         """Samples in this rank's order, those that wait first; decoded in the background."""
@@ -363,39 +353,12 @@ class Loader:
         def numbers() -> Iterator[int]:
             return chain(waiting, map(self.position.number, itertools.count(first)))
 
-        if self.source.in_background and self.data.workers:
-            samples = iter(
-                torch.utils.data.DataLoader(
-                    self.reader,
-                    sampler=numbers(),
-                    batch_size=None,
-                    num_workers=self.data.workers,
-                    collate_fn=_as_it_is,
-                    worker_init_fn=_leave_signals_to_the_parent,
-                    multiprocessing_context="fork",
-                    prefetch_factor=max(2, 2 * self.data.batch // self.data.workers),
-                )
-            )
-        else:
-            samples = map(self.reader.__getitem__, numbers())
+        workers = self.data.workers if self.source.in_background else 0
+        ahead = max(2, 2 * self.data.batch // max(workers, 1))
+        samples = background(self.reader, numbers(), workers, ahead)
         # numbers() is read ahead of the samples, this one beside them.
         for nth, (number, sample) in enumerate(zip(numbers(), samples, strict=False)):
             yield number, sample, nth >= len(waiting)
-
-    def skip(self, broken: Broken) -> None:
-        self._broken[broken.cause] += 1
-        self.data.log.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(asdict(broken) | {"rank": self.position.rank})
-        with open(self.data.log, "a") as file:  # one write: ranks share the file
-            file.write(line + "\n")
-        total = self._broken.total()
-        samples = sum(map(sum, self.reader.order.counts.values()))
-        if total > self.data.max_broken * max(self._seen, min(samples, FEW_SAMPLES)):
-            causes = ", ".join(f"{count} {cause}" for cause, count in self._broken.most_common())
-            raise TooManyBroken(
-                f"{total} of the first {self._seen} samples are broken, more than "
-                f"{self.data.max_broken:.0%}: {causes}; they are named in {self.data.log}"
-            )
 
     def _batch(self, bucket: list[tuple[int, Sample]]) -> Batch:
         samples = [sample for _, sample in bucket]
@@ -464,7 +427,7 @@ def make_loader(
         source = PixelSource(data.shards, data.sampling, Path(vae), tokenize, device)
     loader = Loader(data, source, counts, rank, ranks)
     for broken in cuts[rank::ranks]:
-        loader.skip(broken)
+        loader.log.add(broken)
     return loader
 
 
@@ -482,6 +445,25 @@ def _wait_for_all() -> None:
     # What precedes may take hours, in which the others wait: not to be taken for a frozen rank.
     patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=2))
     torch.distributed.barrier(patient)
+
+
+def background(dataset, places: Iterable, workers: int, ahead: int) -> Iterator:
+    """dataset[place] for each place, in order, read by worker processes `ahead` places each; with
+    no workers, here, when asked for."""
+    if not workers:
+        return map(dataset.__getitem__, places)
+    return iter(
+        torch.utils.data.DataLoader(
+            dataset,
+            sampler=places,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_to_the_parent,
+            multiprocessing_context="fork",  # the dataset is shared, not copied
+            prefetch_factor=ahead,
+        )
+    )
 
 
 def _as_it_is(sample):

@@ -12,6 +12,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from gentron_train.broken import BrokenSample
+
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 CLIP_ENDINGS = ("mp4",)
 CAPTION_KEYS = ("caption", "text")  # of a .json without a .txt beside it
@@ -43,14 +45,6 @@ class Sampling:
             return self.size or (height, width)
         ratio = math.log(height / width)
         return min(self.buckets, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))
-
-
-class BrokenSample(ValueError):
-    """A sample that cannot be trained on: its cause, in the words of the counts, and the detail."""
-
-    def __init__(self, cause: str, detail: str = ""):
-        super().__init__(cause, detail)
-        self.cause, self.detail = cause, detail
 
 
 def read_caption(sample: Mapping[str, bytes]) -> str:

@@ -15,15 +15,16 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from gentron_fast.model import EncodedText, TextCondition
 from gentron_fast.text import Tokens
 from gentron_fast.vae import VideoVAE
-from gentron_train.decode import BrokenSample, Sampling, read_caption, read_frames
-from gentron_train.shards import Shard, count, read, read_facts
+from gentron_train.broken import BrokenSample
+from gentron_train.decode import CLIP_ENDINGS, Sampling, read_caption, read_frames
+from gentron_train.shards import Shard, count, index, read, read_facts
 
 ENCODED_AT_ONCE = 64  # frames
 FORMAT = 1  # of precomputed shards
@@ -122,8 +123,9 @@ class PixelSource:
 class Facts:
     """What a precomputed shard says of itself, beside the null text's embeddings."""
 
-    sampling: dict  # of Sampling
-    latents: tuple[int, int, int]  # (C, h, w) of the largest size
+    sampling: dict  # of Sampling, what matters to the shard's kind
+    channels: int  # of the latents
+    factor: int  # pixels per latent along each side
     vae: str  # digest of its folder
     format: int = FORMAT
 
@@ -140,9 +142,12 @@ class LatentSource:
         tokenize: Callable[[list[str]], Tokens] | None,
     ):
         self.shards, self.tokenize, self.sampling = shards, tokenize, sampling
-        first = next(iter(shards.values()))[0]
-        self.facts, self.null = load_facts(read_facts(first), first.url)
-        _check_sampling(sampling, self.facts, first.url)
+        for first, *_ in shards.values():
+            content = read_facts(first)
+            if content is None:
+                raise ValueError(f"{first.url} is not precomputed, other shards of this run are")
+            self.facts, self.null = load_facts(content, first.url)
+            _check_sampling(sampling, self.facts, first.url)
         if self.null is None and tokenize is None:
             raise ValueError(f"{first.url} holds no text embeddings, and there is no text encoder")
 
@@ -171,8 +176,9 @@ class LatentSource:
         pairs = zip(samples, keep, strict=True)
         return TextCondition.cat([sample.text if kept else self.null for sample, kept in pairs])
 
-    def latent_size(self, size) -> tuple[int, int, int]:
-        return tuple(self.facts.latents)
+    def latent_size(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        height, width = (side // self.facts.factor for side in size)
+        return self.facts.channels, height, width
 
 
 def _check_sampling(wanted: Sampling, facts: Facts, url: str) -> None:
@@ -184,6 +190,22 @@ def _check_sampling(wanted: Sampling, facts: Facts, url: str) -> None:
             raise ValueError(
                 f"{url} was precomputed with {name} {value}, this run has {given[name]}"
             )
+
+
+def relevant_sampling(sampling: Sampling, shard: Shard) -> dict:
+    """The fields of `sampling` that the latents of a shard depend on."""
+    fields = json.loads(json.dumps(asdict(sampling)))
+    if not any(ending in files for _, files in index(shard).samples for ending in CLIP_ENDINGS):
+        del fields["frames"], fields["fps"]
+        if sampling.crop == "center":
+            del fields["starts"]
+    return fields
+
+
+def pack_facts(facts: Facts, null: TextCondition | None) -> bytes:
+    """The content of a shard's member PRECOMPUTED."""
+    tensors = {"facts": torch.tensor(list(json.dumps(asdict(facts)).encode()), dtype=torch.uint8)}
+    return save(tensors | (pack_text(null) if null is not None else {}))
 
 
 def load_facts(content: bytes, url: str) -> tuple[Facts, TextCondition | None]:
@@ -273,10 +295,6 @@ class MemorySource:
         pairs = zip(samples, keep, strict=True)
         rows = torch.tensor([sample.text if kept else 0 for sample, kept in pairs])
         return select_tokens(self.tokens, rows)
-
-    def latent_size(self, size) -> tuple[int, int, int]:
-        channels, _, height, width = next(iter(self.sets.values())).mean.shape[-4:]
-        return channels, height, width
 
 
 def select_tokens(tokens: Tokens, rows: Tensor, multiple: int = 8) -> Tokens:
