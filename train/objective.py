@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.checkpoint import create_selective_checkpoint_contexts, noop_context_fn
 
 from gentron_fast.config import GenTronConfig
 from gentron_fast.diffusion import NoiseSchedule, diffusion_loss, vlb_loss
@@ -63,6 +63,8 @@ class Objective(nn.Module):
         noisy = latents if noise is None else self.schedule.add_noise(latents, noise, timestep)
         if self.text_encoder is not None:
             text = self.text_encoder(text)
+        if motion_free is True:  # a bool would have a layer read another's weights, ungathered
+            motion_free = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
         parameters = self.transformer.patch_embed.weight.dtype
         noisy, text = noisy.to(parameters), text.to(latents.device, parameters)
         text = text.repeat(len(latents) // text.batch)
@@ -82,6 +84,7 @@ def checkpoint_activations(transformer: GenTron, mode: str) -> None:
     """Have a model's backward pass recompute nothing ("none"), whole blocks ("full"), or blocks
     but their attention, whose outputs are kept ("attention")."""
     transformer.gradient_checkpointing = mode != "none"
+    transformer.checkpoint_contexts = noop_context_fn
     if mode == "attention":
         transformer.checkpoint_contexts = partial(
             create_selective_checkpoint_contexts, attention_operators()
