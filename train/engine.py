@@ -303,7 +303,8 @@ class Trainer:
                 if not hasattr(parameter, "ds_id")  # not ZeRO-3's yet
             }
         resharded = bool(self._written_by) and self._written_by != dist.get_world_size()
-        self.engine = zero_engine(objective.to(self.device), settings, self.device, resharded)
+        objective.to(self.device, DTYPES[settings.parameters])
+        self.engine = zero_engine(objective, settings, self.device, resharded)
         if rounded:
             restore_masters(objective, [("", weights)])
             if parts.source is not None:
