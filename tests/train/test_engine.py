@@ -11,9 +11,15 @@ from training import STEPS, log_of, settings_of
 from gentron_fast import GenTron
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
 from gentron_train import engine, sharding
-from gentron_train.checkpoint import checkpoints_folder, read_info, read_sharded, shard_of
+from gentron_train.checkpoint import (
+    checkpoints_folder,
+    latest_checkpoint,
+    read_info,
+    read_sharded,
+    shard_of,
+)
 from gentron_train.config import Settings
-from gentron_train.data import make_loader
+from gentron_train.data import Loader, TooManyBroken, make_loader
 from gentron_train.engine import Objective, build_parts, trainer_of
 
 
@@ -225,3 +231,26 @@ def test_a_whole_motion_free_batch(ranks, world, tiny_t2i_folder, tmp_path, mode
     )
     for losses in ranks.call(2, only_motion_free, settings):
         assert all(map(math.isfinite, losses))
+
+
+def too_many_broken(settings: Settings) -> None:
+    """A run whose last rank meets too many broken samples in its third step."""
+    following, calls = Loader.__next__, iter(range(10**6))
+
+    def limited(self):
+        if next(calls) == 2 and torch.distributed.get_rank() == 1:
+            raise TooManyBroken("6 of 100 samples are broken: 6 unreadable image")
+        return following(self)
+
+    Loader.__next__ = limited
+    engine.run(lambda: trainer_of(settings, "t2i").train())
+
+
+def test_too_many_broken_samples_end_with_a_checkpoint(
+    ranks, world, tiny_t2i_folder, tmp_path, capfd
+):
+    settings = settings_of(world, tiny_t2i_folder, tmp_path / "run")
+    assert ranks.wait(ranks.start(2, too_many_broken, settings)) == [2, 2]
+    assert "rank 1: error: 6 of 100 samples are broken" in capfd.readouterr().err
+    info = read_info(latest_checkpoint(tmp_path / "run"))
+    assert (info["step"], info["skipped"], info["ema_updates"]) == (3, 1, 2)
