@@ -282,6 +282,7 @@ class Trainer:
             main=self.is_main,
             tensorboard=settings.tensorboard,
             wandb=settings.wandb,
+            resumed_at=read_info(self._resumed)["step"] if settings.resume else None,
         )
         if settings.resume:
             self._load()
@@ -502,14 +503,15 @@ class Trainer:
         self.loader.load_state_dict(self.checkpoints.load_state(checkpoint, ranks))
         self.step, self.seconds = info["step"], info["seconds"]
         self.skipped = info["skipped"]
-        self.log.cut(self.step)
         was, own = info["settings"], self.settings.to_dict()
         changed = [
             f"{name} {was.get(name)} → {value}"
             for name, value in own.items()
             if was.get(name) != value and name != "resume"
         ]
-        self._say(f"going on at step {self.step}" + (f" with {', '.join(changed)}" * bool(changed)))
+        if resharded:
+            changed.append(f"ranks {ranks} → {dist.get_world_size()}")
+        self._say(f"going on at step {self.step}" + f" with {', '.join(changed)}" * bool(changed))
 
     def export(self) -> None:
         """Write the pipeline folder with the averaged weights, from a checkpoint of this step."""

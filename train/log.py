@@ -18,10 +18,20 @@ class RunLog:
     """The log of rank 0; that of every other rank does nothing.
 
     tensorboard: files under RUN/tensorboard, where the package is installed; wandb: an offline run
-    under RUN/wandb, ValueError where the package is not.
+    under RUN/wandb, ValueError where the package is not; resumed_at: steps after this one will run
+    again, and their lines are removed.
     """
 
-    def __init__(self, run: Path, settings: dict, *, main: bool, tensorboard: bool, wandb: bool):
+    def __init__(
+        self,
+        run: Path,
+        settings: dict,
+        *,
+        main: bool,
+        tensorboard: bool,
+        wandb: bool,
+        resumed_at: int | None = None,
+    ):
         if wandb and importlib.util.find_spec("wandb") is None:
             raise ValueError("--wandb needs the package wandb, which is not installed")
         self.path = run / LOG_NAME
@@ -30,10 +40,15 @@ class RunLog:
         if not main:
             return
         run.mkdir(parents=True, exist_ok=True)
+        if resumed_at is not None and self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= resumed_at]
+            self.path.write_text("".join(kept))
         if tensorboard and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(run / "tensorboard")
+            purged = None if resumed_at is None else resumed_at + 1
+            self._tensorboard = SummaryWriter(run / "tensorboard", purge_step=purged)
         if wandb:
             os.environ.setdefault("WANDB_MODE", "offline")
             import wandb as client
@@ -77,14 +92,6 @@ class RunLog:
             import wandb as client
 
             self._wandb.log({name: client.Image(picture)}, step=step)
-
-    def cut(self, step: int) -> None:
-        """Remove the lines of steps that will run again."""
-        if self.main and self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            self.path.write_text(
-                "".join(line for line in lines if json.loads(line)["step"] <= step)
-            )
 
     def close(self) -> None:
         """End the log with the loss curve as RUN/loss.png, where matplotlib is installed."""
