@@ -205,7 +205,8 @@ def compete(measure, contest, name, config, shape, dtype, modes=(), compiles=Fal
     )
     for contender, entry in row["contenders"].items():
         if "ms" in entry:
-            rate, mfu = 1e3 * shape[0] / entry["ms"], entry["tflops"] / roof
+            own = latte_flops if contender == "Latte" else flops
+            rate, mfu = 1e3 * shape[0] / entry["ms"], own / entry["ms"] / 1e9 / roof
             print(f"{name}: {contender:<32}{rate:9.2f} samples/s  {mfu:6.1%} MFU")
     print(f"{name}: {flops / 1e9:.1f} GFLOP, Latte {latte_flops / 1e9:.1f}; ours {peak:.2f} GiB")
 
