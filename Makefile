@@ -1,6 +1,7 @@
 # make demo   a clip by the model that ships        make test   everything the tests need, and the tests
 # make lint   ruff                                  make train  the small model, from nothing
 # make gpu PART=test|ops|step|train|export [RESULTS=DIR]   on a CUDA machine, by its own python
+# make faults   twenty ranks killed at random moments, each run resumed
 # make large    one step of the whole G/2-T2V on the CPU, plain against shared: 12 GB of memory
 # make report   README's performance section, from bench/results
 # make sanitize   the C++ operators under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint train kernels gpu large report sanitize clean
+.PHONY: demo test faults lint train kernels gpu large report sanitize clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -18,6 +19,9 @@ demo: .venv/run
 test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/pytest
+
+faults: .venv/dev
+	FAULTS=20 $(BIN)/pytest tests/train/test_faults.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

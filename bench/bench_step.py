@@ -173,31 +173,10 @@ class Step:
 
     def latte(self, depth: int) -> Contender:
         """diffusers' text-to-video transformer of equal width, and as many branches."""
-        try:
-            from diffusers import LatteTransformer3DModel
-        except ImportError:
+        config, (_, _, frames, height, _) = self.model.config, self.shape
+        model = latte_model(config, frames, height, depth, self.device)
+        if model is None:
             return absent("Latte", "diffusers is not installed")
-        config, (_, channels, frames, height, _) = self.model.config, self.shape
-        torch.manual_seed(0)
-        with torch.device(self.device):
-            model = LatteTransformer3DModel(
-                num_attention_heads=config.heads,
-                attention_head_dim=config.head_size,
-                in_channels=channels,
-                out_channels=channels,
-                num_layers=depth,
-                cross_attention_dim=config.width,
-                attention_bias=True,
-                sample_size=height,
-                patch_size=config.patch_size,
-                activation_fn="gelu-approximate",
-                num_embeds_ada_norm=1000,
-                norm_type="ada_norm_single",
-                norm_elementwise_affine=False,
-                norm_eps=1e-6,
-                caption_channels=config.t5_width,
-                video_length=frames,
-            )
         model = model.eval().to(self.dtype)
         tokens = self.text.t5.tokens.repeat(3, 1, 1)
 
@@ -210,6 +189,34 @@ class Step:
 
         note = f"{depth} layers for {config.depth}"
         return Contender("Latte", run, note, checked=False)
+
+
+def latte_model(config, frames: int, height: int, depth: int, device):
+    """diffusers' LatteTransformer3DModel as wide as `config`; None without diffusers."""
+    try:
+        from diffusers import LatteTransformer3DModel
+    except ImportError:
+        return None
+    torch.manual_seed(0)
+    with torch.device(device):
+        return LatteTransformer3DModel(
+            num_attention_heads=config.heads,
+            attention_head_dim=config.head_size,
+            in_channels=config.in_channels,
+            out_channels=config.in_channels,
+            num_layers=depth,
+            cross_attention_dim=config.width,
+            attention_bias=True,
+            sample_size=height,
+            patch_size=config.patch_size,
+            activation_fn="gelu-approximate",
+            num_embeds_ada_norm=1000,
+            norm_type="ada_norm_single",
+            norm_elementwise_affine=False,
+            norm_eps=1e-6,
+            caption_channels=config.t5_width,
+            video_length=frames,
+        )
 
 
 def flops_of(run, *inputs) -> int:

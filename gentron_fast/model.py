@@ -11,7 +11,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from gentron_fast.config import MAX_FRAMES, GenTronConfig
 from gentron_fast.layers import (
@@ -108,6 +108,7 @@ class GenTron(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.checkpoint_contexts = noop_context_fn  # may say what checkpointing keeps
         width = config.width
         self.patch_embed = nn.Linear(config.in_channels * config.patch_size**2, width)
         self.time_embed = TimestepEmbedder(width, config.timestep_cos_first)
@@ -180,7 +181,9 @@ class GenTron(nn.Module):
         for block in self.blocks:
             inputs = x, y, gate, block.modulation(c), block.context(text), motion_free
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, y, gate = checkpoint(block, *inputs, use_reentrant=False)
+                x, y, gate = checkpoint(
+                    block, *inputs, use_reentrant=False, context_fn=self.checkpoint_contexts
+                )
             else:
                 x, y, gate = block(*inputs)
         patches = self.final(x, y, gate, self.final.modulation(c, time))

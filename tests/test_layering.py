@@ -17,9 +17,9 @@ OURS_ALLOWED = {
 ONLY_IN = {
     "diffusers": {"vae.py", "pipeline.py", "convert.py", "small.py"},
     "transformers": {"text.py", "small.py"},
-    "deepspeed": {"engine.py", "ema.py"},
-    "webdataset": {"data.py", "vae.py"},
-    "av": {"media.py", "data.py", "shapes.py"},
+    "deepspeed": {"engine.py", "ema.py", "sharding.py"},
+    "webdataset": {"shards.py", "vae.py"},
+    "av": {"media.py", "decode.py", "shapes.py"},
 }
 CORE_MODULES = [
     "gentron_fast",

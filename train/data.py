@@ -1,313 +1,476 @@
-"""Training data: shards to VAE latents, once, and the stream of batches drawn from them.
+"""The stream of training batches: which samples, in which order, on which rank.
 
-A shard is a WebDataset tar: images as .png/.jpg/.webp + .txt, clips as .mp4 + .txt. Beside each one
-lies a safetensors file with the posterior (mean and standard deviation) of its latents, so that
-every read still samples the VAE; training itself decodes no pixels.
+A shard is a WebDataset tar of images (.jpg .png .webp) or clips (.mp4) with captions (.txt .json),
+or what gentron_train.precompute made of one. Sample g of the endless order, its window, its noise
+and its timestep are a function of (seed, g) alone, whatever the number of ranks and of workers.
 """
 
-import hashlib
-import io
-import json
-import os
-from dataclasses import asdict, dataclass
+import functools
+import itertools
+import signal
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import accumulate, chain
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from gentron_fast.vae import VideoVAE
+from gentron_fast.model import TextCondition
+from gentron_fast.text import Tokens
+from gentron_train.broken import Broken, BrokenLog, BrokenSample, TooManyBroken
+from gentron_train.decode import Sampling
+from gentron_train.shards import CACHE, Shard, count, find_shards, index, read_facts
+from gentron_train.sources import (
+    LatentSource,
+    MemorySource,
+    PixelSource,
+    Sample,
+    encode_shards,
+    load_latents,
+    seeded,
+)
 
-# Shapes: N samples, S starts of a clip, B batch, C channels, T frames, h × w latents.
-IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp")
-CLIP_ENDINGS = ("mp4",)
-ENCODED_AT_ONCE = 64  # frames
+# Shapes: B batch, K draws, C channels, T frames, h × w latents.
+__all__ = ["Batch", "DataSettings", "Loader", "TooManyBroken", "make_loader"]
+TIMESTEPS = 1000
+SHUFFLED_TOGETHER = 64  # shards
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How frames are taken from a clip. Paper: 8 frames at 4 FPS from clips at 24 FPS."""
+class DataSettings:
+    """What a run trains on. A pattern of shards is a glob, or URLs that WebDataset reads."""
 
+    kinds: tuple[str, ...] = ("images",)  # or ("images", "clips")
+    images: str = "data/shapes/images-*.tar"
+    clips: str = "data/shapes/clips-*.tar"
+    size: tuple[int, int] | None = None  # pixels (H, W); None: as they are, all of one size
+    buckets: tuple[tuple[int, int], ...] = ()  # sizes instead: the one nearest in aspect ratio
     frames: int = 8
     fps: float = 4.0
-    starts: int = 2  # random first frames of each clip, encoded once
+    starts: int = 2  # windows of each clip; 0: a new one at every reading
+    crop: str = "center"  # or "random"
+    batch: int = 32  # captions per rank and micro-step
+    draws: int = 1  # noises and timesteps of each caption
+    p_null: float = 0.1
+    p_motion_free: float = 0.2
     seed: int = 0
+    workers: int = 2  # decoding processes of each rank
+    in_memory: bool = False  # encode once, beside the shards, and hold the latents in memory
+    max_broken: float = 0.05  # share of broken samples that stops the run
+    log: Path = Path("runs/broken.jsonl")  # names every broken sample
+    cache: Path = CACHE  # copies of the shards that are no local files
 
+    def __post_init__(self):
+        if not self.kinds or set(self.kinds) - {"images", "clips"}:
+            raise ValueError(f"kinds is {self.kinds}, must name images, clips or both")
+        for name in ("frames", "batch", "draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        for name in ("starts", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, must not be negative")
+        for name in ("p_null", "p_motion_free", "max_broken"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be between 0 and 1")
+        if not self.fps > 0:
+            raise ValueError(f"fps is {self.fps}, must be above 0")
+        if self.crop not in ("center", "random"):
+            raise ValueError(f"crop is {self.crop!r}, must be center or random")
+        for size in (*self.buckets, *([self.size] if self.size else [])):
+            if len(size) != 2 or min(size) < 1:
+                raise ValueError(f"a size is {size}, must be (height, width) in pixels")
+        if self.in_memory and (self.buckets or not self.starts):
+            raise ValueError("in_memory takes one size, no buckets, and at least one start")
 
-@dataclass(frozen=True)
-class LatentSet:
-    """Latent posteriors in memory: mean and std (N, S, C, T, h, w) in 16 bits, N captions."""
-
-    mean: Tensor
-    std: Tensor
-    captions: list[str]
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def sample(self, index: int, start: int, draws: int, generator: torch.Generator) -> Tensor:
-        """Draws (K, C, T, h, w) fp32 from the posterior of one sample."""
-        mean, std = self.mean[index, start].float(), self.std[index, start].float()
-        return mean + std * torch.randn((draws, *mean.shape), generator=generator)
-
-
-def latents_path(shard: Path, vae_folder: Path, sampling: Sampling) -> Path:
-    """Where a shard's latents lie: the name holds a digest of the VAE and of the sampling."""
-    digest = hashlib.sha256(json.dumps(asdict(sampling), sort_keys=True).encode())
-    for path in sorted([vae_folder / "config.json", *vae_folder.glob("*.safetensors")]):
-        digest.update(path.read_bytes())
-    return shard.with_name(f"{shard.stem}.latents-{digest.hexdigest()[:12]}.safetensors")
-
-
-def precompute(
-    shards: list[Path],
-    vae_folder: Path,
-    sampling: Sampling,
-    rank: int = 0,
-    ranks: int = 1,
-    device: str | torch.device = "cpu",
-) -> list[Path]:
-    """Encode the shards whose latents are missing, this rank every `ranks`-th of them.
-
-    Returns every shard's latents file; other ranks' may not be there yet. A run that was cut off
-    goes on where it was.
-    """
-    paths = [latents_path(shard, vae_folder, sampling) for shard in shards]
-    pairs = list(zip(shards, paths, strict=True))
-    # Shared out before looking what is missing: ranks may look at different times.
-    mine = [(shard, path) for shard, path in pairs[rank::ranks] if not path.exists()]
-    if mine:
-        vae = VideoVAE.from_pretrained(vae_folder).to(device)
-        with tqdm(mine, desc="latents", unit="shard", disable=rank != 0) as bar:
-            for shard, path in bar:
-                _encode_shard(shard, path, vae, sampling, device)
-    return paths
-
-
-def load_latents(paths: list[Path]) -> LatentSet:
-    """Join latents files of one kind, images or clips; ValueError if there are none."""
-    if not paths:
-        raise ValueError("no shards to train on")
-    means, stds, captions = [], [], []
-    for path in paths:
-        with safe_open(path, "pt") as file:
-            means.append(file.get_tensor("mean"))
-            stds.append(file.get_tensor("std"))
-            captions += json.loads(file.metadata()["captions"])
-    return LatentSet(torch.cat(means), torch.cat(stds), captions)
-
-
-def _encode_shard(shard: Path, path: Path, vae: VideoVAE, sampling: Sampling, device) -> None:
-    pixels, posteriors, captions = [], [], []
-    for index, sample in enumerate(_samples(shard)):
-        generator = seeded(sampling.seed, index, shard.stem)
-        pixels.append(_pixels(sample, sampling, generator, shard))
-        if pixels[-1].shape != pixels[0].shape:
-            raise ValueError(
-                f"{sample['__key__']} in {shard.name} is {tuple(pixels[-1].shape[-2:])}, others "
-                f"are {tuple(pixels[0].shape[-2:])}: one training run takes one size"
-            )
-        if "txt" not in sample:
-            raise ValueError(f"{sample['__key__']} in {shard.name} has no caption (.txt)")
-        captions.append(sample["txt"].decode())
-        if sum(part.shape[0] * part.shape[2] for part in pixels) >= ENCODED_AT_ONCE:
-            posteriors.append(_encode(vae, pixels, device))
-            pixels = []
-    if pixels:
-        posteriors.append(_encode(vae, pixels, device))
-    mean, std = (torch.cat(parts) for parts in zip(*posteriors, strict=True))
-    part = path.with_name(f".{path.name}.part")
-    save_file({"mean": mean, "std": std}, part, metadata={"captions": json.dumps(captions)})
-    os.replace(part, path)
-
-
-def _samples(shard: Path):
-    """The samples of one shard, whatever the rank: shards are shared out before."""
-    import webdataset
-
-    return webdataset.WebDataset(str(shard), shardshuffle=False, nodesplitter=lambda shards: shards)
-
-
-@torch.no_grad()
-def _encode(vae: VideoVAE, pixels: list[Tensor], device) -> tuple[Tensor, Tensor]:
-    """Samples of (S, 3, T, H, W) -> mean and std (N, S, C, T, h, w) fp16 on the CPU."""
-    with torch.autocast(torch.device(device).type, torch.bfloat16):
-        posterior = vae.encode(torch.cat(pixels).to(device))
-    return tuple(part.half().cpu().unflatten(0, (len(pixels), -1)) for part in posterior)
-
-
-def _pixels(sample: dict, sampling: Sampling, generator, shard: Path) -> Tensor:
-    """Pixels in [-1, 1] of one sample: (1, 3, 1, H, W) of an image, (S, 3, T, H, W) of a clip."""
-    for ending in IMAGE_ENDINGS:
-        if ending in sample:
-            return _scale(decode_image(sample[ending])[None, None])
-    for ending in CLIP_ENDINGS:
-        if ending in sample:
-            frames, fps = decode_clip(sample[ending])
-            where = f"{sample['__key__']} in {shard.name}"
-            picks = [
-                pick_frames(len(frames), fps, sampling, generator, where)
-                for _ in range(sampling.starts)
-            ]
-            return _scale(torch.stack([frames[pick] for pick in picks]))
-    raise ValueError(f"{sample['__key__']} in {shard.name} holds neither an image nor a clip")
-
-
-def _scale(frames: Tensor) -> Tensor:
-    """uint8 (B, T, H, W, 3) -> (B, 3, T, H, W) in [-1, 1]."""
-    return frames.movedim(-1, 1).float() / 127.5 - 1
-
-
-def decode_image(content: bytes) -> Tensor:
-    """An image file's bytes -> uint8 (H, W, 3)."""
-    import numpy
-    from PIL import Image
-
-    return torch.from_numpy(numpy.array(Image.open(io.BytesIO(content)).convert("RGB")))
-
-
-def decode_clip(content: bytes) -> tuple[Tensor, float]:
-    """An mp4 file's bytes -> all frames, uint8 (T, H, W, 3), and frames per second."""
-    import av
-
-    with av.open(io.BytesIO(content)) as container:
-        stream = container.streams.video[0]
-        # Threads and a new colour converter for each frame cost ten times a small clip's decoding.
-        stream.codec_context.thread_count = 1
-        converter = av.video.reformatter.VideoReformatter()
-        frames = [
-            torch.from_numpy(converter.reformat(frame, format="rgb24", threads=1).to_ndarray())
-            for frame in container.decode(stream)
-        ]
-        return torch.stack(frames), float(stream.average_rate)
-
-
-def pick_frames(
-    length: int, fps: float, sampling: Sampling, generator: torch.Generator, where: str = "a clip"
-) -> Tensor:
-    """Indices of `sampling.frames` frames at `sampling.fps` from a random start: (T,) int64.
-
-    From 24 FPS that is every 6th frame. ValueError for a clip that is too short: it is not padded.
-    """
-    offsets = (torch.arange(sampling.frames) * fps / sampling.fps).round().long()
-    starts = length - int(offsets[-1])
-    if starts < 1:
-        raise ValueError(
-            f"{where} has {length} frames at {fps:g} FPS; {sampling.frames} frames at "
-            f"{sampling.fps:g} FPS need {int(offsets[-1]) + 1}"
+    @property
+    def sampling(self) -> Sampling:
+        sizes = (
+            tuple(self.size) if self.size and not self.buckets else None,
+            tuple(map(tuple, self.buckets)),
         )
-    return offsets + torch.randint(starts, (), generator=generator)
+        return Sampling(self.frames, self.fps, self.starts, 0, *sizes, self.crop)
 
+    @functools.cached_property
+    def shards(self) -> dict[str, list[Shard]]:
+        """The shards of each kind; ValueError where a pattern names none."""
+        return {kind: find_shards(getattr(self, kind), self.cache) for kind in self.kinds}
 
-def seeded(*key: object) -> torch.Generator:
-    """A generator whose stream depends on the key alone."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    @functools.cached_property
+    def precomputed(self) -> bool:
+        """Whether the shards hold latents in place of pixels: the first one says it."""
+        return read_facts(self.shards[self.kinds[0]][0]) is not None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one rank trains on in one micro-step, on the CPU: B captions, K noise draws of each.
+    """What one rank trains on in one micro-step: B captions, K noise draws of each.
 
-    latents and noise (B·K, C, T, h, w) fp32; timestep (B·K,) int64; motion_free (B·K,) bool, None
-    for images; caption (B,) row of `Stream.captions`, whose row 0 is the null text.
+    On the CPU; latents on the device where a VAE encodes them.
     """
 
-    latents: Tensor
-    noise: Tensor
-    timestep: Tensor
-    motion_free: Tensor | None
-    caption: Tensor
+    latents: Tensor  # (B·K, C, T, h, w) fp32, drawn from the posterior
+    noise: Tensor  # the same shape
+    timestep: Tensor  # (B·K,) int64
+    motion_free: Tensor | None  # (B·K,) bool; None for images
+    text: Tokens | TextCondition  # of B captions, the null text where they were dropped
 
 
-class Stream:
-    """An endless stream of captioned samples; sample g is a function of (seed, g) and nothing else.
+class Position:
+    """Which numbers of the endless order of samples a rank has taken and which come next.
 
-    Resuming, or another number of ranks, therefore changes nothing in what is drawn: the data
-    position is one number, and each rank takes its own part of the next samples. With clips, the
-    fraction p_motion_free of the stream is images, repeated to T frames, spread evenly; each
-    kind runs through its own permutations, one an epoch, so that an epoch sees each sample once.
-    The texts are dropped (row 0 of `captions`) with probability p_null. Each sample comes with
-    `draws` pairs of timestep and noise, and as many draws of its posterior.
+    Micro-batch m of rank r of R is part m·R + r of the order. A rank that met broken samples is
+    ahead of the others; on another number of ranks, `done` holds the numbers after `base` that were
+    taken already, ascending, and `waiting` is dealt out anew.
+    """
+
+    def __init__(self, batch: int, rank: int = 0, ranks: int = 1):
+        self.batch, self.rank, self.ranks = batch, rank, ranks
+        self.base, self.taken = 0, 0
+        self.done: list[int] = []
+        self.waiting: list[int] = []  # taken, not broken, and in no batch yet
+
+    def number(self, nth: int) -> int:
+        """The number of this rank's nth sample since `base`."""
+        part, row = divmod(nth, self.batch)
+        free = (part * self.ranks + self.rank) * self.batch + row
+        # Between base and done[i] lie done[i] - base - i numbers that are not done.
+        passed = bisect_right(
+            range(len(self.done)), free, key=lambda i: self.done[i] - self.base - i
+        )
+        return self.base + free + passed
+
+    def state_dict(self) -> dict:
+        return {
+            name: list(value) if isinstance(value, list) else value
+            for name, value in vars(self).items()
+        }
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        """Go on where the ranks of another run, or of this one, stood."""
+        old = [Position(0) for _ in states]
+        for position, state in zip(old, states, strict=True):
+            vars(position).update({name: state[name] for name in vars(position)})
+        mine = old[self.rank] if self.rank < len(old) else None
+        if mine and (mine.ranks, mine.batch) == (self.ranks, self.batch):
+            vars(self).update(vars(mine))
+            return
+        self.base = min(position.number(position.taken) for position in old)
+        done = {number for number in old[0].done if number > self.base}
+        for position in old:
+            for nth in reversed(range(position.taken)):
+                number = position.number(nth)
+                if number < self.base:
+                    break
+                done.add(number)
+        self.done = sorted(done)
+        self.taken = 0
+        self.waiting = [n for position in old for n in position.waiting][self.rank :: self.ranks]
+
+
+class Order:
+    """Where number g of the endless order lies: its kind, shard and place.
+
+    The fraction p_image of the numbers is images, spread evenly. Each kind runs through epochs that
+    see each sample once: the shards are shuffled, then the samples of 64 shards at a time, so that
+    no more are open at once.
+    """
+
+    def __init__(self, counts: dict[str, list[int]], p_image: float, seed: int):
+        self.counts, self.seed = counts, seed
+        self.totals = {kind: sum(lengths) for kind, lengths in counts.items()}
+        for kind, total in self.totals.items():
+            if not total:
+                raise ValueError(f"the shards of {kind} hold no samples")
+        self.p_image = 1.0 if "clips" not in counts else p_image if "images" in counts else 0.0
+        self.locate = functools.lru_cache(maxsize=4096)(self._locate)
+        self._epoch = functools.lru_cache(maxsize=4)(self._shuffle_shards)
+        self._group = functools.lru_cache(maxsize=4)(self._shuffle_samples)
+
+    def _locate(self, number: int) -> tuple[str, int, int]:
+        """Kind, shard and place in the shard of sample `number`."""
+        # Of the first n samples exactly floor(p · n) are images.
+        images = int(self.p_image * number)
+        if int(self.p_image * (number + 1)) > images:
+            kind, nth = "images", images
+        else:
+            kind, nth = "clips", number - images
+        epoch, place = divmod(nth, self.totals[kind])
+        ends, _ = self._epoch(kind, epoch)
+        group = bisect_right(ends, place)
+        shards, places = self._group(kind, epoch, group)
+        nth = place - (ends[group - 1] if group else 0)
+        return kind, int(shards[nth]), int(places[nth])
+
+    def _shuffle_shards(self, kind: str, epoch: int) -> tuple[list[int], list[list[int]]]:
+        """After how many samples each group of shards ends, and the shards of each."""
+        lengths = self.counts[kind]
+        order = torch.randperm(len(lengths), generator=seeded(self.seed, kind, epoch)).tolist()
+        step = SHUFFLED_TOGETHER
+        groups = [order[first : first + step] for first in range(0, len(order), step)]
+        return list(accumulate(sum(lengths[s] for s in group) for group in groups)), groups
+
+    def _shuffle_samples(self, kind: str, epoch: int, group: int) -> tuple[Tensor, Tensor]:
+        shards = self._epoch(kind, epoch)[1][group]
+        lengths = torch.tensor([self.counts[kind][shard] for shard in shards])
+        owners = torch.tensor(shards).repeat_interleave(lengths)
+        places = torch.cat([torch.arange(length) for length in lengths.tolist()])
+        generator = seeded(self.seed, kind, epoch, group)
+        order = torch.randperm(len(owners), generator=generator)
+        return owners[order], places[order]
+
+
+class Reader:
+    """Sample `number` of the order as a source has it, or why it is broken: a torch Dataset."""
+
+    def __init__(self, source, order: Order, data: DataSettings):
+        self.source, self.order, self.data = source, order, data
+
+    def draw(self, number: int) -> tuple[torch.Generator, bool, int]:
+        """What else is random of a sample: the generator, whether the text stays, the window."""
+        kind, _, _ = self.order.locate(number)
+        # The CPU generator reads 32 bits of its seed; an odd multiplier keeps numbers distinct.
+        seed = (self.data.seed * 0x9E3779B1 + number) & 0xFFFFFFFF
+        generator = torch.Generator().manual_seed(seed)
+        keep = float(torch.rand((), generator=generator)) >= self.data.p_null
+        window = int(torch.randint(self.source.windows(kind), (), generator=generator))
+        return generator, keep, window
+
+    def __getitem__(self, number: int) -> Sample | Broken:
+        kind, shard, place = self.order.locate(number)
+        _, _, window = self.draw(number)
+        try:
+            return self.source.read(kind, shard, place, window, number)
+        except BrokenSample as error:
+            where = self.data.shards[kind][shard]
+            return Broken(error.cause, index(where).samples[place][0], where.url, error.detail)
+
+
+class Loader:
+    """Endless micro-batches of one rank.
+
+    Texts are dropped with probability p_null. Each sample comes with `draws` pairs of timestep and
+    noise, and as many draws of its posterior; with clips, images are repeated to T frames. Samples
+    of one size make a batch: until there are enough, they wait. Broken ones are skipped, counted
+    and logged; more than the share max_broken raise TooManyBroken.
     """
 
     def __init__(
         self,
-        images: LatentSet | None,
-        clips: LatentSet | None,
-        seed: int,
-        timesteps: int = 1000,
-        p_null: float = 0.1,
-        p_motion_free: float = 0.2,
-        draws: int = 1,
+        data: DataSettings,
+        source,
+        counts: dict[str, list[int]],
+        rank: int = 0,
+        ranks: int = 1,
     ):
-        if images is None and clips is None:
-            raise ValueError("a stream needs images, clips or both")
-        self.images, self.clips = images, clips
-        self.seed, self.timesteps, self.p_null, self.draws = seed, timesteps, p_null, draws
-        self.p_image = 1.0 if clips is None else 0.0 if images is None else p_motion_free
-        if not 0 <= self.p_image <= 1:
-            raise ValueError(f"p_motion_free is {p_motion_free}, must be between 0 and 1")
-        self.captions = [""]
-        self._first_row = {}  # of each set, in captions
-        for source in (images, clips):
-            if source is not None:
-                self._first_row[id(source)] = len(self.captions)
-                self.captions += source.captions
-        self._orders: dict[str, tuple[int, Tensor]] = {}
+        self.data, self.source = data, source
+        self.reader = Reader(source, Order(counts, data.p_motion_free, data.seed), data)
+        self.position = Position(data.batch, rank, ranks)
+        samples = sum(self.reader.order.totals.values())
+        self.log = BrokenLog(data.log, data.max_broken, samples, rank)
+        self._buckets: dict[tuple[int, int], list[tuple[int, Sample]]] = {}
+        self._incoming: Iterator | None = None
 
-    def batch(self, position: int, size: int) -> Batch:
-        """Samples position … position + size - 1 of the stream."""
-        rows = [self._sample(number) for number in range(position, position + size)]
-        latents, noise, timestep, is_image, caption = zip(*rows, strict=True)
-        motion_free = torch.tensor(is_image).repeat_interleave(self.draws)
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Batch:
+        if self._incoming is None:
+            self._incoming = self._read_ahead()
+        while True:
+            number, sample, is_new = next(self._incoming)
+            if is_new:
+                self.position.taken += 1
+                self.log.seen += 1
+                if isinstance(sample, Sample):
+                    self.position.waiting.append(number)
+            if isinstance(sample, Broken):
+                self.log.add(sample)
+                continue
+            bucket = self._buckets.setdefault(sample.size, [])
+            bucket.append((number, sample))
+            if len(self._buckets) > max(1, len(self.data.buckets)):
+                raise ValueError(
+                    f"samples are of sizes {sorted(self._buckets)}: set size or buckets"
+                )
+            if len(bucket) == self.data.batch:
+                batch = self._batch(bucket)
+                taken = {number for number, _ in bucket}
+                self.position.waiting = [n for n in self.position.waiting if n not in taken]
+                bucket.clear()
+                return batch
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Latents (C, T, h, w) of one sample; of the largest bucket, if there are several."""
+        sampling = self.data.sampling
+        if sampling.buckets:
+            size = max(sampling.buckets, key=lambda size: size[0] * size[1])
+        else:
+            size = sampling.size
+        frames = self.data.frames if "clips" in self.data.kinds else 1
+        if size is not None and not self.data.in_memory:
+            channels, height, width = self.source.latent_size(size)
+            return channels, frames, height, width
+        samples = map(self.reader.__getitem__, itertools.count())
+        sample = next(sample for sample in samples if isinstance(sample, Sample))
+        ((mean, _),) = self.source.posteriors([sample])
+        return mean.shape[0], frames, *mean.shape[-2:]
+
+    def state_dict(self) -> dict:
+        """This rank's place in the data, between micro-steps; JSON-able.
+
+        Samples that wait for a batch of their size are read again.
+        """
+        return {"order": self._fingerprint(), "position": self.position.state_dict()}
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        """Go on where a run stood: `states` are those of all its ranks, in rank order.
+
+        Other ranks, or another batch, may go on: no sample of the epoch is lost or seen twice.
+        """
+        for name, value in self._fingerprint().items():
+            if (given := states[0]["order"][name]) != value:
+                raise ValueError(f"{name} was {given} when the checkpoint was written, now {value}")
+        self.position.load_state_dict([state["position"] for state in states])
+        self._buckets, self._incoming = {}, None
+
+    def broken(self) -> dict[str, int]:
+        """Skipped samples by cause, since the start."""
+        return dict(self.log.causes)
+
+    def _fingerprint(self) -> dict:
+        """What the order of samples depends on."""
+        order = self.reader.order
+        return {"samples": order.totals, "seed": order.seed, "p_motion_free": order.p_image}
+
+    def _read_ahead(self) -> Iterator[tuple[int, Sample | Broken, bool]]:
+        """Samples in this rank's order, those that wait first; decoded in the background."""
+        waiting, first = list(self.position.waiting), self.position.taken
+
+        def numbers() -> Iterator[int]:
+            return chain(waiting, map(self.position.number, itertools.count(first)))
+
+        workers = self.data.workers if self.source.in_background else 0
+        ahead = max(2, 2 * self.data.batch // max(workers, 1))
+        samples = background(self.reader, numbers(), workers, ahead)
+        # numbers() is read ahead of the samples, this one beside them.
+        for nth, (number, sample) in enumerate(zip(numbers(), samples, strict=False)):
+            yield number, sample, nth >= len(waiting)
+
+    def _batch(self, bucket: list[tuple[int, Sample]]) -> Batch:
+        samples = [sample for _, sample in bucket]
+        latents, noises, timesteps, keeps, stills = [], [], [], [], []
+        posteriors = self.source.posteriors(samples)
+        for (number, _), (mean, std) in zip(bucket, posteriors, strict=True):
+            generator, keep, _ = self.reader.draw(number)
+            timesteps.append(torch.randint(TIMESTEPS, (self.data.draws,), generator=generator))
+            shape = self.data.draws, *mean.shape
+            noise = torch.randn(shape, generator=generator).to(mean.device)
+            drawn = mean.float() + std.float() * noise
+            still = self.reader.order.locate(number)[0] == "images"
+            if still and "clips" in self.data.kinds:  # each draw, repeated to T frames
+                drawn = drawn.expand(-1, -1, self.data.frames, -1, -1)
+            latents.append(drawn)
+            noises.append(torch.randn(drawn.shape, generator=generator))
+            keeps.append(keep)
+            stills.append(still)
+        motion_free = torch.tensor(stills).repeat_interleave(self.data.draws)
         return Batch(
             torch.cat(latents),
-            torch.cat(noise),
-            torch.cat(timestep),
-            None if self.clips is None else motion_free,
-            torch.tensor(caption),
+            torch.cat(noises),
+            torch.cat(timesteps),
+            motion_free if "clips" in self.data.kinds else None,
+            self.source.text(samples, keeps),
         )
 
-    def _sample(self, number: int) -> tuple[Tensor, Tensor, Tensor, bool, int]:
-        # Of the first n samples exactly floor(p · n) are images.
-        earlier_images = int(self.p_image * number)
-        is_image = int(self.p_image * (number + 1)) > earlier_images
-        generator = self._generator(number)
-        source = self.images if is_image else self.clips
-        nth = earlier_images if is_image else number - earlier_images
-        index = self._shuffled("images" if is_image else "clips", nth, len(source))
-        keep = float(torch.rand((), generator=generator)) >= self.p_null
-        start = int(torch.randint(source.mean.shape[1], (), generator=generator))
-        timestep = torch.randint(self.timesteps, (self.draws,), generator=generator)
-        latents = source.sample(index, start, self.draws, generator)
-        if is_image and self.clips is not None:  # each draw of the posterior, repeated to T frames
-            latents = latents.expand(-1, -1, self.clips.mean.shape[3], -1, -1)
-        noise = torch.randn(latents.shape, generator=generator)
-        caption = self._first_row[id(source)] + index if keep else 0
-        return latents, noise, timestep, is_image, caption
 
-    def _generator(self, number: int) -> torch.Generator:
-        # The CPU generator reads 32 bits of its seed; an odd multiplier keeps numbers distinct.
-        return torch.Generator().manual_seed((self.seed * 0x9E3779B1 + number) & 0xFFFFFFFF)
+def make_loader(
+    data: DataSettings,
+    vae: Path,
+    tokenize: Callable[[list[str]], Tokens] | None,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    device: str | torch.device = "cpu",
+) -> Loader:
+    """The micro-batches of one rank, in whichever way the shards and `in_memory` say.
 
-    def _shuffled(self, kind: str, nth: int, length: int) -> int:
-        epoch, place = divmod(nth, length)
-        if self._orders.get(kind, (None,))[0] != epoch:
-            order = torch.randperm(length, generator=seeded(self.seed, kind, epoch))
-            self._orders[kind] = (epoch, order)
-        return int(self._orders[kind][1][place])
+    vae: an autoencoder's folder, not read where the shards are precomputed. tokenize may be None
+    where they hold the texts' embeddings. Under torch.distributed the ranks share the work of the
+    start, and wait for each other.
+    """
+    together = ranks if ranks > 1 and torch.distributed.is_initialized() else 1
+    everything = [(kind, shard) for kind in data.kinds for shard in data.shards[kind]]
+    for _, shard in everything[rank % together :: together]:
+        count(shard)
+    if together > 1:
+        _wait_for_all()
+    counts, cuts = {kind: [] for kind in data.kinds}, []
+    for kind, shard in everything:
+        samples, cut = count(shard)
+        counts[kind].append(samples)
+        if cut:
+            cuts.append(
+                Broken("shard cut off" if samples else "unreadable shard", "", shard.url, cut)
+            )
+    if data.precomputed:
+        source = LatentSource(data.shards, data.sampling, tokenize)
+    elif data.in_memory:
+        source = MemorySource(_load_sets(data, Path(vae), rank, together, device), tokenize)
+        for kind, latents in source.sets.items():
+            if latents.counts != counts[kind]:
+                raise ValueError(f"{kind} changed since they were encoded: remove their latents")
+    else:
+        source = PixelSource(data.shards, data.sampling, Path(vae), tokenize, device)
+    loader = Loader(data, source, counts, rank, ranks)
+    for broken in cuts[rank::ranks]:
+        loader.log.add(broken)
+    return loader
 
 
-def select_tokens(
-    tokens: dict[str, tuple[Tensor, Tensor]], rows: Tensor, multiple: int = 8
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Rows of tokenised captions, cut to the longest of them, rounded up to a multiple."""
-    return {name: _cut(ids[rows], mask[rows], multiple) for name, (ids, mask) in tokens.items()}
+def _load_sets(data: DataSettings, vae: Path, rank: int, ranks: int, device):
+    paths = {
+        kind: encode_shards(data.shards[kind], vae, data.sampling, rank % ranks, ranks, device)
+        for kind in data.kinds
+    }
+    if ranks > 1:
+        _wait_for_all()
+    return {kind: load_latents(paths[kind]) for kind in data.kinds}
 
 
-def _cut(ids: Tensor, mask: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
-    longest = -(-int(mask.sum(1).max()) // multiple) * multiple
-    return ids[:, :longest], mask[:, :longest]
+def _wait_for_all() -> None:
+    # What precedes may take hours, in which the others wait: not to be taken for a frozen rank.
+    patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=2))
+    torch.distributed.barrier(patient)
+
+
+def background(dataset, places: Iterable, workers: int, ahead: int) -> Iterator:
+    """dataset[place] for each place, in order, read by worker processes `ahead` places each; with
+    no workers, here, when asked for."""
+    if not workers:
+        return map(dataset.__getitem__, places)
+    return iter(
+        torch.utils.data.DataLoader(
+            dataset,
+            sampler=places,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_to_the_parent,
+            multiprocessing_context="fork",  # the dataset is shared, not copied
+            prefetch_factor=ahead,
+        )
+    )
+
+
+def _as_it_is(sample):
+    return sample
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A signal to the process group is the trainer's: it still writes a checkpoint."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

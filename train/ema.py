@@ -6,7 +6,9 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.utils import safe_get_local_fp32_param
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
+
+from gentron_train.checkpoint import read_sharded, shard_of
 
 
 class ShardedEMA:
@@ -40,22 +42,21 @@ class ShardedEMA:
         torch._foreach_lerp_(list(self.shards.values()), current, 1 - decay)
         self.updates += 1
 
+    def shapes(self) -> dict[str, list[int]]:
+        """The whole parameters' shapes."""
+        return {name: list(p.ds_shape) for name, p in self.parameters.items()}
+
     def save(self, path: Path) -> None:
         """Write this rank's shards; each rank has its own file."""
         save_file(self.shards, path, metadata={"updates": str(self.updates)})
 
-    def load(self, path: Path, updates: int) -> None:
-        """Read what `save` wrote on the same rank of as many ranks, after `updates` updates."""
-        for name, shard in load_file(path).items():
-            self.shards[name].copy_(shard)
+    def load(self, paths: list[Path], updates: int) -> None:
+        """Read what `save` wrote, after `updates` updates; paths: of all ranks that wrote."""
         self.updates = updates
-
-    @torch.no_grad()
-    def full(self, name: str) -> Tensor | None:
-        """One whole averaged parameter on the CPU of rank 0, None on the others. Collective."""
-        shard, parameter = self.shards[name], self.parameters[name]
-        whole = shard.new_empty(dist.get_world_size() * shard.numel())
-        dist.all_gather_into_tensor(whole, shard)
-        if dist.get_rank() != 0:
-            return None
-        return whole[: parameter.ds_numel].view(parameter.ds_shape).cpu()
+        if len(paths) == dist.get_world_size():
+            for name, shard in load_file(paths[dist.get_rank()]).items():
+                self.shards[name].copy_(shard)
+            return
+        for name, shard in self.shards.items():
+            whole = read_sharded(paths, name, self.parameters[name].ds_shape)
+            shard.copy_(shard_of(whole, shard.numel(), dist.get_rank()))

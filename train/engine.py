@@ -1,8 +1,5 @@
 """The training engine: DeepSpeed ZeRO-3 on CUDA or the CPU, for T2I and T2V alike."""
 
-import argparse
-import dataclasses
-import json
 import math
 import os
 import shutil
@@ -11,173 +8,57 @@ import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
+import numpy as np
 import psutil
 import torch
 from deepspeed import comm as dist
-from torch import Tensor, nn
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor
 from tqdm import tqdm
 
-from gentron_fast.config import PRESETS
-from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule, diffusion_loss, vlb_loss
+from gentron_fast.config import PRESETS, GenTronConfig
+from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule, portable_noise
+from gentron_fast.guidance import guided_prediction
+from gentron_fast.media import contact_sheet
 from gentron_fast.model import GenTron, TextCondition
-from gentron_fast.pipeline import GenTronPipeline
+from gentron_fast.solvers import make_table, solver_step
 from gentron_fast.text import SUBFOLDERS, TextEncoder, Tokens
 from gentron_fast.vae import VideoVAE
-from gentron_train.data import Sampling, Stream, load_latents, precompute, select_tokens
+from gentron_train.checkpoint import (
+    PATIENCE,
+    Checkpoints,
+    check_run_folder,
+    latest_checkpoint,
+    read_info,
+)
+from gentron_train.config import Settings, parse_settings
+from gentron_train.data import Batch, DataSettings, Loader, TooManyBroken, make_loader
 from gentron_train.ema import ShardedEMA
-from gentron_train.shapes import ensure_shards
+from gentron_train.export_pipeline import DTYPES, export_pipeline
+from gentron_train.flops import parameter_count, peak_flops, training_flops
+from gentron_train.log import RunLog, memory_gib
+from gentron_train.memory import WHOLE_MODEL, report
+from gentron_train.objective import Objective, checkpoint_activations
+from gentron_train.shapes import ensure_shards, vocabulary
+from gentron_train.sharding import (
+    Source,
+    fresh_weights,
+    restore_masters,
+    sharded_model,
+    stored_config,
+    stored_weights,
+)
+from gentron_train.small import small_text_encoder
 from gentron_train.vae import main as train_vae
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WHOLE_MODEL = 50_000_000  # parameters up to which gathers cost more than the memory they save
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a frozen rank ends the run after this
-
-
-def option(default, text: str, **keywords):
-    """A field of Settings with its line of --help."""
-    return field(default=default, metadata={"help": text, **keywords})
-
-
-# ruff: noqa: RUF009 (each default is a dataclasses.field)
-@dataclass(frozen=True)
-class Settings:
-    """A training run. Each field is a command-line option of the same name."""
-
-    run: Path = option(Path("runs/t2i"), "folder of this run")
-    data: Path = option(Path("data/shapes"), "WebDataset shards images-*.tar, clips-*.tar")
-    images: int = option(20000, "images to make if the data folder has no shards")
-    clips: int = option(6000, "clips to make if the data folder has no shards")
-    vae: Path = option(Path("runs/vae"), "autoencoder folder; trained if missing")
-    init: Path | None = option(None, "pipeline folder to start from")
-    clip: str | None = option(None, "pretrained CLIP, frozen: folder or hub name")
-    t5: str | None = option(None, "pretrained T5, frozen: folder or hub name")
-    preset: str = option("small", "model size", choices=[n for n in PRESETS if "T2V" not in n])
-    steps: int = option(1500, "optimizer steps")
-    minutes: float | None = option(None, "stop, with checkpoint and export, after this time")
-    batch: int = option(32, "samples per rank and micro-step")
-    accumulation: int = option(1, "micro-steps per optimizer step")
-    lr: float = option(
-        1e-3, "AdamW learning rate; the paper's models take 1e-4, the small one more"
-    )
-    warmup: int = option(100, "steps of linear warm-up")
-    decay_last: float = option(0.3, "share of the run at whose end the rate falls linearly to 0")
-    clip_norm: float = option(1.0, "largest gradient norm")
-    ema: float = option(0.999, "decay of the weights' moving average, which is what is exported")
-    draws: int = option(1, "noises and timesteps per sample; they share its text encoding")
-    weight_cap: float = option(50.0, "weight of a timestep: 1 / ᾱ up to this; 1: the plain ε loss")
-    p_null: float = option(0.1, "probability of the empty caption")
-    p_motion_free: float = option(0.2, "share of image-text pairs in T2V training")
-    frames: int = option(8, "frames of a clip, at 4 FPS")
-    starts: int = option(2, "random starts of each clip that are encoded")
-    seed: int = option(0, "seed of the weights and of the data")
-    dtype: str = option("bf16", "compute in; parameters stay fp32", choices=["fp32", "bf16"])
-    checkpoint_activations: bool = option(False, "recompute each block in the backward pass")
-    log_every: int = option(20, "steps between log lines")
-    save_every: int = option(500, "steps between checkpoints")
-    keep: int = option(2, "checkpoints to keep")
-    export_every: int = option(0, "steps between exports; 0: at the end only")
-    export_dtype: str = option("fp16", "weights of the exported pipeline", choices=sorted(DTYPES))
-    resume: bool = option(False, "go on from the last checkpoint of this run")
-
-    def __post_init__(self):
-        for name in (
-            "steps",
-            "batch",
-            "accumulation",
-            "draws",
-            "log_every",
-            "save_every",
-            "keep",
-            "frames",
-            "starts",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{_flag(name)} is {getattr(self, name)}, must be at least 1")
-        for name in ("decay_last", "p_null", "p_motion_free"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{_flag(name)} is {getattr(self, name)}, must be in 0 … 1")
-        if not self.lr > 0:
-            raise ValueError(f"--lr is {self.lr}, must be above 0")
-        if not self.weight_cap >= 1:
-            raise ValueError(f"--weight-cap is {self.weight_cap}, must be at least 1")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"--ema is {self.ema}, must be at least 0 and below 1")
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def parse_settings(defaults: Settings, description: str, argv: list[str] | None = None) -> Settings:
-    """Settings from the command line over `defaults`; wrong input ends with exit code 2."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
-    for item in dataclasses.fields(Settings):
-        default, keywords = getattr(defaults, item.name), dict(item.metadata)
-        if item.type is bool:
-            keywords["action"] = argparse.BooleanOptionalAction
-        else:
-            known = {Path | None: Path, float | None: float, str | None: str}
-            keywords["type"] = known.get(item.type, item.type)
-        parser.add_argument(f"--{_flag(item.name)}", default=default, **keywords)
-    values = vars(parser.parse_args(argv))
-    del values["local_rank"]
-    try:
-        return Settings(**values)
-    except ValueError as error:
-        parser.error(str(error))
-
-
-class Objective(nn.Module):
-    """Noise-prediction loss of a batch: the one module that DeepSpeed wraps.
-
-    With a text encoder it takes tokens, and the encoder trains too; without, a TextCondition. Each
-    text stands for as many latents in a row as there are more of these.
-    """
-
-    def __init__(
-        self,
-        transformer: GenTron,
-        text_encoder: TextEncoder | None,
-        schedule: NoiseSchedule,
-        dtype: torch.dtype,
-        weight_cap: float = 1.0,
-    ):
-        super().__init__()
-        self.transformer = transformer
-        self.text_encoder = text_encoder
-        self.schedule = schedule
-        self.dtype = dtype
-        # x0 = (x - σ·ε) / α: an error of ε is an error of x0, 1 / ᾱ times as large in square.
-        self.weights = (1 / schedule.alphas_cumprod).clamp(max=weight_cap).float()
-
-    def forward(
-        self,
-        latents: Tensor,
-        noise: Tensor,
-        timestep: Tensor,
-        text: Tokens | TextCondition,
-        motion_free: Tensor | None,
-    ) -> Tensor:
-        """latents and noise (B, C, T, h, w) fp32, timestep (B,), motion_free (B,) bool → scalar."""
-        noisy = self.schedule.add_noise(latents, noise, timestep)
-        if self.text_encoder is not None:
-            text = self.text_encoder(text)
-        text = text.repeat(len(latents) // text.batch)
-        with torch.autocast(latents.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            prediction = self.transformer(noisy, timestep, text, motion_free)
-        weight = self.weights.to(timestep.device)[timestep]
-        loss = diffusion_loss(prediction, noise, weight)
-        if self.transformer.config.learned_range:
-            loss = loss + vlb_loss(self.schedule, prediction, noise, timestep)
-        return loss
+BAD_STEPS = 10  # without a finite loss, one after the other, end the run
+SAMPLE_STEPS, LAMBDA_T, LAMBDA_M = 20, 7.5, 1.2
+PROMPTS = ("a red circle moving left", "a large blue star", "a green square above a yellow cross")
 
 
 class StopRequest:
@@ -208,76 +89,51 @@ class StopRequest:
             return True
 
 
-def start_distributed() -> torch.device:
-    """Join the process group of the `deepspeed` launcher; returns the device of this rank."""
+def start_distributed(timeout: float) -> torch.device:
+    """Join the process group of the `deepspeed` launcher; returns the device of this rank.
+
+    timeout: seconds after which a rank that waits for another ends the run.
+    """
     if "LOCAL_RANK" not in os.environ:
         raise ValueError("start this with the launcher: deepspeed train/t2i.py")
+    limit = timedelta(seconds=timeout)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        deepspeed.init_distributed("nccl", timeout=COLLECTIVE_TIMEOUT)
+        deepspeed.init_distributed("nccl", timeout=limit)
         return device
     deepspeed.ops.__compatible_ops__ = {}  # or it builds an operator of its own for minutes
-    deepspeed.init_distributed("gloo", timeout=COLLECTIVE_TIMEOUT)
+    deepspeed.init_distributed("gloo", timeout=limit)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_SIZE"])))
     return torch.device("cpu")
 
 
-def latest_checkpoint(run: Path) -> str | None:
-    """Name of the last whole checkpoint of a run folder."""
-    path = run / "checkpoints" / "latest"
-    return path.read_text().strip() if path.exists() else None
-
-
-def check_run_folder(settings: Settings) -> None:
-    """Raise ValueError, before any work, unless --resume and the run folder go together."""
-    latest = latest_checkpoint(settings.run)
-    if settings.resume and latest is None:
-        raise ValueError(f"no checkpoint in {settings.run} to resume from")
-    if latest is not None and not settings.resume:
-        raise ValueError(
-            f"{settings.run} holds checkpoints: add --resume, or name another --run folder"
-        )
-
-
-def prepare_data(settings: Settings, kinds: tuple[str, ...], device: torch.device) -> Stream:
-    """Make what is missing (shards, autoencoder, latents) and load the latents of `kinds`.
-
-    Rank 0 makes shards and autoencoder; all ranks share the latents' encoding.
-    """
-    # Data may take hours, in which the others wait: not to be taken for a frozen rank.
-    patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=2))
-    if dist.get_rank() == 0:
-        ensure_shards(settings.data, settings.images, settings.clips)
+def make_missing(settings: Settings) -> None:
+    """Shards and autoencoder of the small model, where there are none; rank 0 makes them."""
+    # Either may take hours, in which the others wait: not to be taken for a frozen rank.
+    patient = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    if dist.get_rank() == 0 and settings.preset == "small":
+        if settings.images is None and settings.clips is None:
+            ensure_shards(settings.data, settings.make_images, settings.make_clips)
         if not (settings.vae / "config.json").exists():
             train_vae(["--data", str(settings.data), "--out", str(settings.vae), "--resume"])
     torch.distributed.barrier(patient)
-    sampling = Sampling(frames=settings.frames, starts=settings.starts)
-    paths = {}
-    for kind in kinds:
-        shards = sorted(settings.data.glob(f"{kind}-*.tar"))
-        ranks = dist.get_rank(), dist.get_world_size()
-        paths[kind] = precompute(shards, settings.vae, sampling, *ranks, device)
-    torch.distributed.barrier(patient)
-    return Stream(
-        load_latents(paths["images"]) if "images" in kinds else None,
-        load_latents(paths["clips"]) if "clips" in kinds else None,
-        seed=settings.seed,
-        p_null=settings.p_null,
-        p_motion_free=settings.p_motion_free,
-        draws=settings.draws,
-    )
 
 
-def load_text_encoder(settings: Settings) -> TextEncoder:
-    """The text encoders named by --clip and --t5, else those of the --init pipeline."""
+def load_text_encoder(settings: Settings, dtype: torch.dtype) -> TextEncoder:
+    """The text encoders named by --clip and --t5, else those of the --init pipeline.
+
+    ValueError where there are neither.
+    """
     sources = {"clip": settings.clip, "t5": settings.t5}
     pairs = {name: (source, source) for name, source in sources.items() if source is not None}
-    if not pairs:
+    if not pairs and settings.init is not None:
         folders = {name: [settings.init / part for part in SUBFOLDERS[name]] for name in sources}
         pairs = {name: tuple(pair) for name, pair in folders.items() if pair[0].exists()}
-    return TextEncoder.from_pretrained(**pairs)
+    if not pairs:
+        raise ValueError(f"--preset {settings.preset} needs its text encoders: --clip, --t5")
+    return TextEncoder.from_pretrained(**pairs, dtype=dtype)
 
 
 def learning_rate(settings: Settings, step: int, progress: float) -> float:
@@ -288,8 +144,13 @@ def learning_rate(settings: Settings, step: int, progress: float) -> float:
     return rate
 
 
-def deepspeed_config(settings: Settings, parameters: int, device: torch.device) -> dict:
-    """DeepSpeed's configuration: ZeRO stage 3; small models stay gathered between uses."""
+def deepspeed_config(
+    settings: Settings, parameters: int, device: torch.device, resharded: bool = False
+) -> dict:
+    """DeepSpeed's configuration: ZeRO stage 3; small models stay gathered between uses.
+
+    resharded: the checkpoint that will be loaded was written by another number of ranks.
+    """
     zero = {"stage": 3}
     if device.type == "cpu":
         zero |= {"reduce_bucket_size": 5_000_000, "stage3_prefetch_bucket_size": 1_000_000}
@@ -299,55 +160,156 @@ def deepspeed_config(settings: Settings, parameters: int, device: torch.device) 
     if parameters <= WHOLE_MODEL:
         zero["stage3_param_persistence_threshold"] = WHOLE_MODEL
         zero["memory_efficient_linear"] = False
-    return {
+    config = {
         "train_micro_batch_size_per_gpu": settings.batch,
         "gradient_accumulation_steps": settings.accumulation,
         "gradient_clipping": settings.clip_norm,
         "zero_optimization": zero,
         "steps_per_print": 2**31,
     }
+    if settings.parameters == "bf16":
+        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    if resharded:
+        config["checkpoint"] = {"load_universal": True}
+    return config
+
+
+def zero_engine(
+    objective: Objective, settings: Settings, device: torch.device, resharded: bool = False
+) -> deepspeed.DeepSpeedEngine:
+    """The DeepSpeed engine of an objective on `device`, with AdamW; `gather_persistent` comes
+    before every forward pass."""
+    parameters = parameter_count(objective.config)
+    engine, *_ = deepspeed.initialize(
+        model=objective,
+        optimizer=torch.optim.AdamW(
+            objective.parameters(), lr=settings.lr, weight_decay=0.0, fused=True
+        ),
+        config=deepspeed_config(settings, parameters, device, resharded),
+    )
+    if parameters <= WHOLE_MODEL:
+        # What is never shared out between steps needs no hook that fetches and releases it.
+        engine.optimizer.parameter_offload._remove_module_hooks()
+    return engine
+
+
+def gather_persistent(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Gather what stays whole between steps, where a load or a skipped step took it apart."""
+    parameters = engine.optimizer.persistent_parameters
+    if parameters and parameters[0].ds_status == ZeroParamStatus.NOT_AVAILABLE:
+        parameters[0].all_gather(parameters)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run trains: the transformer, its weights once more, and the text encoder.
+
+    source: of a transformer that is ZeRO-3's already, its fp32 weights once more. train_text: the
+    encoder trains too, else it is frozen and stays out of the engine; None where the data holds its
+    output.
+    """
+
+    transformer: GenTron
+    source: Source | None
+    text_encoder: TextEncoder | None
+    train_text: bool
+
+
+def build_parts(settings: Settings, stage: str, data: DataSettings, device: torch.device) -> Parts:
+    """The model of a stage, fresh or from --init, and its text encoder."""
+    folder = None if settings.init is None else settings.init / "transformer"
+    if stage == "t2v" and folder is None:
+        raise ValueError("T2V starts from a T2I pipeline: --init T2I_FOLDER")
+    config = PRESETS[settings.preset] if folder is None else stored_config(folder)
+    config = replace(config, temporal=config.temporal or stage == "t2v")
+    torch.manual_seed(settings.seed)
+    if (parameters := parameter_count(config)) > WHOLE_MODEL:
+        source = fresh_weights(config, settings.seed)
+        if folder is not None:
+            source = stored_weights(folder, config, settings.seed)
+        zero = deepspeed_config(settings, parameters, device)
+        dtype = DTYPES[settings.parameters]
+        transformer = sharded_model(config, source, zero, dtype, device)
+    else:
+        if folder is None:
+            transformer = GenTron(config)
+        else:
+            transformer = GenTron.from_pretrained(folder, torch.float32)
+            if config.temporal and not transformer.config.temporal:
+                transformer = GenTron.from_t2i(transformer)
+        source = None
+    pretrained = settings.clip is not None or settings.t5 is not None
+    train_text = stage == "t2i" and settings.preset == "small"
+    train_text = train_text and not pretrained and not data.precomputed
+    text_encoder = None
+    if train_text and settings.init is None:
+        text_encoder = small_text_encoder(vocabulary())
+    elif not data.precomputed:
+        dtype = torch.float32 if train_text else DTYPES[settings.parameters]
+        text_encoder = load_text_encoder(settings, dtype)
+    return Parts(transformer, source, text_encoder, train_text)
 
 
 class Trainer:
-    """One run: the DeepSpeed engine, its EMA, the data stream, checkpoints, log and export."""
+    """One run: the DeepSpeed engine, its EMA, the loader, checkpoints, log and export."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        transformer: GenTron,
-        text_encoder: TextEncoder,
-        stream: Stream,
-        device: torch.device,
-        train_text: bool,
-    ):
-        """The text encoder trains too, or is frozen and stays out of the engine."""
-        self.settings, self.stream, self.device = settings, stream, device
-        self.checkpoints = settings.run / "checkpoints"
-        self.step = self.position = 0
+    def __init__(self, settings: Settings, parts: Parts, loader: Loader, device: torch.device):
+        """settings: with the accumulation that fits the ranks (`Settings.on`)."""
+        self.settings, self.loader, self.device = settings, loader, device
+        self.step = self.skipped = 0
         self.seconds = 0.0  # that earlier parts of a resumed run took
-        self.config = transformer.config
-        self.tokens = text_encoder.tokenize(stream.captions)
-        self.frozen_text = None if train_text else text_encoder.to(device).eval()
-        self.exported_text = deepcopy(text_encoder) if train_text else text_encoder
-        transformer.gradient_checkpointing = settings.checkpoint_activations
+        self.config = parts.transformer.config
+        self.checkpoints = Checkpoints(settings.run, settings.keep, device)
+        self.trains_text = parts.train_text
+        # The engine takes an encoder's weights apart; a copy keeps its tokenizers and its shape.
+        self.text_encoder = deepcopy(parts.text_encoder) if parts.train_text else parts.text_encoder
+        self.frozen_text = None
+        if parts.text_encoder is not None and not parts.train_text:
+            self.frozen_text = parts.text_encoder.to(device).eval()
+        self._broken: TooManyBroken | None = None
+        self._batch: Batch | None = None
+        self._flops = 0
+        checkpoint_activations(parts.transformer, settings.checkpoint_activations)
+        self._resumed = latest_checkpoint(settings.run) if settings.resume else None
+        self._written_by = self._check_checkpoint() if settings.resume else 0
+        self._start_engine(parts)
+        self.ema = ShardedEMA(self.engine.module, settings.ema)
+        # Which generators the checkpoint restores, if it was written by as many ranks.
+        torch.manual_seed(settings.seed * 1_000_003 + 7919 * dist.get_rank())
+        self.log = RunLog(
+            settings.run,
+            settings.to_dict(),
+            main=self.is_main,
+            tensorboard=settings.tensorboard,
+            wandb=settings.wandb,
+            resumed_at=read_info(self._resumed)["step"] if settings.resume else None,
+        )
+        if settings.resume:
+            self._load()
+
+    def _start_engine(self, parts: Parts) -> None:
+        settings = self.settings
         objective = Objective(
-            transformer,
-            text_encoder if train_text else None,
+            parts.transformer,
+            parts.text_encoder if parts.train_text else None,
             NoiseSchedule.from_config(SCHEDULER_CONFIG),
             DTYPES[settings.dtype],
             settings.weight_cap,
-        )
-        parameters = sum(p.numel() for p in objective.parameters())
-        self.engine, *_ = deepspeed.initialize(
-            model=objective.to(device).train(),
-            optimizer=torch.optim.AdamW(
-                objective.parameters(), lr=settings.lr, weight_decay=0.0, fused=True
-            ),
-            config=deepspeed_config(settings, parameters, device),
-        )
-        self.ema = ShardedEMA(self.engine.module, settings.ema)
-        if settings.resume:
-            self._load()
+        ).train()
+        weights = {}
+        if rounded := settings.parameters == "bf16":
+            weights = {
+                name: parameter.detach().clone()
+                for name, parameter in objective.named_parameters()
+                if not hasattr(parameter, "ds_id")  # not ZeRO-3's yet
+            }
+        resharded = bool(self._written_by) and self._written_by != dist.get_world_size()
+        objective.to(self.device, DTYPES[settings.parameters])
+        self.engine = zero_engine(objective, settings, self.device, resharded)
+        if rounded:
+            restore_masters(objective, [("", weights)])
+            if parts.source is not None:
+                restore_masters(objective.transformer, parts.source())
 
     @property
     def is_main(self) -> bool:
@@ -357,10 +319,8 @@ class Trainer:
         """Train to the end of the steps or of the time, or to a signal; then save and export."""
         settings, stop = self.settings, StopRequest()
         first, start, logged = self.step, time.monotonic() - self.seconds, time.monotonic()
-        ranks = dist.get_world_size()
-        samples = settings.batch * settings.draws * settings.accumulation * ranks
-        progress, losses, interrupted = self.step / settings.steps, [], False
-        settings.run.mkdir(parents=True, exist_ok=True)
+        progress, losses, interrupted, bad = self.step / settings.steps, [], False, 0
+        self._say(settings.batch_line(dist.get_world_size()))
         with tqdm(
             total=settings.steps, initial=first, unit="step", disable=not self.is_main
         ) as bar:
@@ -370,188 +330,277 @@ class Trainer:
                 progress = self.step / settings.steps
                 if settings.minutes:
                     progress = max(progress, (time.monotonic() - start) / (60 * settings.minutes))
-                loss, progress, interrupted = self._agree(loss, progress, bool(stop))
+                loss, progress, interrupted, broken = self._agree(loss, progress, bool(stop))
+                if self.engine.was_step_applied():
+                    losses.append(loss)
+                    bad = 0
+                else:
+                    self.skipped += 1
+                    bad += 1
                 self.seconds = time.monotonic() - start
-                losses.append(loss)
                 bar.update()
+                if bad == BAD_STEPS:
+                    last = latest_checkpoint(settings.run) or "none"
+                    raise ValueError(
+                        f"{bad} steps in a row without a finite loss and gradient, up to step "
+                        f"{self.step}; last good checkpoint: {last}"
+                    )
                 if self.step % settings.log_every == 0 or self.step == settings.steps:
                     now = time.monotonic()
-                    seconds = (now - logged) / len(losses)
-                    left = (settings.steps - self.step) * seconds
-                    if settings.minutes:
-                        left = min(left, 60 * settings.minutes - (now - start))
-                    self._log(
-                        bar,
-                        step=self.step,
-                        loss=round(sum(losses) / len(losses), 5),
-                        lr=rate,
-                        grad_norm=round(float(self.engine.get_global_grad_norm()), 4),
-                        samples_per_s=round(samples / seconds, 2),
-                        captions=self.position,
-                        seconds=round(now - start, 1),
-                        minutes_left=round(max(left, 0) / 60, 1),
-                    )
+                    steps = (self.step - first - 1) % settings.log_every + 1
+                    seconds = (now - logged) / steps
+                    bar.write(self._log(rate, losses, seconds, now - start), file=sys.stdout)
                     logged, losses = now, []
+                if broken:
+                    break
                 if self.step % settings.save_every == 0:
                     self.save()
+                if settings.sample_every and self.step % settings.sample_every == 0:
+                    self.sample()
                 if settings.export_every and self.step % settings.export_every == 0:
                     self.export()
-        self.save()
+        if failure := self.save():
+            raise OSError(f"the last checkpoint could not be written: {failure}")
+        self.log.close()
+        if broken:
+            raise self._broken or TooManyBroken("another rank met too many broken samples")
         if interrupted:
             self._say(f"stopped at step {self.step}; go on with --resume")
             sys.exit(130)
         self.export()
 
     def _step(self, rate: float) -> Tensor:
-        settings, rank, ranks = self.settings, dist.get_rank(), dist.get_world_size()
+        """One optimizer step; the mean loss of this rank's micro-steps."""
+        settings = self.settings
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
+        gather_persistent(self.engine)
         total = torch.zeros((), device=self.device)
         for _ in range(settings.accumulation):
-            batch = self.stream.batch(self.position + rank * settings.batch, settings.batch)
-            # Dropout in a text encoder draws from the global generator: made a function of the
-            # position too, so that resuming needs no generator state.
-            torch.manual_seed(settings.seed * 1_000_003 + self.position + rank)
-            text = select_tokens(self.tokens, batch.caption)
-            if self.frozen_text is not None:
+            batch = self._next_batch()
+            text = batch.text
+            if self.frozen_text is not None and isinstance(text, dict):
                 with torch.no_grad():
                     text = self.frozen_text(text)
+            if not self._flops:
+                self._flops = training_flops(self.config, batch.latents.shape[1:], _lengths(text))
             motion_free = batch.motion_free
             loss = self.engine(
-                batch.latents.to(self.device),
-                batch.noise.to(self.device),
+                batch.latents.to(self.device, non_blocking=True),
                 batch.timestep.to(self.device),
                 text,
                 None if motion_free is None else motion_free.to(self.device),
+                batch.noise.to(self.device, non_blocking=True),
             )
-            self.engine.backward(loss)
+            # A loss that is not finite makes every gradient NaN, and DeepSpeed skips the step.
+            good = torch.isfinite(loss.detach()) & (self._broken is None)
+            self.engine.backward(loss * torch.where(good, 1.0, math.nan))
             self.engine.step()
             total += loss.detach() / settings.accumulation
-            self.position += settings.batch * ranks
-        self.ema.update()
+        if self.engine.was_step_applied():
+            self.ema.update()
         self.step += 1
         return total
 
-    def _agree(self, loss: Tensor, progress: float, stop: bool) -> tuple[float, float, bool]:
-        """Mean loss of all ranks, rank 0's progress, and whether any rank was told to stop."""
-        values = torch.tensor(
-            [float(loss), progress if self.is_main else 0.0, float(stop)],
-            dtype=torch.float64,
-            device=self.device,
-        )
+    def _next_batch(self) -> Batch:
+        """The next micro-batch; the last one again once too many samples are broken, so that this
+        rank goes through the step, which is then skipped, with the others."""
+        if self._broken is None:
+            try:
+                self._batch = next(self.loader)
+            except TooManyBroken as error:
+                if self._batch is None:
+                    raise
+                self._broken = error
+        return self._batch
+
+    def _agree(self, loss: Tensor, progress: float, stop: bool) -> tuple[float, float, bool, bool]:
+        """Mean loss of all ranks, rank 0's progress, and whether any rank was told to stop or met
+        too many broken samples."""
+        own = [float(loss), progress if self.is_main else 0.0, stop, self._broken is not None]
+        values = torch.tensor(own, dtype=torch.float64, device=self.device)
         if dist.get_world_size() > 1:
             dist.all_reduce(values)
-        loss, progress, stops = values.tolist()
-        if not math.isfinite(loss):
-            last = latest_checkpoint(self.settings.run) or "none"
-            raise ValueError(f"the loss is {loss} at step {self.step}; last checkpoint: {last}")
-        return loss / dist.get_world_size(), progress, stops > 0
+        loss, progress, stops, broken = values.tolist()
+        return loss / dist.get_world_size(), progress, stops > 0, broken > 0
 
-    def _log(self, bar: tqdm, **values) -> None:
-        if not self.is_main:
-            return
-        bar.write(
-            f"step {values['step']}/{self.settings.steps}  loss {values['loss']:.4f}  "
-            f"{values['samples_per_s']:.1f} samples/s  {values['minutes_left']:.1f} min left"
-        )
-        with open(self.settings.run / "log.jsonl", "a") as file:
-            file.write(json.dumps(values) + "\n")
+    def _log(self, rate: float, losses: list[float], seconds: float, elapsed: float) -> str:
+        """Keep the figures of the last steps; returns their line."""
+        settings, ranks = self.settings, dist.get_world_size()
+        captions = settings.batch * settings.accumulation * ranks
+        samples = captions * settings.draws
+        peak = ranks * peak_flops(self.device, DTYPES[settings.dtype])
+        left = (settings.steps - self.step) * seconds
+        if settings.minutes:
+            left = min(left, 60 * settings.minutes - elapsed)
+        norm = float(self.engine.get_global_grad_norm())
+        unit = "clips_per_s" if self.config.temporal else "samples_per_s"
+        values = {
+            "step": self.step,
+            "loss": round(sum(losses) / len(losses), 5) if losses else None,
+            "lr": rate,
+            "grad_norm": round(norm, 4) if math.isfinite(norm) else None,
+            unit: round(samples / seconds, 2),
+            "mfu": round(samples / seconds * self._flops / peak, 4),
+            "memory_gib": round(memory_gib(self.device), 3),
+            "captions": self.step * captions,
+            "skipped": self.skipped,
+            "broken": sum(self.loader.broken().values()),
+            "seconds": round(elapsed, 1),
+            "minutes_left": round(max(left, 0) / 60, 1),
+        }
+        return self.log.step(settings.steps, values) if self.is_main else ""
 
     def _say(self, text: str) -> None:
         if self.is_main:
             print(text, flush=True)
 
-    def save(self) -> None:
-        """Write a checkpoint aside, rename it, let `latest` name it, remove those too old."""
+    def save(self) -> str | None:
+        """Write a checkpoint, if there is none of this step; why it could not be written, or None.
+
+        The run goes on after one that failed: the checkpoints before are whole.
+        """
         name = f"step-{self.step:08d}"
-        if latest_checkpoint(self.settings.run) == name:
-            return
-        aside = self.checkpoints / ".partial"
-        if self.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        dist.barrier()
-        state = {
+        latest = latest_checkpoint(self.settings.run)
+        self.checkpoints.barrier()  # or a rank could look when rank 0 has written
+        if latest is not None and latest.name == name:
+            return None
+        info = {
             "step": self.step,
-            "position": self.position,
-            "ema_updates": self.ema.updates,
             "seconds": self.seconds,
+            "skipped": self.skipped,
+            "ema_updates": self.ema.updates,
+            "settings": self.settings.to_dict(),
+            "model": self.config.to_dict(),
+            "latents": list(self.loader.sizes),
         }
-        self.engine.save_checkpoint(str(aside), tag=name, client_state=state, save_latest=False)
-        self.ema.save(aside / name / f"ema-rank{dist.get_rank()}.safetensors")
-        dist.barrier()
-        if self.is_main:
-            shutil.rmtree(self.checkpoints / name, ignore_errors=True)
-            os.replace(aside / name, self.checkpoints / name)
-            pointer = aside / "latest"
-            pointer.write_text(name + "\n")
-            os.replace(pointer, self.checkpoints / "latest")
-            shutil.rmtree(aside)
-            # Later ones than `latest` are of a run that stopped before it named them.
-            whole = sorted(p for p in self.checkpoints.glob("step-*") if p.name <= name)
-            for old in whole[: -self.settings.keep]:
-                shutil.rmtree(old)
-        dist.barrier()
+        failure = self.checkpoints.save(
+            self.engine, self.ema, name, info, self.loader.state_dict(), self._save_text
+        )
+        if failure:
+            self._say(f"no checkpoint at step {self.step}: {failure}; whole ones stay as they are")
+        return failure
+
+    def _save_text(self, folder: Path) -> None:
+        if self.trains_text:
+            self.text_encoder.save_pretrained(folder / "text")
+
+    def _check_checkpoint(self) -> int:
+        """How many ranks wrote the checkpoint to resume; ValueError if it is of another model."""
+        info = read_info(self._resumed)
+        model = GenTronConfig.from_dict(info["model"])
+        if model != self.config:
+            raise ValueError(f"{self._resumed} holds another model than this run's: {model}")
+        return info["ranks"]
 
     def _load(self) -> None:
-        name = latest_checkpoint(self.settings.run)
-        ranks = len(list((self.checkpoints / name).glob("ema-rank*.safetensors")))
-        if ranks != dist.get_world_size():
-            raise ValueError(
-                f"{name} was written by {ranks} ranks, this run has {dist.get_world_size()}: "
-                f"resume it with --num_gpus {ranks}"
-            )
-        _, state = self.engine.load_checkpoint(str(self.checkpoints), tag=name)
-        self.step, self.position = state["step"], state["position"]
-        self.seconds = state["seconds"]
-        shards = self.checkpoints / name / f"ema-rank{dist.get_rank()}.safetensors"
-        self.ema.load(shards, state["ema_updates"])
-        if self.is_main:
-            self._cut_log()
-        self._say(f"going on at step {self.step}")
-
-    def _cut_log(self) -> None:
-        """Remove the lines of steps that will run again."""
-        log = self.settings.run / "log.jsonl"
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
+        checkpoint, ranks = self._resumed, self._written_by
+        info = read_info(checkpoint)
+        resharded = ranks != dist.get_world_size()
+        self.checkpoints.load_engine(self.engine, checkpoint, resharded)
+        shards = [checkpoint / f"ema-rank{rank}.safetensors" for rank in range(ranks)]
+        self.ema.load(shards, info["ema_updates"])
+        self.loader.load_state_dict(self.checkpoints.load_state(checkpoint, ranks))
+        self.step, self.seconds = info["step"], info["seconds"]
+        self.skipped = info["skipped"]
+        was, own = info["settings"], self.settings.to_dict()
+        changed = [
+            f"{name} {was.get(name)} → {value}"
+            for name, value in own.items()
+            if was.get(name) != value and name != "resume"
+        ]
+        if resharded:
+            changed.append(f"ranks {ranks} → {dist.get_world_size()}")
+        self._say(f"going on at step {self.step}" + f" with {', '.join(changed)}" * bool(changed))
 
     def export(self) -> None:
-        """Write the pipeline folder with the averaged weights, one parameter gathered at a time."""
-        weights = {"transformer": {}, "text_encoder": {}}
-        dtype = DTYPES[self.settings.export_dtype]
-        for name in self.ema.parameters:
-            part, key = name.split(".", 1)
-            tensor = self.ema.full(name)
-            if tensor is not None:
-                weights[part][key] = tensor.to(dtype)
+        """Write the pipeline folder with the averaged weights, from a checkpoint of this step."""
+        if failure := self.save():
+            raise OSError(f"no export without a checkpoint: {failure}")
         if self.is_main:
-            self._write_pipeline(weights, dtype)
-        dist.barrier()
+            folder = self.settings.run / "pipeline"
+            aside = folder.with_name(".pipeline.part")
+            shutil.rmtree(aside, ignore_errors=True)
+            dtype = DTYPES[self.settings.export_dtype]
+            export_pipeline(latest_checkpoint(self.settings.run), aside, ema=True, dtype=dtype)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(aside, folder)
+            self._say(f"pipeline in {folder}")
+        self.checkpoints.barrier()
 
-    def _write_pipeline(self, weights: dict[str, dict[str, Tensor]], dtype: torch.dtype) -> None:
-        transformer = GenTron(self.config).to(dtype)
-        transformer.load_state_dict(weights["transformer"])
-        text_encoder = deepcopy(self.exported_text).to("cpu", dtype)
-        # Tied weights have one name here and two in the encoder: not strict.
-        report = text_encoder.load_state_dict(weights["text_encoder"], strict=False)
-        assert not report.unexpected_keys
-        vae = VideoVAE.from_pretrained(self.settings.vae, dtype)
-        latents = (self.stream.images or self.stream.clips).mean
-        pipeline = GenTronPipeline(
-            transformer,
-            text_encoder,
-            vae,
-            SCHEDULER_CONFIG,
-            default_frames=self.settings.frames,
-            default_size=tuple(side * vae.factor for side in latents.shape[-2:]),
-        )
-        folder, aside = self.settings.run / "pipeline", self.settings.run / ".pipeline.part"
-        shutil.rmtree(aside, ignore_errors=True)
-        pipeline.save_pretrained(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-        self._say(f"pipeline in {folder}")
+    @torch.no_grad()
+    def sample(self) -> None:
+        """A picture of the fixed prompts as the weights of this step draw them, a row a prompt.
+
+        Nothing happens without text encoders or autoencoder, which precomputed data needs not.
+        """
+        if self.text_encoder is None or not (self.settings.vae / "config.json").exists():
+            return
+        settings = self.settings
+        prompts = PROMPTS if settings.prompts is None else settings.prompts.read_text().splitlines()
+        count, shape = len(prompts), self.loader.sizes
+        texts = [self.text_encoder.tokenize(list(part)) for part in (prompts, [""] * count)]
+        if self.frozen_text is not None:
+            texts = [self.frozen_text(tokens) for tokens in texts]
+        state = torch.get_rng_state()
+        self.engine.eval()
+        gather_persistent(self.engine)
+        table = make_table("dpm++", SCHEDULER_CONFIG, SAMPLE_STEPS)
+        x = portable_noise(shape, [settings.seed + row for row in range(count)], 0).to(self.device)
+        x0 = None
+        for row, timestep in zip(table.rows, table.timesteps, strict=True):
+            timestep = timestep.to(self.device).expand(count)
+            noise = guided_prediction(self.engine.module, x, timestep, *texts, LAMBDA_T, LAMBDA_M)
+            x, x0 = solver_step(row, x, noise[:, : shape[0]], x0)
+        self.engine.train()
+        torch.set_rng_state(state)
+        if self.is_main:
+            vae = VideoVAE.from_pretrained(settings.vae).to(self.device)
+            self.log.picture(self.step, "samples", _sheet(vae.decode(x)))
+        self.checkpoints.barrier()
+
+
+def _sheet(pixels: Tensor) -> np.ndarray:
+    """Clips (B, 3, T, H, W) in [-1, 1] → one picture, a row each."""
+    frames = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+    return contact_sheet(list(frames.permute(0, 2, 3, 4, 1)))
+
+
+def _lengths(text: Tokens | TextCondition) -> dict[str, int]:
+    """Text tokens of each encoder."""
+    if isinstance(text, dict):
+        return {name: ids.shape[1] for name, (ids, _) in text.items()}
+    parts = zip(text._fields, text, strict=True)
+    return {name: encoded.tokens.shape[1] for name, encoded in parts if encoded is not None}
+
+
+def train(stage: str, description: str, argv: list[str] | None = None) -> None:
+    """The whole of train/t2i.py and train/t2v.py: settings, parts, and the run."""
+    settings = parse_settings(stage, description, argv)
+    if settings.dry_run:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("\n".join(report(settings, stage)))
+        return
+    check_run_folder(settings.run, settings.resume)
+    trainer_of(settings, stage).train()
+
+
+def trainer_of(settings: Settings, stage: str) -> Trainer:
+    """The trainer of a stage, "t2i" or "t2v", on this rank."""
+    device = start_distributed(settings.timeout)
+    settings = settings.on(dist.get_world_size())
+    make_missing(settings)
+    data = settings.data_settings(stage)
+    parts = build_parts(settings, stage, data, device)
+    loader = make_loader(
+        data,
+        settings.vae,
+        None if parts.text_encoder is None else parts.text_encoder.tokenize,
+        rank=dist.get_rank(),
+        ranks=dist.get_world_size(),
+        device=device,
+    )
+    return Trainer(settings, parts, loader, device)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -18,9 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gentron_fast.vae import VideoVAE
-from gentron_train.data import decode_clip, decode_image, seeded
+from gentron_train.decode import decode_clip, decode_image
 from gentron_train.shapes import ensure_shards
 from gentron_train.small import VAE_CHANNELS, small_vae
+from gentron_train.sources import seeded
 
 # Shapes: B batch, H × W pixels.
 KL_WEIGHT = 1e-4  # against an error of about 0.02 per pixel: keeps the latents near a normal

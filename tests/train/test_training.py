@@ -1,85 +1,24 @@
-"""Training: the data stream, the schedule of the rate, and runs under the `deepspeed` launcher."""
+"""Training: the objective by hand, the schedule of the rate, and runs under the `deepspeed`
+launcher."""
 
-import json
 import os
-import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from training import finish, launch, log_of
 
 from gentron_fast import PRESETS, GenTron, GenTronPipeline
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
-from gentron_train.data import (
-    LatentSet,
-    Sampling,
-    Stream,
-    latents_path,
-    load_latents,
-    pick_frames,
-    precompute,
-    seeded,
-    select_tokens,
-)
-from gentron_train.engine import Objective, Settings, learning_rate, parse_settings
-from gentron_train.shapes import vocabulary, write_shards
-from gentron_train.small import small_text_encoder, small_vae
+from gentron_train.config import Settings
+from gentron_train.engine import Objective, learning_rate
+from gentron_train.shapes import vocabulary
+from gentron_train.small import small_text_encoder
 
-ROOT = Path(__file__).parents[2]
 STEPS = 20
-SIDE = 64 // small_vae().factor  # of the latents
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with a few shards (data) and an untrained autoencoder (vae)."""
-    folder = tmp_path_factory.mktemp("world")
-    write_shards(folder / "data", images=12, clips=6, shard_size=6, processes=1, progress=False)
-    torch.manual_seed(0)
-    small_vae().save_pretrained(folder / "vae")
-    return folder
-
-
-def launch(script: str, world: Path, run: Path, *options, ranks: int = 2) -> subprocess.Popen:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    command += [f"--num_gpus={ranks}", f"--master_port={port}", f"train/{script}.py"]
-    command += [f"--data={world / 'data'}", f"--vae={world / 'vae'}", f"--run={run}"]
-    command += ["--warmup=1", "--log-every=1", "--starts=1", *map(str, options)]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen, seconds: int = 240) -> str:
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, output[-4000:]
-    return output
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
-
-
+SCHEDULE = NoiseSchedule.from_config(SCHEDULER_CONFIG)
 T2I = ("--batch=4", "--draws=4", "--lr=1e-3", f"--steps={STEPS}", f"--save-every={STEPS // 2}")
 
 
@@ -87,47 +26,49 @@ T2I = ("--batch=4", "--draws=4", "--lr=1e-3", f"--steps={STEPS}", f"--save-every
 def image_run(world):
     """Twenty T2I steps on two ranks, a checkpoint in the middle and one at the end."""
     run = world / "t2i"
-    finish(launch("t2i", world, run, *T2I))
+    finish(launch("t2i", world, run, *T2I, f"--sample-every={STEPS}"))
     return run
 
 
 def test_loss_falls_and_pipeline_is_exported(image_run):
-    values = losses(image_run)
+    values = [row["loss"] for row in log_of(image_run)]
     assert len(values) == STEPS
     assert sum(values[-4:]) < 0.95 * sum(values[:4])
     checkpoints = sorted(path.name for path in (image_run / "checkpoints").iterdir())
     assert checkpoints == ["latest", "step-00000010", "step-00000020"]
     pipeline = GenTronPipeline.from_pretrained(image_run / "pipeline")
     assert pipeline.transformer.config == PRESETS["small"]
+    assert (pipeline.default_size, pipeline.default_frames) == ((64, 64), 1)
 
 
-def test_resumed_run_equals_the_uninterrupted(world, image_run):
-    resumed = world / "resumed"
-    shutil.copytree(image_run, resumed)
-    shutil.rmtree(resumed / "pipeline")
-    shutil.rmtree(resumed / "checkpoints" / "step-00000020")
-    (resumed / "checkpoints" / "latest").write_text("step-00000010\n")
-    finish(launch("t2i", world, resumed, *T2I, "--resume"))
-    assert losses(resumed) == losses(image_run)
-    for rank in range(2):
-        shards, expected = (
-            load_file(run / "checkpoints" / "step-00000020" / f"ema-rank{rank}.safetensors")
-            for run in (resumed, image_run)
-        )
-        assert shards.keys() == expected.keys()
-        for name, shard in shards.items():
-            assert torch.equal(shard, expected[name]), name
-    for path in (image_run / "pipeline").rglob("*.safetensors"):
-        again = resumed / path.relative_to(image_run)
-        assert again.read_bytes() == path.read_bytes(), path
+def test_the_log_tells_all(image_run):
+    rows = log_of(image_run)
+    for row in rows:
+        assert row["grad_norm"] > 0 and 0 < row["mfu"] < 1 and row["memory_gib"] > 0.1
+        assert row["captions"] == 8 * row["step"] and row["skipped"] == row["broken"] == 0
+    assert rows[-1]["minutes_left"] == 0
+    assert (image_run / "samples" / f"step-{STEPS:08d}.png").stat().st_size > 1000
+    pytest.importorskip("matplotlib")
+    assert (image_run / "loss.png").exists()
+
+
+def test_tensorboard(image_run):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = events.EventAccumulator(str(image_run / "tensorboard"))
+    accumulator.Reload()
+    losses = [event.value for event in accumulator.Scalars("loss")]
+    assert losses == pytest.approx([row["loss"] for row in log_of(image_run)])
 
 
 def test_t2v_trains_from_the_t2i_pipeline(world, image_run):
     run = world / "t2v"
     init = image_run / "pipeline"
-    finish(launch("t2v", world, run, f"--init={init}", "--batch=3", "--steps=2"))
+    output = finish(launch("t2v", world, run, f"--init={init}", "--batch=3", "--steps=2"))
+    assert "batch 6 = 3 per rank × 1 micro-steps × 2 ranks" in output
+    assert "clips/s" in output
     pipeline = GenTronPipeline.from_pretrained(run / "pipeline")
     assert pipeline.transformer.config == PRESETS["small-T2V"]
+    assert pipeline.default_frames == 8
     for name in ("text_encoder", "text_encoder_2"):  # frozen
         before, after = (
             load_file(next((f / name).glob("*.safetensors"))) for f in (init, run / "pipeline")
@@ -136,8 +77,9 @@ def test_t2v_trains_from_the_t2i_pipeline(world, image_run):
 
 
 @pytest.mark.parametrize("whole_group", [True, False], ids=["group", "launcher-alone"])
-def test_sigterm_saves_and_ends(world, tmp_path, whole_group):
-    process = launch("t2i", world, tmp_path, "--batch=2", "--steps=100000", ranks=1)
+def test_sigterm_saves_and_ends(world, tiny_t2i_folder, tmp_path, whole_group):
+    options = ("--batch=2", "--steps=100000", f"--init={tiny_t2i_folder}")
+    process = launch("t2i", world, tmp_path, *options, ranks=1)
     log = tmp_path / "log.jsonl"
     for _ in range(900):
         if log.exists() or process.poll() is not None:
@@ -154,6 +96,37 @@ def test_sigterm_saves_and_ends(world, tmp_path, whole_group):
     assert not (tmp_path / "checkpoints" / ".partial").exists()
 
 
+def by_hand(model: GenTron, latents, noise, timestep, text, motion_free, cap: float) -> float:
+    """The mean over samples of min(1 / ᾱ, cap) · mean((ε̂ - ε)²), one sample at a time."""
+    total = 0.0
+    for i in range(len(latents)):
+        kept = 1.0
+        for beta in SCHEDULE.betas[: int(timestep[i]) + 1].tolist():
+            kept *= 1 - beta
+        noisy = kept**0.5 * latents[[i]] + (1 - kept) ** 0.5 * noise[[i]]
+        flags = None if motion_free is None else motion_free[[i]]
+        with torch.no_grad():
+            prediction = model(noisy, timestep[[i]], text.select([i]), flags)
+        squares = (prediction[0].double() - noise[i]) ** 2
+        total += min(1 / kept, cap) * float(squares.sum()) / squares.numel()
+    return total / len(latents)
+
+
+@pytest.mark.parametrize("frames", [1, 3], ids=["images", "clips"])
+@pytest.mark.parametrize("cap", [1.0, 20.0])
+def test_a_batch_by_hand(make_model, make_text, tiny_config, frames, cap):
+    model = make_model(tiny_config, torch.float32)
+    text = make_text(tiny_config, 3, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    latents, noise = torch.randn(2, 3, 4, frames, 4, 4, generator=generator)
+    timestep = torch.tensor([0, 400, 999])
+    motion_free = None if frames == 1 else torch.tensor([True, False, False])
+    objective = Objective(model, None, SCHEDULE, torch.float32, cap)
+    loss = objective(latents, timestep, text, motion_free, noise)
+    expected = by_hand(model, latents, noise, timestep, text, motion_free, cap)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
 def test_t2v_starts_as_t2i():
     torch.manual_seed(0)
     image_model = GenTron(PRESETS["small"])
@@ -161,18 +134,17 @@ def test_t2v_starts_as_t2i():
         for parameter in image_model.parameters():
             parameter.normal_(std=0.02)
     encoder = small_text_encoder(vocabulary())
-    schedule = NoiseSchedule.from_config(SCHEDULER_CONFIG)
     latents, noise = torch.randn(2, 3, 4, 8, 8, 8)
     latents, noise = latents[:, :, :3].contiguous(), noise[:, :, :3].contiguous()
     timestep, motion_free = torch.tensor([10, 500, 900]), torch.tensor([True, False, True])
     text = encoder.encode(["a red circle", "", "a blue square moving up"])
     with torch.no_grad():
-        clip_loss = Objective(GenTron.from_t2i(image_model), None, schedule, torch.float32)(
-            latents, noise, timestep, text, motion_free
+        clip_loss = Objective(GenTron.from_t2i(image_model), None, SCHEDULE, torch.float32)(
+            latents, timestep, text, motion_free, noise
         )
         frame_losses = [
-            Objective(image_model, None, schedule, torch.float32)(
-                latents[:, :, [frame]], noise[:, :, [frame]], timestep, text, None
+            Objective(image_model, None, SCHEDULE, torch.float32)(
+                latents[:, :, [frame]], timestep, text, None, noise[:, :, [frame]]
             )
             for frame in range(3)
         ]
@@ -182,139 +154,13 @@ def test_t2v_starts_as_t2i():
 def test_text_stands_for_several_draws():
     torch.manual_seed(0)
     encoder = small_text_encoder(vocabulary())
-    objective = Objective(
-        GenTron(PRESETS["small"]),
-        encoder,
-        NoiseSchedule.from_config(SCHEDULER_CONFIG),
-        torch.float32,
-    )
+    objective = Objective(GenTron(PRESETS["small"]), encoder, SCHEDULE, torch.float32)
     latents, noise = torch.randn(2, 4, 4, 1, 8, 8)
     timestep = torch.tensor([1, 2, 3, 4])
     prompts = ["a red circle", "a blue square"]
-    once = objective(latents, noise, timestep, encoder.tokenize(prompts), None)
+    once = objective(latents, timestep, encoder.tokenize(prompts), None, noise)
     twice = encoder.tokenize([prompts[0], prompts[0], prompts[1], prompts[1]])
-    torch.testing.assert_close(once, objective(latents, noise, timestep, twice, None))
-
-
-@pytest.mark.parametrize("cap", [1.0, 300.0])
-def test_noisy_timesteps_weigh_more_up_to_the_cap(cap):
-    schedule = NoiseSchedule.from_config(SCHEDULER_CONFIG)
-    torch.manual_seed(0)
-    model = GenTron(PRESETS["small"])  # predicts zero: the error of a sample is its noise squared
-    objective = Objective(model, None, schedule, torch.float32, cap)
-    text = small_text_encoder(vocabulary()).eval().encode(["a star"] * 3)
-    latents, noise = torch.randn(2, 3, 4, 1, 16, 16)
-    timestep = torch.tensor([10, 500, 999])
-    expected = (1 / schedule.alphas_cumprod[timestep]).clamp(max=cap)
-    expected = (expected * noise.square().mean((1, 2, 3, 4))).mean()
-    loss = objective(latents, noise, timestep, text, None)
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-
-
-def test_precompute(world):
-    data, sampling = world / "data", Sampling(starts=2)
-    shards = sorted(data.glob("clips-*.tar"))
-    paths = precompute(shards, world / "vae", sampling)
-    clips = load_latents(paths)
-    assert clips.mean.shape == clips.std.shape == (6, 2, 4, 8, SIDE, SIDE)
-    assert len(clips.captions) == 6
-    assert (clips.std > 0).all()
-    assert paths[0] != latents_path(shards[0], world / "vae", Sampling(starts=1))
-    assert not list(data.glob(".*part"))
-    before = [path.stat().st_mtime_ns for path in paths]
-    assert precompute(shards, world / "vae", sampling) == paths
-    assert [path.stat().st_mtime_ns for path in paths] == before
-    with pytest.raises(ValueError, match="no shards"):
-        load_latents([])
-
-
-def test_ranks_that_look_at_different_times_encode_every_shard(world, tmp_path):
-    shards = write_shards(tmp_path, images=4, clips=0, shard_size=1, processes=1, progress=False)
-    for rank in range(2):  # rank 1 begins when rank 0 has finished
-        paths = precompute(shards, world / "vae", Sampling(), rank, ranks=2)
-    assert len(paths) == 4 and all(path.exists() for path in paths)
-
-
-@pytest.mark.parametrize("fps, step", [(24.0, 6), (12.0, 3), (30.0, 7.5)])
-def test_pick_frames(fps, step):
-    starts = set()
-    for seed in range(200):
-        picks = pick_frames(60, fps, Sampling(), seeded(seed))
-        assert len(picks) == 8
-        expected = (torch.arange(8) * step).round().long()
-        assert torch.equal(picks - picks[0], expected)
-        starts.add(int(picks[0]))
-    assert starts <= set(range(60 - int(expected[-1])))
-    assert len(starts) > 5
-
-
-def test_short_clip_is_refused():
-    assert pick_frames(43, 24.0, Sampling(), seeded(0))[0] == 0
-    with pytest.raises(ValueError, match=r"42 frames at 24 FPS.* need 43"):
-        pick_frames(42, 24.0, Sampling(), seeded(0))
-
-
-def latent_set(kind: str, count: int, frames: int) -> LatentSet:
-    values = torch.arange(count).half()[:, None, None, None, None, None]
-    mean = values.expand(count, 1, 4, frames, 2, 2)
-    return LatentSet(mean, torch.zeros_like(mean), [f"{kind} {n}" for n in range(count)])
-
-
-def stream(**options) -> Stream:
-    return Stream(latent_set("image", 40, 1), latent_set("clip", 160, 8), seed=3, **options)
-
-
-def test_stream_depends_on_position_alone():
-    whole, source = stream(draws=2).batch(0, 60), stream(draws=2)
-    source.batch(1000, 3)
-    parts = [source.batch(position, 20) for position in (40, 0, 20)]
-    for name in ("latents", "noise", "timestep", "motion_free", "caption"):
-        joined = torch.cat([getattr(parts[part], name) for part in (1, 2, 0)])
-        assert torch.equal(joined, getattr(whole, name)), name
-    assert len(whole.latents) == 2 * len(whole.caption) == 120
-
-
-def test_epoch_sees_each_sample_once_and_text_fits():
-    source = stream(p_null=0.0)
-    batch = source.batch(0, 200)
-    captions = [source.captions[row] for row in batch.caption]
-    assert Counter(captions) == Counter(source.captions[1:])
-    for latents, caption, motion_free in zip(
-        batch.latents, captions, batch.motion_free, strict=True
-    ):
-        kind, number = caption.split()
-        assert motion_free == (kind == "image")
-        assert latents.shape == (4, 8, 2, 2)
-        assert (latents == float(number)).all()
-
-
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.37, 1.0])
-def test_shares(share):
-    source = stream(p_motion_free=share, p_null=0.1)
-    batch = source.batch(0, 2000)
-    assert int(batch.motion_free.sum()) == int(share * 2000)
-    assert 0.07 < (batch.caption == 0).float().mean() < 0.13
-    assert 400 < batch.timestep.float().mean() < 600
-    assert abs(float(batch.noise.mean())) < 0.02
-
-
-def test_images_alone_have_no_mask():
-    source = Stream(latent_set("image", 40, 1), None, seed=0)
-    batch = source.batch(0, 4)
-    assert batch.motion_free is None
-    assert batch.latents.shape == (4, 4, 1, 2, 2)
-
-
-def test_select_tokens():
-    tokens = small_text_encoder(vocabulary()).tokenize(["", "a red circle", "a circle " * 12])
-    rows = torch.tensor([1, 0])
-    chosen = select_tokens(tokens, rows, multiple=8)
-    for name, (ids, mask) in chosen.items():
-        longest = int(mask.sum(1).max())
-        assert ids.shape == mask.shape and longest <= ids.shape[1] < longest + 8
-        assert torch.equal(
-            ids[mask], torch.cat([tokens[name][0][r][tokens[name][1][r]] for r in rows])
-        )
+    torch.testing.assert_close(once, objective(latents, timestep, twice, None, noise))
 
 
 def test_learning_rate():
@@ -323,20 +169,3 @@ def test_learning_rate():
     assert learning_rate(settings, 500, 0.5) == 1.0
     assert learning_rate(settings, 900, 0.875) == pytest.approx(0.5)
     assert learning_rate(settings, 999, 1.0) == 0.0
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--batch", "0"], "--batch is 0, must be at least 1"),
-        (["--p-null", "1.5"], "--p-null is 1.5, must be in 0 … 1"),
-        (["--preset", "huge"], "invalid choice: 'huge'"),
-        (["--no-such-option"], "unrecognized arguments"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else None,
-)
-def test_wrong_settings(arguments, message, capsys):
-    with pytest.raises(SystemExit) as exit:
-        parse_settings(Settings(), "", arguments)
-    assert exit.value.code == 2
-    assert message in capsys.readouterr().err

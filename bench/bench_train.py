@@ -1,0 +1,267 @@
+"""One training step, forward, backward and AdamW: plain torch, and ours.
+
+pytest bench/bench_train.py --benchmark-only
+
+Ours runs under DeepSpeed ZeRO-3 on one rank; where DeepSpeed is not installed, or its states do not
+fit beside the others', ours takes the plain AdamW step, and its note says so. All contenders but
+DeepSpeed's and Latte share one model and one optimizer, with a learning rate too small to move it.
+"""
+
+import importlib.util
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from bench_step import latte_model, plain_operators, random_model, text_of
+from contest import DTYPES, OURS, Contender, absent, memory_bytes
+from torch.utils.flop_counter import FlopCounterMode
+
+from gentron_fast import PRESETS
+from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule, diffusion_loss
+from gentron_train.flops import parameter_count, peak_flops, training_flops
+from gentron_train.objective import Objective, checkpoint_activations
+
+TOKENS = {"clip": 77, "t5": 120}
+RATE = 1e-12
+SCHEDULE = NoiseSchedule.from_config(SCHEDULER_CONFIG)
+STATE_BYTES = 18  # of a parameter under DeepSpeed: bf16, its gradient, master and moments
+
+
+class TrainingStep:
+    """The contenders of one model and batch, each (latents, noise) → the loss of a step."""
+
+    def __init__(self, config, shape, dtype, device):
+        self.config, self.shape, self.dtype, self.device = config, shape, dtype, device
+        self.model = random_model(config, torch.float32, device).train()
+        self.objective = Objective(self.model, None, SCHEDULE, dtype)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=RATE, weight_decay=0.0, fused=device == "cuda"
+        )
+        batch, _, frames, *_ = shape
+        self.text = text_of(config, TOKENS, torch.float32, device).repeat(batch)
+        generator = torch.Generator().manual_seed(0)
+        self.timestep = torch.randint(1000, (batch,), generator=generator).to(device)
+        self.motion_free = None
+        if frames > 1:  # a fifth of the clips are repeated images, as in training
+            self.motion_free = (torch.arange(batch) % 5 == 4).to(device)
+
+    def loss(self, objective, latents, noise):
+        return objective(latents, self.timestep, self.text, self.motion_free, noise)
+
+    def definition(self, latents, noise):
+        """The loss in the dtype of the latents."""
+        wide = random_model(self.config, latents.dtype, self.device)
+        wide.load_state_dict(self.model.state_dict())
+        with torch.no_grad():
+            noisy = SCHEDULE.add_noise(latents, noise, self.timestep)
+            text = self.text.to(dtype=latents.dtype)
+            prediction = wide(noisy, self.timestep, text, self.motion_free)
+            return diffusion_loss(prediction, noise)
+
+    @torch.enable_grad()
+    def adamw(self, latents, noise, objective=None):
+        """The step as a plain loop has it: loss, backward, clipping, AdamW."""
+        loss = self.loss(objective or self.objective, latents, noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def checkpointed(self, mode):
+        def run(latents, noise):
+            checkpoint_activations(self.model, mode)
+            try:
+                return self.adamw(latents, noise)
+            finally:
+                checkpoint_activations(self.model, "none")
+
+        return run
+
+    def eager(self, latents, noise):
+        with plain_operators():
+            return self.adamw(latents, noise)
+
+    def compiled(self):
+        model = torch.compile(self.objective, dynamic=False)
+
+        def run(latents, noise):
+            with plain_operators():
+                return self.adamw(latents, noise, model)
+
+        return run
+
+    def ours(self) -> Contender:
+        if importlib.util.find_spec("deepspeed") is None:
+            return Contender(OURS, self.adamw, "plain AdamW step: no deepspeed here")
+        needed = STATE_BYTES * parameter_count(self.model)
+        if needed > memory_bytes(self.device) // 3:
+            return Contender(OURS, self.adamw, "plain AdamW step: no room for two optimizers")
+        return Contender(OURS, self.zero(), "DeepSpeed ZeRO-3, one rank")
+
+    def zero(self):
+        """The same weights under DeepSpeed, as train/engine.py configures it."""
+        from gentron_train.config import Settings
+        from gentron_train.engine import gather_persistent, start_distributed, zero_engine
+
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        threads = torch.get_num_threads()
+        device = start_distributed(timeout=600)
+        torch.set_num_threads(threads)
+        model = random_model(self.config, torch.float32, self.device).train()
+        model.load_state_dict(self.model.state_dict())
+        name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
+        parameters = "fp32" if self.device == "cpu" else name
+        settings = Settings(batch=self.shape[0], lr=RATE, dtype=name, parameters=parameters).on(1)
+        objective = Objective(model, None, SCHEDULE, self.dtype)
+        engine = zero_engine(objective, settings, device)
+
+        @torch.enable_grad()
+        def run(latents, noise):
+            gather_persistent(engine)
+            loss = self.loss(engine, latents, noise)
+            engine.backward(loss)
+            engine.step()
+            return loss.detach()
+
+        return run
+
+    def latte(self, depth: int) -> Contender:
+        """diffusers' Latte of equal width in a plain AdamW loop."""
+        _, channels, frames, height, _ = self.shape
+        model = latte_model(self.config, frames, height, depth, self.device)
+        if model is None:
+            return absent("Latte", "diffusers is not installed")
+        if self.device != "meta":  # where FLOPs are counted
+            optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+        counts = self.device == "meta"
+        dtypes = {"device_type": "cpu" if counts else self.device, "dtype": torch.bfloat16}
+        autocast = self.dtype == torch.bfloat16 and not counts
+
+        @torch.enable_grad()
+        def run(latents, noise):
+            noisy = SCHEDULE.add_noise(latents, noise, self.timestep)
+            with torch.autocast(**dtypes, enabled=autocast):
+                (prediction,) = model(noisy, self.timestep, self.text.t5.tokens, return_dict=False)
+            loss = diffusion_loss(prediction[:, :channels], noise)
+            loss.backward()
+            if not counts:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+            model.zero_grad()
+            return loss.detach()
+
+        return Contender("Latte", run, f"{depth} layers for {self.config.depth}", checked=False)
+
+
+def latte_depth(config, shape, flops: int) -> tuple[int, int]:
+    """Layers of Latte whose step comes nearest to these FLOPs, and their count."""
+    counted = TrainingStep(config, shape, torch.float32, "meta")
+    counted.timestep = counted.timestep.to("meta")
+    inputs = [torch.empty(shape, device="meta") for _ in range(2)]
+    counts = []
+    for depth in (1, 2):
+        contender = counted.latte(depth)
+        if contender.run is None:
+            return 0, 0
+        with FlopCounterMode(display=False) as counter:
+            contender.run(*inputs)
+        counts.append(counter.get_total_flops())
+    one, two = counts
+    depth = max(1, 1 + round((flops - one) / (two - one)))
+    return depth, one + (depth - 1) * (two - one)
+
+
+def compete(measure, contest, name, config, shape, dtype, modes=(), compiles=False):
+    flops = shape[0] * training_flops(config, shape[1:], TOKENS)
+    step = TrainingStep(config, shape, dtype, contest.device)
+    ours = step.ours()
+    peak = peak_memory(contest.device, ours.run, step)
+    contenders = [ours, Contender("plain AdamW loop", step.eager)]
+    if ours.run != step.adamw:
+        contenders.append(Contender("ours, plain AdamW loop", step.adamw))
+    for mode in modes:
+        contenders.append(Contender(f"ours, checkpointing {mode}", step.checkpointed(mode)))
+    if compiles and not contest.smoke:
+        contenders.append(Contender("plain AdamW loop, torch.compile", step.compiled()))
+    depth, latte_flops = latte_depth(config, shape, flops)
+    contenders.append(step.latte(depth))
+    roof = peak_flops(torch.device(contest.device), dtype) / 1e12
+    row = measure(
+        name,
+        shape,
+        dtype,
+        make=lambda randn: tuple(randn(*shape, dtype=torch.float32) for _ in range(2)),
+        definition=step.definition,
+        contenders=contenders,
+        flops=flops,
+        latte_flops=latte_flops,
+        peak_tflops=roof,
+        peak_memory_gib=peak,
+    )
+    for contender, entry in row["contenders"].items():
+        if "ms" in entry:
+            own = latte_flops if contender == "Latte" else flops
+            rate, mfu = 1e3 * shape[0] / entry["ms"], own / entry["ms"] / 1e9 / roof
+            print(f"{name}: {contender:<32}{rate:9.2f} samples/s  {mfu:6.1%} MFU")
+    print(f"{name}: {flops / 1e9:.1f} GFLOP, Latte {latte_flops / 1e9:.1f}; ours {peak:.2f} GiB")
+
+
+def peak_memory(device: str, run, step: TrainingStep) -> float:
+    """GiB at the peak of one step: of the GPU, or of the process where there is none."""
+    latents, noise = torch.randn(2, *step.shape, device=device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run(latents, noise)
+        return torch.cuda.max_memory_allocated() / 2**30
+    Path("/proc/self/clear_refs").write_text("5")  # begins the peak anew
+    run(latents, noise)
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+
+
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("preset", ["small", "small-T2V"])
+def test_small(measure, contest, preset, dtype):
+    """The small preset at its own size: 64 × 64 pixels, clips of 8 frames."""
+    batch = 2 if contest.smoke else 64 if preset == "small" else 16
+    shape = batch, 4, 8 if "T2V" in preset else 1, 8, 8
+    compete(measure, contest, f"training step, {preset}", PRESETS[preset], shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slice(measure, contest, dtype):
+    """Two blocks of XL/2-T2V: two clips of 8 frames at 128², on a GPU at 512²."""
+    side = 4 if contest.smoke else 64 if contest.device == "cuda" else 16
+    config = replace(PRESETS["XL/2-T2V"], depth=2)
+    name = "training step, 2 blocks of XL/2-T2V"
+    compete(measure, contest, name, config, (2, 4, 8, side, side), dtype)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(
+    "preset, shape",
+    [
+        ("G/2-T2V", (2, 4, 8, 64, 64)),
+        ("XL/2-T2V", (4, 4, 8, 64, 64)),
+        ("G/2", (32, 4, 1, 32, 32)),
+        ("XL/2", (64, 4, 1, 32, 32)),
+        ("G/2", (8, 4, 1, 64, 64)),
+        ("XL/2", (16, 4, 1, 64, 64)),
+    ],
+    ids=str,
+)
+def test_whole_model(measure, contest, preset, shape):
+    """The paper's sizes in bf16, in micro-batches that one GPU holds."""
+    name, modes = f"training step, {preset}", ("attention", "full")
+    compete(measure, contest, name, PRESETS[preset], shape, torch.bfloat16, modes, compiles=True)

@@ -1,0 +1,174 @@
+"""Checkpoints: resumed by as many ranks, by fewer and by more; kept whole; exported."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed import comm as dist
+from safetensors.torch import load_file, save_file
+from training import log_of
+
+from gentron_fast import GenTron
+from gentron_train import checkpoint as checkpoint_module
+from gentron_train import engine, export_pipeline
+from gentron_train.checkpoint import latest_checkpoint, read_info, read_sharded, shard_of
+
+# Eight samples a step on one rank as on two.
+OPTIONS = ("--global-batch=8", "--batch=2", "--draws=2", "--steps=6", "--save-every=2")
+OPTIONS += ("--starts=1", "--log-every=1", "--no-tensorboard", "--warmup=1", "--keep=3")
+OPTIONS += ("--dtype=fp32", "--parameters=fp32", "--decay-last=0")
+
+
+def train(world: Path, init: Path, run: Path, *options: str) -> None:
+    argv = [f"--data={world / 'data'}", f"--vae={world / 'vae'}", f"--init={init}", f"--run={run}"]
+    engine.run(lambda: engine.train("t2i", "", [*argv, *OPTIONS, *options]))
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in log_of(run)]
+
+
+def averages(run: Path) -> dict:
+    """The averaged weights of the last checkpoint, whole."""
+    checkpoint = latest_checkpoint(run)
+    info = read_info(checkpoint)
+    read = export_pipeline.averaged_weights(checkpoint, info)
+    return {name: read(name) for name in info["parameters"]}
+
+
+def distance(weights: dict, reference: dict) -> float:
+    """‖weights - reference‖ / ‖reference‖ over all tensors that have a gradient: the bias of k has
+    none but rounding, of which Adam makes steps."""
+    names = [name for name in reference if not name.endswith(("kv.bias", "k_proj.bias"))]
+    ours, theirs = (
+        torch.cat([tensors[name].flatten() for name in names]) for tensors in (weights, reference)
+    )
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.fixture(scope="module")
+def whole_run(ranks, world, tiny_t2i_folder, tmp_path_factory):
+    """Six fp32 steps on two ranks, with checkpoints at 2, 4 and 6."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert ranks.wait(ranks.start(2, train, world, tiny_t2i_folder, run)) == [0, 0]
+    return run
+
+
+def cut(run: Path, copy: Path) -> Path:
+    """The run as it was after its first checkpoint."""
+    shutil.copytree(run, copy)
+    for step in (4, 6):
+        shutil.rmtree(copy / "checkpoints" / f"step-0000000{step}")
+    (copy / "checkpoints" / "latest").write_text("step-00000002\n")
+    return copy
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_two_ranks_resume_to_the_bit(ranks, world, tiny_t2i_folder, tmp_path, whole_run):
+    assert names(whole_run) == ["latest", "step-00000002", "step-00000004", "step-00000006"]
+    resumed = cut(whole_run, tmp_path / "run")
+    shutil.rmtree(resumed / "pipeline")
+    pids = ranks.start(2, train, world, tiny_t2i_folder, resumed, "--resume")
+    assert ranks.wait(pids) == [0, 0]
+    assert losses(resumed) == losses(whole_run) and len(losses(resumed)) == 6
+    for name in ("ema-rank0", "ema-rank1", "state-rank0", "state-rank1"):
+        ours, theirs = (
+            load_file(latest_checkpoint(run) / f"{name}.safetensors")
+            for run in (resumed, whole_run)
+        )
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    for path in (whole_run / "pipeline").rglob("*.safetensors"):
+        again = resumed / path.relative_to(whole_run)
+        assert again.read_bytes() == path.read_bytes(), path
+
+
+def test_another_number_of_ranks_resumes(ranks, world, tiny_t2i_folder, tmp_path, whole_run):
+    """Two ranks to step 2, one to step 4, two to step 6."""
+    run = cut(whole_run, tmp_path / "run")
+    for count, steps in ((1, 4), (2, 6)):
+        options = ("--resume", f"--steps={steps}", "--export-dtype=fp32")
+        pids = ranks.start(count, train, world, tiny_t2i_folder, run, *options)
+        assert ranks.wait(pids) == [0] * count
+        assert read_info(latest_checkpoint(run))["ranks"] == count
+    assert losses(run) == pytest.approx(losses(whole_run), rel=1e-6)
+    assert distance(averages(run), averages(whole_run)) < 1e-6
+    assert names(run) == names(whole_run)  # nothing of the conversion is left
+
+
+def test_export_reads_masters_and_averages(tmp_path, whole_run, tiny_t2i_folder):
+    checkpoint = latest_checkpoint(whole_run)
+    for path in checkpoint.glob("*model_states.pt"):
+        path.rename(path.with_suffix(".away"))  # not needed
+    models = {}
+    for flags in ((), ("--ema",)):
+        out = tmp_path / "-".join(("out", *flags))
+        arguments = [str(whole_run), str(out), "--dtype", "fp32", *flags]
+        assert export_pipeline.main(arguments) == 0
+        models[flags] = GenTron.from_pretrained(out / "transformer").state_dict()
+        assert (out / "model_index.json").exists() and (out / "text_encoder").is_dir()
+    for path in checkpoint.glob("*.away"):
+        path.rename(path.with_suffix(".pt"))
+    expected = averages(whole_run)
+    assert all(torch.equal(models["--ema",][n], expected[f"transformer.{n}"]) for n in models[()])
+    start = GenTron.from_pretrained(tiny_t2i_folder / "transformer").state_dict()
+    # Six steps of at most 1e-3 each lead from the start to the masters.
+    gap = max(float((models[()][name] - start[name]).abs().max()) for name in start)
+    assert 1e-3 < gap < 6.1e-3
+    assert distance(models[()], models["--ema",]) > 1e-6
+
+
+def test_export_of_what_is_no_checkpoint(tmp_path, capsys):
+    assert export_pipeline.main([str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "checkpoint.json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def disk_full(world: Path, init: Path, run: Path, rank: int, *options: str) -> None:
+    """A run of which one rank finds the disk full at step 4."""
+    save = checkpoint_module.torch.save
+
+    def limited(state, path) -> None:
+        if dist.get_rank() == rank and "step-00000004" in str(path):
+            Path(path).write_bytes(b"half of")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save(state, path)
+
+    checkpoint_module.torch.save = limited
+    train(world, init, run, *options)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_leaves_the_last_checkpoint_whole(
+    ranks, world, tiny_t2i_folder, tmp_path, whole_run, capfd, rank
+):
+    run, options = tmp_path / "run", ("--steps=4",)
+    pids = ranks.start(2, disk_full, world, tiny_t2i_folder, run, rank, *options)
+    assert ranks.wait(pids) == [2, 2]
+    captured = capfd.readouterr()
+    assert f"no checkpoint at step 4: rank {rank}: [Errno 28] No space left" in captured.out
+    assert "the last checkpoint could not be written" in captured.err
+    assert names(run) == ["latest", "step-00000002"]
+    assert latest_checkpoint(run).name == "step-00000002"
+    before = latest_checkpoint(whole_run).with_name("step-00000002")
+    for name in ("ema-rank0", "ema-rank1"):
+        ours, theirs = (
+            load_file(folder / f"{name}.safetensors") for folder in (latest_checkpoint(run), before)
+        )
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("size, count", [(10, 1), (10, 3), (7, 2), (1, 4)])
+def test_shards(tmp_path, size, count):
+    whole = torch.arange(1.0, size + 1).view(size)
+    part = -(-size // count)
+    paths = [tmp_path / f"{rank}.safetensors" for rank in range(count)]
+    for rank, path in enumerate(paths):
+        save_file({"weight": shard_of(whole, part, rank)}, path)
+    assert torch.equal(read_sharded(paths, "weight", (size, 1)), whole[:, None])

@@ -1,0 +1,169 @@
+"""Configuration files and the command line over them; batches that the ranks can make."""
+
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from gentron_fast import PRESETS
+from gentron_train.config import CONFIGS, Settings, load_config, parse_settings
+from gentron_train.memory import model_config
+
+FILES = sorted(CONFIGS.glob("*.yaml"))
+
+
+def refused(capsys, stage: str, *argv: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        parse_settings(stage, "", list(argv))
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def written(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return f"--config={path}"
+
+
+def test_small_is_the_default():
+    images, clips = (parse_settings(stage, "", []) for stage in ("t2i", "t2v"))
+    assert images == parse_settings("t2i", "", ["--config", str(CONFIGS / "small.yaml")])
+    assert (images.preset, images.run, images.init) == ("small", Path("runs/t2i"), None)
+    assert (images.batch, images.draws, images.steps, images.lr) == (32, 4, 1500, 1e-3)
+    assert (clips.batch, clips.draws, clips.steps) == (16, 1, 2800)
+    assert clips.init == Path("runs/t2i/pipeline")
+
+
+# Paper: size, samples a step, steps (none given for T2V).
+@pytest.mark.parametrize(
+    "name, stage, size, batch, steps",
+    [
+        ("t2i-256", "t2i", 256, 2048, 500_000),
+        ("t2i-512", "t2i", 512, 784, 300_000),
+        ("t2v-512", "t2v", 512, 128, None),
+    ],
+)
+@pytest.mark.parametrize("preset", ["XL/2", "G/2"])
+def test_the_papers_stages(name, stage, size, batch, steps, preset):
+    path = CONFIGS / f"{name}.yaml"
+    # What the file's head says of G/2.
+    advice = re.search(r"for G/2 add (.*)", path.read_text())[1].rstrip(".").replace(" …", " X")
+    extra = advice.split() if preset == "G/2" else []
+    settings = parse_settings(stage, "", ["--config", str(path), *extra])
+    assert settings.preset == preset
+    height, width = settings.pixels()
+    assert abs(height * width - size**2) < 0.05 * size**2
+    assert settings.global_batch == batch and (steps is None or settings.steps == steps)
+    assert (settings.lr, settings.warmup, settings.decay_last) == (1e-4, 0, 0.0)
+    assert (settings.ema, settings.weight_cap, settings.p_null) == (0.9999, 1.0, 0.1)
+    assert (settings.frames, settings.fps, settings.p_motion_free) == (8, 4.0, 0.2)
+    assert (settings.dtype, settings.parameters) == ("bf16", "bf16")
+    for ranks in (8, 16):
+        whole = settings.on(ranks) if batch % (settings.batch * ranks) == 0 else None
+        if whole is not None:
+            assert whole.batch * whole.accumulation * ranks == batch
+    assert settings.on(8).accumulation >= 1
+    expected = PRESETS[f"{preset}-T2V" if stage == "t2v" else preset]
+    assert model_config(replace(settings, init=None), stage) == expected
+
+
+def test_every_file_reads_and_names_all_that_it_sets():
+    assert [path.stem for path in FILES] == ["small", "t2i-256", "t2i-512", "t2v-512"]
+    for path in FILES:
+        for stage in ("t2i", "t2v"):
+            Settings(**load_config(path, stage))
+
+
+def test_the_command_line_counts_over_the_file(tmp_path):
+    config = written(tmp_path, "lr: 1e-4\nbatch: 3\nt2i: {batch: 5}\n")
+    settings = parse_settings("t2i", "", [config, "--batch=7"])
+    assert (settings.lr, settings.batch) == (1e-4, 7)
+    assert parse_settings("t2i", "", [config]).batch == 5
+    assert parse_settings("t2v", "", [config]).batch == 3
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("learning_rate: 1", "unknown field learning_rate in "),
+        ("t2v: {bach: 1}", "unknown field bach in "),
+        ("batch: many", "batch in {} is 'many', wanted int"),
+        ("batch: 1.5", "batch in {} is 1.5, wanted int"),
+        ("in_memory: 1", "in_memory in {} is 1, wanted bool"),
+        ("batch: true", "batch in {} is True, wanted int"),
+        ("steps:", "steps in {} is None, wanted int"),
+        ("lr: [1]", "lr in {} is [1], wanted float"),
+        ("- lr", "must hold fields with values"),
+        ("t2i: 3", "section t2i of {} must hold fields"),
+        ("lr: [", "is not YAML"),
+        ("dtype: fp8", "--dtype is 'fp8', must be one of fp32, bf16"),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_wrong_files(tmp_path, capsys, text, message):
+    error = refused(capsys, "t2i", written(tmp_path, text))
+    assert message.format(tmp_path / "run.yaml") in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--batch", "0"], "--batch is 0, must be at least 1"),
+        (["--p-null", "1.5"], "--p-null is 1.5, must be in 0 … 1"),
+        (["--preset", "huge"], "invalid choice: 'huge'"),
+        (["--no-such-option"], "unrecognized arguments"),
+        (["--config", "nothing.yaml"], "no such configuration: nothing.yaml"),
+        (["--size", "big"], "--size is 'big', wanted a side or HxW"),
+        (["--dtype", "fp32", "--parameters", "bf16"], "--dtype fp32 needs --parameters fp32"),
+        (["--lr", "0"], "--lr is 0.0, must be above 0"),
+        (["--ema", "1"], "--ema is 1.0, must be at least 0 and below 1"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_wrong_settings(arguments, message, capsys):
+    assert message in refused(capsys, "t2i", *arguments)
+
+
+@pytest.mark.parametrize(
+    "changes, ranks, accumulation",
+    [
+        ({"global_batch": 2048, "batch": 32}, 8, 8),
+        ({"global_batch": 784, "batch": 14}, 56, 1),
+        ({"global_batch": 128, "batch": 2}, 64, 1),
+        ({"global_batch": 64, "batch": 4, "draws": 2}, 2, 4),
+        ({"global_batch": 64, "batch": 4, "accumulation": 8}, 2, 8),
+        ({"batch": 4}, 2, 1),
+        ({"batch": 4, "accumulation": 3}, 2, 3),
+    ],
+)
+def test_accumulation(changes, ranks, accumulation):
+    settings = Settings(**changes)
+    assert settings.on(ranks).accumulation == accumulation
+    total = changes.get("global_batch", 4 * ranks * accumulation)
+    assert settings.batch_line(ranks).startswith(f"batch {total} = {settings.batch} per rank")
+
+
+@pytest.mark.parametrize(
+    "changes, ranks, message",
+    [
+        ({"global_batch": 784, "batch": 32}, 8, "784 is no multiple .*--batch 1 or 2 or 7 or 14"),
+        ({"global_batch": 784, "batch": 14}, 64, "64 ranks × 1 draws do not divide it"),
+        ({"global_batch": 8, "batch": 16}, 2, "--batch 1 or 2 or 4 fits"),
+        ({"global_batch": 64, "batch": 4, "accumulation": 2}, 2, "that takes 8"),
+    ],
+)
+def test_batches_that_cannot_be_made(changes, ranks, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**changes).on(ranks)
+
+
+def test_settings_go_to_json_and_back():
+    settings = parse_settings("t2v", "", ["--minutes=3", "--no-in-memory", "--buckets=64x64,32x96"])
+    assert Settings.from_dict(settings.to_dict()) == settings
+    assert settings.pixels() == (64, 64)
+    assert settings.data_settings("t2v").buckets == ((64, 64), (32, 96))
+    with pytest.raises(ValueError, match="unknown field nonsense"):
+        Settings.from_dict(settings.to_dict() | {"nonsense": 1})
+    assert all(item.metadata["help"] for item in fields(Settings))

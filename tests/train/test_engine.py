@@ -1,0 +1,256 @@
+"""The engine against one plain process: ZeRO-3 on two ranks, bf16, EMA, and bad steps."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
+from training import STEPS, log_of, settings_of
+
+from gentron_fast import GenTron
+from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
+from gentron_train import engine, sharding
+from gentron_train.checkpoint import (
+    checkpoints_folder,
+    latest_checkpoint,
+    read_info,
+    read_sharded,
+    shard_of,
+)
+from gentron_train.config import Settings
+from gentron_train.data import Loader, TooManyBroken, make_loader
+from gentron_train.engine import Objective, build_parts, trainer_of
+
+
+def run_steps(settings: Settings, stage: str = "t2i") -> dict:
+    """Losses, whole weights and averaged weights of a rank after STEPS steps."""
+    trainer = trainer_of(settings, stage)
+    losses = []
+    for step in range(STEPS):
+        trainer.step = step
+        loss = trainer._step(engine.learning_rate(settings, step, step / STEPS))
+        losses.append(trainer._agree(loss, 0, False)[0])
+    parameters = dict(trainer.engine.module.named_parameters())
+    return {
+        "losses": losses,
+        "weights": {name: safe_get_full_fp32_param(p) for name, p in parameters.items()},
+        "ema": trainer.ema.shards,
+    }
+
+
+def plain_steps(settings: Settings, ranks: int) -> dict:
+    """The same in one process of plain torch: each rank's micro-batches, one after the other."""
+    data = settings.data_settings("t2i")
+    parts = build_parts(settings, "t2i", data, torch.device("cpu"))
+    tokenize = parts.text_encoder.tokenize
+    loaders = [
+        make_loader(data, settings.vae, tokenize, rank=rank, ranks=ranks) for rank in range(ranks)
+    ]
+    schedule = NoiseSchedule.from_config(SCHEDULER_CONFIG)
+    model = Objective(
+        parts.transformer, parts.text_encoder, schedule, torch.float32, settings.weight_cap
+    ).train()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = []
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = engine.learning_rate(settings, step, step / STEPS)
+        total = 0.0
+        for loader in loaders:
+            batch = next(loader)
+            inputs = batch.latents, batch.timestep, batch.text, batch.motion_free, batch.noise
+            loss = model(*inputs) / ranks
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(settings.ema, (1 + step) / (10 + step))
+        for name, parameter in model.named_parameters():
+            ema[name] = decay * ema[name] + (1 - decay) * parameter.detach()
+        losses.append(total)
+    return {"losses": losses, "weights": dict(model.named_parameters()), "ema": ema}
+
+
+@pytest.fixture(scope="module")
+def plain(world, tiny_t2i_folder, tmp_path_factory):
+    torch.set_num_threads(1)
+    return plain_steps(settings_of(world, tiny_t2i_folder, tmp_path_factory.mktemp("plain")), 2)
+
+
+# Softmax does not see the bias of k: its gradient is rounding alone, and Adam makes steps of that.
+NO_GRADIENT = ("kv.bias", "k_proj.bias")
+
+
+def distance(weights: dict, reference: dict) -> float:
+    """‖weights - reference‖ / ‖reference‖ over all tensors that have a gradient."""
+    names = [name for name in reference if not name.endswith(NO_GRADIENT)]
+    ours, theirs = (
+        torch.cat([tensors[name].detach().flatten() for name in names])
+        for tensors in (weights, reference)
+    )
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def test_two_ranks_equal_one_plain_process(ranks, world, tiny_t2i_folder, tmp_path, plain):
+    results = ranks.call(2, run_steps, settings_of(world, tiny_t2i_folder, tmp_path))
+    assert results[0]["losses"] == pytest.approx(plain["losses"], rel=1e-6)
+    assert len(set(plain["losses"])) == STEPS
+    average = {
+        name: torch.cat([result["ema"][name] for result in results])[: weight.numel()]
+        for name, weight in plain["weights"].items()
+    }
+    for result in results:
+        assert distance(result["weights"], plain["weights"]) < 1e-6
+    assert distance(average, plain["ema"]) < 1e-6
+
+
+# Of a loss, and of all weights together: bf16 keeps 8 bits, and errors of ten steps add up.
+LOSS_DRIFT, WEIGHT_DRIFT = 2e-2, 1e-3
+
+
+@pytest.mark.parametrize("kind", ["bf16", "autocast", "sharded"])
+def test_bf16_stays_near_fp32(ranks, world, tiny_t2i_folder, tmp_path, plain, monkeypatch, kind):
+    """bf16 parameters, autocast, and a model that is shared out part by part when it is made."""
+    if kind == "sharded":
+        monkeypatch.setattr(engine, "WHOLE_MODEL", 0)
+    changes = {"dtype": "bf16", "parameters": "fp32" if kind == "autocast" else "bf16"}
+    settings = settings_of(world, tiny_t2i_folder, tmp_path, **changes)
+    result = ranks.call(2, run_steps, settings)[0]
+    assert result["losses"] == pytest.approx(plain["losses"], rel=LOSS_DRIFT)
+    assert distance(result["weights"], plain["weights"]) < WEIGHT_DRIFT
+
+
+def masters(settings: Settings) -> dict:
+    trainer = trainer_of(settings, "t2v")
+    named = trainer.engine.module.named_parameters()
+    return {name: safe_get_local_fp32_param(p) for name, p in named} | {
+        "whole": max(p.ds_tensor.numel() for p in trainer.engine.module.parameters()),
+    }
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_masters_are_not_rounded(ranks, world, tiny_t2i_folder, tmp_path, monkeypatch, sharded):
+    """bf16 parameters begin with fp32 masters, and T2V with the T2I model's weights."""
+    if sharded:
+        monkeypatch.setattr(engine, "WHOLE_MODEL", 0)
+    settings = settings_of(
+        world, tiny_t2i_folder, tmp_path, "t2v", dtype="bf16", parameters="bf16", draws=1
+    )
+    shards = ranks.call(2, masters, settings)
+    image_model = GenTron.from_pretrained(tiny_t2i_folder / "transformer")
+    for name, weight in image_model.named_parameters():
+        for rank, shard in enumerate(shards):
+            own = shard[f"transformer.{name}"]
+            assert torch.equal(own, shard_of(weight.detach(), own.numel(), rank)), name
+    out = "transformer.blocks.1.temporal_attention.out.weight"
+    assert not shards[0][out].any()
+
+
+def test_fresh_parts_are_a_fresh_model():
+    """Made part by part, a model has the shapes, zeros and spreads of one made whole."""
+    config = replace(engine.PRESETS["small-T2V"], depth=5)
+    whole = GenTron(config).state_dict()
+    parts = sharding.fresh_weights(config, 3)
+    made = {f"{part}.{key}": value for part, tensors in parts() for key, value in tensors.items()}
+    again = {f"{part}.{key}": value for part, tensors in parts() for key, value in tensors.items()}
+    assert made.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert made[name].shape == tensor.shape
+        assert torch.equal(made[name], again[name])
+        assert bool(made[name].any()) == bool(tensor.any()), name
+        if tensor.any():
+            assert made[name].std() == pytest.approx(float(tensor.std()), rel=0.1), name
+    assert not torch.equal(made["blocks.0.mlp.fc1.weight"], made["blocks.2.mlp.fc1.weight"])
+
+
+def not_finite(settings: Settings, bad: set[int], value: float) -> None:
+    """A run whose loss is `value` in the steps `bad`, on the last rank alone."""
+    forward, calls = Objective.forward, iter(range(10**6))
+
+    def broken(self, *args):
+        loss = forward(self, *args)
+        last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        return loss + value if next(calls) in bad and last else loss
+
+    Objective.forward = broken
+    engine.run(lambda: trainer_of(settings, "t2i").train())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bad_steps_are_skipped_and_counted(ranks, world, tiny_t2i_folder, tmp_path, value):
+    settings = settings_of(world, tiny_t2i_folder, tmp_path / "run", save_every=2, steps=6)
+    pids = ranks.start(2, not_finite, settings, {2, 3}, value)
+    assert ranks.wait(pids) == [0, 0]
+    rows = log_of(tmp_path / "run")
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 2, 2, 2]
+    assert [row["loss"] is None for row in rows] == [False, False, True, True, False, False]
+    steps = [checkpoints_folder(tmp_path / "run") / f"step-0000000{step}" for step in (4, 6)]
+    name = "transformer.blocks.0.mlp.fc1.weight"
+    info = read_info(steps[0])
+    assert (info["skipped"], info["ema_updates"]) == (2, 2)
+    for step in steps:
+        paths = [step / f"ema-rank{rank}.safetensors" for rank in range(2)]
+        assert read_sharded(paths, name, info["parameters"][name]).isfinite().all()
+
+
+def test_ten_bad_steps_end_the_run(ranks, world, tiny_t2i_folder, tmp_path, capfd):
+    settings = settings_of(world, tiny_t2i_folder, tmp_path / "run", save_every=2, steps=50)
+    pids = ranks.start(1, not_finite, settings, set(range(2, 50)), math.nan)
+    assert ranks.wait(pids) == [2]
+    error = capfd.readouterr().err
+    last = checkpoints_folder(tmp_path / "run") / "step-00000010"
+    assert "10 steps in a row without a finite loss and gradient, up to step 12" in error
+    assert f"last good checkpoint: {last}" in error
+    assert log_of(tmp_path / "run")[-1]["step"] == 11
+
+
+def only_motion_free(settings: Settings) -> list[float]:
+    trainer = trainer_of(settings, "t2v")
+    losses = [float(trainer._step(1e-3)) for _ in range(3)]
+    assert trainer._batch.motion_free.all()
+    block = trainer.engine.module.transformer.blocks[0].temporal_attention
+    before = safe_get_full_fp32_param(block.qkv.weight).clone()
+    losses.append(float(trainer._step(1e-3)))
+    after = safe_get_full_fp32_param(block.qkv.weight)
+    width = block.out.weight.ds_shape[0]
+    assert torch.equal(after[: 2 * width], before[: 2 * width])  # q and k get no gradient
+    assert not torch.equal(after[2 * width :], before[2 * width :])
+    return losses
+
+
+@pytest.mark.parametrize("mode", ["none", "attention", "full"])
+def test_a_whole_motion_free_batch(ranks, world, tiny_t2i_folder, tmp_path, mode):
+    settings = settings_of(
+        *(world, tiny_t2i_folder, tmp_path, "t2v"),
+        p_motion_free=1.0,
+        draws=1,
+        checkpoint_activations=mode,
+        dtype="bf16",
+    )
+    for losses in ranks.call(2, only_motion_free, settings):
+        assert all(map(math.isfinite, losses))
+
+
+def too_many_broken(settings: Settings) -> None:
+    """A run whose last rank meets too many broken samples in its third step."""
+    following, calls = Loader.__next__, iter(range(10**6))
+
+    def limited(self):
+        if next(calls) == 2 and torch.distributed.get_rank() == 1:
+            raise TooManyBroken("6 of 100 samples are broken: 6 unreadable image")
+        return following(self)
+
+    Loader.__next__ = limited
+    engine.run(lambda: trainer_of(settings, "t2i").train())
+
+
+def test_too_many_broken_samples_end_with_a_checkpoint(
+    ranks, world, tiny_t2i_folder, tmp_path, capfd
+):
+    settings = settings_of(world, tiny_t2i_folder, tmp_path / "run")
+    assert ranks.wait(ranks.start(2, too_many_broken, settings)) == [2, 2]
+    assert "rank 1: error: 6 of 100 samples are broken" in capfd.readouterr().err
+    info = read_info(latest_checkpoint(tmp_path / "run"))
+    assert (info["step"], info["skipped"], info["ema_updates"]) == (3, 1, 2)

@@ -1,0 +1,74 @@
+"""Ranks that are killed: everything ends within a minute, and a resumed run loses few steps.
+
+`make faults` makes FAULTS trials; the tests make two, one a rank.
+"""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from training import launch, log_of
+
+from gentron_train import engine
+from gentron_train.checkpoint import latest_checkpoint, read_info
+
+TRIALS = int(os.environ.get("FAULTS", "2"))
+OPTIONS = ("--batch=1", "--steps=100000", "--save-every=2", "--keep=1", "--no-tensorboard")
+OPTIONS += ("--dtype=fp32",)
+
+
+def wait_for(condition, seconds: float) -> float:
+    """Seconds until the condition holds; AssertionError where that takes too long."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds
+        time.sleep(0.05)
+    return time.monotonic() - start
+
+
+def members(session: int) -> list[psutil.Process]:
+    """The processes of a session that still run."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def rank_process(session: int, rank: int) -> psutil.Process:
+    """The process of a rank, by the option that the launcher appends."""
+    return next(p for p in members(session) if f"--local_rank={rank}" in p.cmdline())
+
+
+@pytest.mark.parametrize("trial", range(TRIALS))
+def test_a_killed_rank_ends_the_run(ranks, world, tiny_t2i_folder, tmp_path, trial):
+    run, moment = tmp_path / "run", random.Random(trial)
+    options = (*OPTIONS, f"--init={tiny_t2i_folder}")
+    process = launch("t2i", world, run, *options)
+    try:
+        wait_for(lambda: latest_checkpoint(run) or process.poll() is not None, 300)
+        time.sleep(moment.uniform(0, 5))  # while it computes, or while it saves
+        rank_process(process.pid, trial % 2).kill()
+        wait_for(lambda: not members(process.pid), 60)
+    finally:
+        for left in members(process.pid):
+            left.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert process.returncode != 0
+    step, done = read_info(latest_checkpoint(run))["step"], log_of(run)[-1]["step"]
+    assert done - step <= 3  # the last two, and a checkpoint that was not whole yet
+    assert ranks.wait(ranks.start(2, resume, world, tiny_t2i_folder, run, step + 2)) == [0, 0]
+    assert [row["step"] for row in log_of(run)] == list(range(1, step + 3))
+
+
+def resume(world: Path, init: Path, run: Path, steps: int) -> None:
+    argv = [f"--data={world / 'data'}", f"--vae={world / 'vae'}", f"--init={init}", f"--run={run}"]
+    argv += ["--warmup=1", "--log-every=1", "--starts=1", *OPTIONS, "--resume", f"--steps={steps}"]
+    engine.run(lambda: engine.train("t2i", "", argv))

@@ -1,0 +1,76 @@
+"""What a run tells: its log file, its lines, Weights & Biases, and that other ranks keep silent."""
+
+import importlib.util
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from gentron_train.log import RunLog
+
+VALUES = {
+    "loss": 0.5,
+    "lr": 1e-3,
+    "grad_norm": 1.25,
+    "clips_per_s": 3.0,
+    "mfu": 0.25,
+    "memory_gib": 1.5,
+    "skipped": 0,
+    "minutes_left": 2.0,
+}
+
+
+def log_in(run, main=True, **options) -> RunLog:
+    return RunLog(
+        run, {"lr": 1e-3}, main=main, **({"tensorboard": False, "wandb": False} | options)
+    )
+
+
+def test_lines_and_file(tmp_path):
+    log = log_in(tmp_path)
+    lines = [
+        log.step(9, VALUES | {"step": step, "skipped": int(step == 3)}) for step in range(1, 4)
+    ]
+    expected = "step 1/9  loss 0.5000  gradient 1.250  3.0 clips/s  25.0 % MFU  1.50 GiB  "
+    assert lines[0] == expected + "2.0 min left"
+    assert lines[2] == expected.replace("1/9", "3/9") + "1 skipped  2.0 min left"
+    none = log.step(9, VALUES | {"step": 4, "loss": None, "grad_norm": None})
+    assert none.startswith("step 4/9  loss not finite  3.0 clips/s")
+    log = log_in(tmp_path, resumed_at=2)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    log.picture(2, "samples", np.zeros((4, 6, 3), np.uint8))
+    assert (tmp_path / "samples" / "step-00000002.png").exists()
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    log = log_in(tmp_path / "run", main=False, tensorboard=True)
+    log.step(9, VALUES | {"step": 1})
+    log.picture(1, "samples", np.zeros((4, 6, 3), np.uint8))
+    log.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_runs_offline(tmp_path, monkeypatch):
+    kept = []
+    run = SimpleNamespace(log=lambda values, step: kept.append((step, values)), finish=kept.clear)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    client = SimpleNamespace(init=lambda **options: kept.append(options) or run, Image=np.shape)
+    monkeypatch.setitem(sys.modules, "wandb", client)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "wandb" or None)
+    log = log_in(tmp_path, wandb=True)
+    assert kept.pop()["config"] == {"lr": 1e-3}
+    assert os.environ["WANDB_MODE"] == "offline"
+    log.step(9, VALUES | {"step": 1})
+    log.picture(1, "samples", np.zeros((4, 6, 3), np.uint8))
+    assert kept[0][0] == 1 and kept[0][1]["loss"] == 0.5
+    assert kept[1] == (1, {"samples": (4, 6, 3)})
+
+
+def test_wandb_that_is_missing_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--wandb needs the package wandb"):
+        log_in(tmp_path, wandb=True)

@@ -1,0 +1,59 @@
+"""Samples that cannot be trained on: skipped, counted by cause, named in a log; too many stop."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FEW_SAMPLES = 1000  # the broken ones among fewer are no share yet
+
+
+class BrokenSample(ValueError):
+    """A sample that cannot be trained on: its cause, in the words of the counts, and the detail."""
+
+    def __init__(self, cause: str, detail: str = ""):
+        super().__init__(cause, detail)
+        self.cause, self.detail = cause, detail
+
+
+class TooManyBroken(ValueError):
+    """More than the set share of the samples is broken."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A sample that was skipped; of a shard that breaks off, without a key."""
+
+    cause: str
+    sample: str
+    shard: str
+    detail: str
+
+
+class BrokenLog:
+    """Counts broken samples by cause and names them in a file, a line of JSON each.
+
+    The share counts among the samples seen, and at first among the first thousand or all `samples`,
+    whichever is less.
+    """
+
+    def __init__(self, path: Path, max_share: float, samples: int, rank: int = 0):
+        self.path, self.max_share, self.rank = path, max_share, rank
+        self.causes: Counter[str] = Counter()
+        self.seen = 0
+        self._at_least = min(samples, FEW_SAMPLES)
+
+    def add(self, broken: Broken) -> None:
+        """Note one more; TooManyBroken if that makes too many."""
+        self.causes[broken.cause] += 1
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(asdict(broken) | {"rank": self.rank}, ensure_ascii=False) + "\n"
+        with open(self.path, "a", encoding="utf-8") as file:  # one write: ranks share the file
+            file.write(line)
+        total, among = self.causes.total(), max(self.seen, self._at_least)
+        if total > self.max_share * among:
+            causes = ", ".join(f"{count} {cause}" for cause, count in self.causes.most_common())
+            raise TooManyBroken(
+                f"{total} of {among} samples are broken, more than {self.max_share:.1%}: {causes}; "
+                f"{self.path} names them"
+            )

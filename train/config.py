@@ -1,0 +1,305 @@
+"""A training run's settings: a configuration file, and over it the command line."""
+
+import argparse
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import yaml
+
+from gentron_fast.config import PRESETS
+from gentron_train.data import DataSettings
+from gentron_train.shards import CACHE
+
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT_CONFIG = CONFIGS / "small.yaml"
+STAGES = ("t2i", "t2v")
+EXPORT_DTYPES = ("fp32", "bf16", "fp16")
+CHECKPOINTING = ("none", "attention", "full")
+
+
+def option(default, text: str, **keywords):
+    """A field of Settings with its line of --help."""
+    return field(default=default, metadata={"help": text, **keywords})
+
+
+# ruff: noqa: RUF009 (each default is a dataclasses.field)
+@dataclass(frozen=True)
+class Settings:
+    """A training run. Each field is a command-line option, and a field of a configuration file.
+
+    Raises ValueError, naming the option, for a value out of range or for two that do not fit.
+    """
+
+    run: Path = option(Path("runs/t2i"), "folder of this run")
+    init: Path | None = option(None, "pipeline folder to start from")
+    preset: str = option("small", "model size", choices=[n for n in PRESETS if "T2V" not in n])
+    vae: Path = option(Path("runs/vae"), "autoencoder folder; the small one is trained if missing")
+    clip: str | None = option(None, "pretrained CLIP, frozen: folder or hub name")
+    t5: str | None = option(None, "pretrained T5, frozen: folder or hub name")
+
+    data: Path = option(Path("data/shapes"), "folder of shards images-*.tar, clips-*.tar")
+    images: str | None = option(None, "shards of images: glob, or URLs as WebDataset reads them")
+    clips: str | None = option(None, "shards of clips, likewise")
+    make_images: int = option(20000, "images to make if the data folder has no shards")
+    make_clips: int = option(6000, "clips to make if the data folder has no shards")
+    size: str | None = option(None, "pixels, 256 or HxW; without, as the data is, all of one size")
+    buckets: str | None = option(None, "sizes HxW, HxW … instead: the nearest in aspect ratio")
+    in_memory: bool = option(False, "encode once, beside the shards, and hold the latents")
+    crop: str = option("center", "which part of a picture is kept", choices=["center", "random"])
+    frames: int = option(8, "frames of a clip")
+    fps: float = option(4.0, "their rate")
+    starts: int = option(0, "random starts of each clip that are encoded; 0: a new one each time")
+    workers: int = option(2, "processes that read data, a rank")
+    cache: Path = option(CACHE, "folder for copies of the shards that are no local files")
+    max_broken: float = option(0.05, "share of broken samples that ends the run")
+    p_null: float = option(0.1, "probability of the empty caption")
+    p_motion_free: float = option(0.2, "share of image-text pairs in T2V training")
+    draws: int = option(1, "noises and timesteps per sample; they share its text encoding")
+    weight_cap: float = option(1.0, "weight of a timestep: 1 / ᾱ up to this; 1: the plain ε loss")
+
+    steps: int = option(500_000, "optimizer steps")
+    minutes: float | None = option(None, "stop, with checkpoint and export, after this time")
+    global_batch: int | None = option(None, "samples a step over all ranks; sets the accumulation")
+    batch: int = option(32, "samples per rank and micro-step")
+    accumulation: int | None = option(None, "micro-steps a step (1 without --global-batch)")
+    lr: float = option(1e-4, "AdamW learning rate")
+    warmup: int = option(0, "steps of linear warm-up")
+    decay_last: float = option(0.0, "share of the run at whose end the rate falls linearly to 0")
+    clip_norm: float = option(1.0, "largest gradient norm")
+    ema: float = option(0.9999, "decay of the weights' moving average")
+    seed: int = option(0, "seed of the weights and of the data")
+    dtype: str = option("bf16", "what is computed in", choices=["fp32", "bf16"])
+    parameters: str = option(
+        "bf16",
+        "what ranks exchange; fp32 with --dtype bf16 is autocast; masters are fp32 always",
+        choices=["fp32", "bf16"],
+    )
+    checkpoint_activations: str = option(
+        "none",
+        "what the backward pass recomputes: nothing, blocks but their attention, whole blocks",
+        choices=list(CHECKPOINTING),
+    )
+
+    log_every: int = option(20, "steps between log lines")
+    tensorboard: bool = option(True, "write TensorBoard files, where it is installed")
+    wandb: bool = option(False, "write a Weights & Biases run, offline")
+    sample_every: int = option(0, "steps between sample pictures; 0: none")
+    prompts: Path | None = option(None, "prompts of the samples, one a line")
+    save_every: int = option(500, "steps between checkpoints")
+    keep: int = option(2, "checkpoints to keep")
+    export_every: int = option(0, "steps between exports; 0: at the end only")
+    export_dtype: str = option("fp16", "weights of the exported pipeline", choices=EXPORT_DTYPES)
+    resume: bool = option(False, "go on from the last checkpoint of this run")
+    timeout: float = option(60.0, "seconds that a rank waits for another before the run ends")
+    dry_run: bool = option(False, "print the batch and the memory of 1, 8 and 64 GPUs, and end")
+    gpu_memory: float | None = option(None, "GiB of a GPU, for --dry-run; else this machine's")
+
+    def __post_init__(self):
+        for name, least in {
+            **dict.fromkeys(("steps", "batch", "draws", "log_every", "save_every", "keep"), 1),
+            **dict.fromkeys(("frames", "global_batch", "accumulation"), 1),
+            **dict.fromkeys(("warmup", "workers", "starts", "sample_every", "export_every"), 0),
+            **dict.fromkeys(("make_images", "make_clips"), 0),
+        }.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{_flag(name)} is {value}, must be at least {least}")
+        for name in ("size", "buckets"):
+            if getattr(self, name) is not None:
+                _sizes(f"--{name}", getattr(self, name))
+        for name in ("decay_last", "p_null", "p_motion_free", "max_broken"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{_flag(name)} is {getattr(self, name)}, must be in 0 … 1")
+        for name in ("lr", "fps", "timeout", "clip_norm", "minutes", "gpu_memory"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{_flag(name)} is {value}, must be above 0")
+        if not self.weight_cap >= 1:
+            raise ValueError(f"--weight-cap is {self.weight_cap}, must be at least 1")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"--ema is {self.ema}, must be at least 0 and below 1")
+        if self.dtype == "fp32" and self.parameters != "fp32":
+            raise ValueError("--dtype fp32 needs --parameters fp32")
+        for item in dataclasses.fields(self):
+            choices, value = item.metadata.get("choices"), getattr(self, item.name)
+            if choices is not None and value not in choices:
+                wanted = ", ".join(choices)
+                raise ValueError(f"--{_flag(item.name)} is {value!r}, must be one of {wanted}")
+
+    def on(self, ranks: int) -> "Settings":
+        """The same with the accumulation that makes the global batch on so many ranks.
+
+        ValueError where micro-batch × draws × ranks does not divide it, or --accumulation says
+        something else.
+        """
+        if self.global_batch is None:
+            return replace(self, accumulation=self.accumulation or 1)
+        once = self.batch * self.draws * ranks
+        micro_steps, rest = divmod(self.global_batch, once)
+        if rest or not micro_steps:
+            share, uneven = divmod(self.global_batch, self.draws * ranks)
+            fitting = [str(n) for n in range(1, min(share, 256) + 1) if share % n == 0]
+            advice = (
+                f"--batch {' or '.join(fitting)} fits"
+                if share and not uneven
+                else f"{ranks} ranks × {self.draws} draws do not divide it: take others"
+            )
+            raise ValueError(
+                f"a batch of {self.global_batch} is no multiple of {self.batch} per rank × "
+                f"{self.draws} draws × {ranks} ranks; {advice}"
+            )
+        if self.accumulation not in (None, micro_steps):
+            raise ValueError(
+                f"--accumulation {self.accumulation} × {once} is not the batch of "
+                f"{self.global_batch}: that takes {micro_steps}"
+            )
+        return replace(self, accumulation=micro_steps)
+
+    def pixels(self) -> tuple[int, int] | None:
+        """Height and width of a sample, of the largest bucket where there are several."""
+        sizes = [_sizes("--size", value) for value in (self.buckets, self.size) if value]
+        return max(sizes[0], key=lambda size: size[0] * size[1]) if sizes else None
+
+    def data_settings(self, stage: str) -> DataSettings:
+        """What the loader of a stage, "t2i" or "t2v", takes."""
+        return DataSettings(
+            kinds=("images",) if stage == "t2i" else ("images", "clips"),
+            images=self.images or str(self.data / "images-*.tar"),
+            clips=self.clips or str(self.data / "clips-*.tar"),
+            size=None if self.size is None else _sizes("--size", self.size)[0],
+            buckets=() if self.buckets is None else _sizes("--buckets", self.buckets),
+            log=self.run / "broken.jsonl",
+            **{name: getattr(self, name) for name in _DATA_FIELDS},
+        )
+
+    def batch_line(self, ranks: int) -> str:
+        """The global batch and what it is made of, in one line."""
+        settings = self.on(ranks)
+        total = settings.batch * settings.draws * settings.accumulation * ranks
+        draws = f" × {settings.draws} draws" if settings.draws > 1 else ""
+        return (
+            f"batch {total} = {settings.batch} per rank{draws} × {settings.accumulation} "
+            f"micro-steps × {ranks} rank{'s' if ranks > 1 else ''}"
+        )
+
+    def to_dict(self) -> dict:
+        """Every field as JSON and YAML have it."""
+        values = dataclasses.asdict(self)
+        return {key: str(v) if isinstance(v, Path) else v for key, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Settings":
+        """The inverse of `to_dict`; unknown fields, and values of another type: ValueError."""
+        return cls(**converted(values, "these settings"))
+
+
+_DATA_FIELDS = (
+    *("frames", "fps", "starts", "crop", "batch", "draws", "p_null", "p_motion_free", "seed"),
+    *("workers", "cache", "in_memory", "max_broken"),
+)
+
+
+def _sizes(option: str, text: str) -> tuple[tuple[int, int], ...]:
+    """Pixels (H, W) of "256", of "256x320", or of several with commas between them."""
+    sizes = []
+    for part in text.replace(" ", "").split(","):
+        sides = part.split("x")
+        if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+            raise ValueError(f"{option} is {text!r}, wanted a side or HxW in pixels")
+        sizes.append((int(sides[0]), int(sides[-1])))
+    return tuple(sizes)
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _kind(item: dataclasses.Field) -> tuple[type, bool]:
+    """A field's type without None, and whether it takes None."""
+    if isinstance(item.type, types.UnionType):
+        kinds = [kind for kind in typing.get_args(item.type) if kind is not types.NoneType]
+        return kinds[0], True
+    return item.type, False
+
+
+def converted(values: dict, where: str) -> dict:
+    """Fields of Settings in the types they have; YAML reads 1e-4 as text, and paths are text."""
+    known = {item.name: item for item in dataclasses.fields(Settings)}
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"unknown field {', '.join(map(str, unknown))} in {where}")
+    result = {}
+    for name, value in values.items():
+        kind, optional = _kind(known[name])
+        wrong = ValueError(f"{name} in {where} is {value!r}, wanted {kind.__name__}")
+        if value is None and optional:
+            result[name] = None
+        else:
+            fits = isinstance(value, str | int | float) and isinstance(value, bool) == (
+                kind is bool
+            )
+            if not fits or (kind is int and isinstance(value, float)):
+                raise wrong
+            try:
+                result[name] = kind(value)
+            except (TypeError, ValueError):
+                raise wrong from None
+    return result
+
+
+def load_config(path: Path, stage: str) -> dict:
+    """Fields of Settings from a YAML file: its own, then those of its section `stage`.
+
+    FileNotFoundError or ValueError that names the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such configuration: {path}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold fields with values, it holds {values!r}")
+    sections = {name: values.pop(name, None) or {} for name in STAGES}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise ValueError(f"section {name} of {path} must hold fields with values")
+    own = [converted(part, str(path)) for part in (values, *sections.values())]
+    return own[0] | own[1 + STAGES.index(stage)]
+
+
+def parse_settings(stage: str, description: str, argv: list[str] | None = None) -> Settings:
+    """Settings of a stage, "t2i" or "t2v"; wrong input ends with exit code 2.
+
+    The command line counts over the file that --config names (default: configs/small.yaml), that
+    over Settings' own defaults.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="file of these fields")
+    try:
+        chosen, _ = _config_parser().parse_known_args(argv)
+        defaults = Settings(**load_config(chosen.config, stage))
+        for item in dataclasses.fields(Settings):
+            keywords, kind = dict(item.metadata), _kind(item)[0]
+            if kind is bool:
+                keywords["action"] = argparse.BooleanOptionalAction
+            else:
+                keywords["type"] = kind
+            default = getattr(defaults, item.name)
+            parser.add_argument(f"--{_flag(item.name)}", default=default, **keywords)
+        values = vars(parser.parse_args(argv))
+        del values["local_rank"], values["config"]
+        return Settings(**values)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def _config_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG)
+    return parser

@@ -1,0 +1,97 @@
+"""The training objective: the loss of a batch, and what its backward pass computes again."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts, noop_context_fn
+
+from gentron_fast.config import GenTronConfig
+from gentron_fast.diffusion import NoiseSchedule, diffusion_loss, vlb_loss
+from gentron_fast.model import GenTron, TextCondition
+from gentron_fast.text import TextEncoder, Tokens
+
+# The operators whose outputs are kept when all of a block but its attention is computed again.
+ATTENTION = (
+    *("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_cudnn_attention"),
+    *("aten::_scaled_dot_product_efficient_attention", "gentron::flash4"),
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    *("flash_attn::_flash_attn_forward", "flash_attn_3::fwd"),
+    *("gentron::temporal_attention_cuda", "gentron::temporal_attention_cpu"),
+)
+
+
+class Objective(nn.Module):
+    """Noise-prediction loss of a batch: the one module that DeepSpeed wraps.
+
+    With a text encoder it takes tokens, and the encoder trains too; without, a TextCondition. Each
+    text stands for as many latents in a row as there are more of these.
+    """
+
+    def __init__(
+        self,
+        transformer: GenTron,
+        text_encoder: TextEncoder | None,
+        schedule: NoiseSchedule,
+        dtype: torch.dtype,
+        weight_cap: float = 1.0,
+    ):
+        super().__init__()
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+        self.schedule = schedule
+        self.dtype = dtype
+        # x0 = (x - σ·ε) / α: an error of ε is an error of x0, 1 / ᾱ times as large in square.
+        self.weights = (1 / schedule.alphas_cumprod).clamp(max=weight_cap).float()
+
+    @property
+    def config(self) -> GenTronConfig:
+        return self.transformer.config
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tokens | TextCondition,
+        motion_free: Tensor | bool | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """latents and noise (B, C, T, h, w) fp32, timestep (B,), motion_free (B,) bool → scalar.
+
+        Without noise the latents are noisy already, and the prediction comes back.
+        """
+        noisy = latents if noise is None else self.schedule.add_noise(latents, noise, timestep)
+        if self.text_encoder is not None:
+            text = self.text_encoder(text)
+        if motion_free is True:  # a bool would have a layer read another's weights, ungathered
+            motion_free = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
+        parameters = self.transformer.patch_embed.weight.dtype
+        noisy, text = noisy.to(parameters), text.to(latents.device, parameters)
+        text = text.repeat(len(latents) // text.batch)
+        autocast = self.dtype != parameters
+        with torch.autocast(latents.device.type, self.dtype, enabled=autocast):
+            prediction = self.transformer(noisy, timestep, text, motion_free)
+        if noise is None:
+            return prediction
+        weight = self.weights.to(timestep.device)[timestep]
+        loss = diffusion_loss(prediction, noise, weight)
+        if self.config.learned_range:
+            loss = loss + vlb_loss(self.schedule, prediction, noise, timestep)
+        return loss
+
+
+def checkpoint_activations(transformer: GenTron, mode: str) -> None:
+    """Have a model's backward pass recompute nothing ("none"), whole blocks ("full"), or blocks
+    but their attention, whose outputs are kept ("attention")."""
+    transformer.gradient_checkpointing = mode != "none"
+    transformer.checkpoint_contexts = noop_context_fn
+    if mode == "attention":
+        transformer.checkpoint_contexts = partial(
+            create_selective_checkpoint_contexts, attention_operators()
+        )
+
+
+def attention_operators() -> list:
+    """Those of ATTENTION that are registered here."""
+    pairs = [name.split("::") for name in ATTENTION if torch._C._dispatch_has_kernel(name)]
+    return [getattr(getattr(torch.ops, library), name).default for library, name in pairs]

@@ -1,0 +1,210 @@
+"""WebDataset shards read at any place: where each sample's files lie in the tar.
+
+An index is made once for each shard, by reading the tar's headers, and kept beside it where the
+folder can be written. A shard that is no local file is copied to a folder first, through
+WebDataset's own opener.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from gentron_train.broken import BrokenSample
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "gentron"
+PRECOMPUTED = "__precomputed__"  # a member of ours; WebDataset skips names of this form
+KEPT = 128  # indexes and open files a process holds
+
+
+@dataclass(frozen=True)
+class Index:
+    """The samples of a shard in its order: key, and place (offset, size) of each file by ending.
+
+    cut says where the shard breaks off, if it does; facts is the place of the member PRECOMPUTED.
+    """
+
+    samples: list[tuple[str, dict[str, tuple[int, int]]]]
+    cut: str | None = None
+    facts: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: its name without folder and ending, which random draws go by, and its local file."""
+
+    url: str
+    path: Path
+
+    @property
+    def name(self) -> str:
+        found = re.findall(r"([^/\s?:]+)\.tar", self.url)  # a URL may be a whole command
+        return found[-1] if found else Path(self.url).stem
+
+
+def find_shards(pattern: str, cache: Path = CACHE) -> list[Shard]:
+    """The shards that a glob, a path or a URL with braces names, in order.
+
+    Raises ValueError if there are none, or one of them is not there.
+    """
+    from webdataset.shardlists import expand_urls
+
+    shards = []
+    for name in expand_urls(pattern):
+        if _is_remote(name):
+            digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+            shards.append(Shard(name, cache / f"{digest}.tar"))
+            continue
+        path = name.removeprefix("file:")
+        found = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+        shards += [Shard(one, Path(one)) for one in found]
+    if not shards:
+        raise ValueError(f"no shards match {pattern}")
+    for shard in shards:
+        if not _is_remote(shard.url) and not shard.path.is_file():
+            raise ValueError(f"there is no shard {shard.path}")
+    return shards
+
+
+def fetch(shard: Shard) -> None:
+    """Copy a shard that is no local file, unless it was copied before."""
+    if shard.path.exists() or not _is_remote(shard.url):
+        return
+    from webdataset.gopen import gopen
+
+    shard.path.parent.mkdir(parents=True, exist_ok=True)
+    aside = shard.path.with_name(f".{shard.path.name}.{os.getpid()}.part")
+    try:
+        with gopen(shard.url) as source, open(aside, "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+        os.replace(aside, shard.path)
+    except Exception as error:  # each scheme raises its own
+        raise ValueError(f"cannot read the shard {shard.url}: {error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def count(shard: Shard) -> tuple[int, str | None]:
+    """Samples of a shard, broken ones among them, and where it breaks off; makes its index."""
+    fetch(shard)
+    kept = _kept_index(shard.path)
+    if kept.exists():
+        with open(kept) as file:
+            head = json.loads(file.readline())
+        if head["stamp"] == _stamp(shard.path):
+            return head["count"], head["cut"]
+    index = _read_headers(shard.path)
+    _keep(index, shard.path)
+    return len(index.samples), index.cut
+
+
+@lru_cache(maxsize=KEPT)
+def index(shard: Shard) -> Index:
+    """The index of a shard: the one kept beside it, or made now."""
+    kept = _kept_index(shard.path)
+    if count(shard) and kept.exists():
+        with open(kept) as file:
+            head, body = json.loads(file.readline()), json.loads(file.readline())
+        samples = [
+            (key, {e: tuple(place) for e, place in files.items()}) for key, files in body["samples"]
+        ]
+        return Index(samples, head["cut"], body["facts"])
+    return _read_headers(shard.path)
+
+
+def read(shard: Shard, number: int) -> tuple[str, dict[str, bytes]]:
+    """Key and files, by ending, of one sample."""
+    key, files = index(shard).samples[number]
+    return key, {ending: _read_at(shard.path, *place) for ending, place in files.items()}
+
+
+def read_facts(shard: Shard) -> bytes | None:
+    """What `precompute` noted in a shard; None for a shard of images or clips."""
+    place = index(shard).facts
+    return None if place is None else _read_at(shard.path, *place)
+
+
+def _is_remote(url: str) -> bool:
+    scheme = url.partition(":")[0]
+    return scheme != "file" and scheme != url and scheme.isalnum()
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _kept_index(path: Path) -> Path:
+    return path.with_name(f".{path.name}.index")
+
+
+def _keep(index: Index, path: Path) -> None:
+    kept = _kept_index(path)
+    aside = kept.with_name(f"{kept.name}.{os.getpid()}.part")
+    head = {"count": len(index.samples), "cut": index.cut, "stamp": _stamp(path)}
+    body = {"samples": index.samples, "facts": index.facts}
+    try:
+        aside.write_text(json.dumps(head) + "\n" + json.dumps(body) + "\n")
+        os.replace(aside, kept)
+    except OSError:  # a folder that cannot be written: the headers are read again
+        aside.unlink(missing_ok=True)
+
+
+def _read_headers(path: Path) -> Index:
+    from webdataset.tariterators import base_plus_ext
+
+    samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
+    facts = cut = None
+    length, end = path.stat().st_size, 0
+    with open(path, "rb") as file:
+        if file.read(2) == b"\x1f\x8b":
+            raise ValueError(f"{path} is compressed: only plain tars can be read at any place")
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                place = member.offset_data, member.size
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                if not member.isfile():
+                    continue
+                if member.offset_data + member.size > length:
+                    cut = f"in {member.name}"
+                    break
+                if member.name == PRECOMPUTED:
+                    facts = place
+                key, ending = base_plus_ext(member.name)
+                if key is None:
+                    continue
+                if not samples or samples[-1][0] != key:
+                    samples.append((key, {}))
+                samples[-1][1][ending.lower()] = place
+    except tarfile.TarError as error:
+        cut = str(error)
+    if cut is None and length < end + tarfile.BLOCKSIZE:  # a whole tar ends with empty blocks
+        cut = "no end of archive"
+    # The last sample may miss files that came after the cut.
+    if cut and samples and samples[-1][1].keys() != samples[0][1].keys():
+        samples.pop()
+    return Index(samples, cut and f"after {samples[-1][0] if samples else 'nothing'}: {cut}", facts)
+
+
+_open_files: OrderedDict[Path, int] = OrderedDict()
+
+
+def _read_at(path: Path, offset: int, size: int) -> bytes:
+    # pread, not seek: forked workers share a file's position.
+    if path not in _open_files:
+        _open_files[path] = os.open(path, os.O_RDONLY)
+        if len(_open_files) > KEPT:
+            os.close(_open_files.popitem(last=False)[1])
+    _open_files.move_to_end(path)
+    content = os.pread(_open_files[path], size, offset)
+    if len(content) < size:
+        raise BrokenSample("shard cut off", f"{path.name} ends before {offset + size}")
+    return content

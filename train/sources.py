@@ -1,0 +1,411 @@
+"""Where samples come from: pixels encoded on the fly, precomputed latents, latents in memory.
+
+Each source reads one sample (in a background process, but for latents in memory), then turns a list
+of them into posteriors and texts (in the training process). All draw a sample's windows alike, and
+all hold posteriors in fp16, so that the same seed gives the same loss from any of them.
+"""
+# Shapes: N samples, S windows, B batch, C channels, T frames, h × w latents, H × W pixels.
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from gentron_fast.model import EncodedText, TextCondition
+from gentron_fast.text import Tokens
+from gentron_fast.vae import VideoVAE
+from gentron_train.broken import BrokenSample
+from gentron_train.decode import CLIP_ENDINGS, Sampling, read_caption, read_frames
+from gentron_train.shards import Shard, count, index, read, read_facts
+
+ENCODED_AT_ONCE = 64  # frames
+FORMAT = 1  # of precomputed shards
+Posterior = tuple[Tensor, Tensor]  # mean and standard deviation, fp16
+
+
+@dataclass
+class Sample:
+    """One sample as read: pixels, uint8 (T, H, W, 3), or a posterior, each (C, T, h, w).
+
+    text is the caption, the row of it among all, or its embeddings (a TextCondition of one).
+    """
+
+    text: str | int | TextCondition
+    pixels: Tensor | None = None
+    posterior: Posterior | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """H × W, or h × w: samples of one size make a batch."""
+        return tuple(self.pixels.shape[1:3] if self.posterior is None else self.mean.shape[-2:])
+
+    @property
+    def mean(self) -> Tensor:
+        return self.posterior[0]
+
+
+def seeded(*key: object) -> torch.Generator:
+    """A generator whose stream depends on the key alone."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def window_generator(sampling: Sampling, shard: str, number: int) -> torch.Generator:
+    """What the windows of sample `number` of a shard are drawn from."""
+    return seeded(sampling.seed, number, shard)
+
+
+@torch.no_grad()
+def encode(vae: VideoVAE, pixels: list[Tensor], device: torch.device) -> list[Posterior]:
+    """Frames, uint8 (T, H, W, 3) of one H × W and any T each, to posteriors (C, T, h, w)."""
+    lengths = [len(frames) for frames in pixels]
+    frames = torch.cat(pixels).movedim(-1, 1)[:, :, None].to(device).float() / 127.5 - 1
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        posterior = vae.encode(frames, slice_frames=ENCODED_AT_ONCE)
+    means, stds = (part.half()[:, :, 0].split(lengths) for part in posterior)
+    return [(m.movedim(0, 1), s.movedim(0, 1)) for m, s in zip(means, stds, strict=True)]
+
+
+class PixelSource:
+    """Shards of images and clips, decoded in the background and encoded as they come."""
+
+    in_background = True
+
+    def __init__(
+        self,
+        shards: dict[str, list[Shard]],
+        sampling: Sampling,
+        vae: Path,
+        tokenize: Callable[[list[str]], Tokens],
+        device: torch.device,
+    ):
+        self.shards, self.sampling, self.tokenize, self.device = shards, sampling, tokenize, device
+        self.vae = VideoVAE.from_pretrained(vae).to(device)
+        for size in sampling.buckets or ([sampling.size] if sampling.size else []):
+            self.vae.check_size(*size, patch=1)
+
+    def windows(self, kind: str) -> int:
+        return self.sampling.windows(kind)
+
+    def read(self, kind: str, shard: int, number: int, window: int, position: int) -> Sample:
+        shard = self.shards[kind][shard]
+        _, files = read(shard, number)
+        if self.sampling.starts:
+            generator = window_generator(self.sampling, shard.name, number)
+        else:
+            generator = seeded(self.sampling.seed, "window", position)
+        caption = read_caption(files)
+        return Sample(caption, pixels=read_frames(files, self.sampling, generator, window)[0])
+
+    def posteriors(self, samples: list[Sample]) -> list[Posterior]:
+        return encode(self.vae, [sample.pixels for sample in samples], self.device)
+
+    def text(self, samples: list[Sample], keep: list[bool]) -> Tokens:
+        return self.tokenize(
+            [sample.text if kept else "" for sample, kept in zip(samples, keep, strict=True)]
+        )
+
+    def latent_size(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of H × W pixels."""
+        height, width = (side // self.vae.factor for side in size)
+        return self.vae.latent_channels, height, width
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a precomputed shard says of itself, beside the null text's embeddings."""
+
+    sampling: dict  # of Sampling, what matters to the shard's kind
+    channels: int  # of the latents
+    factor: int  # pixels per latent along each side
+    vae: str  # digest of its folder
+    format: int = FORMAT
+
+
+class LatentSource:
+    """Precomputed shards: posteriors and, unless they were left out, text embeddings."""
+
+    in_background = True
+
+    def __init__(
+        self,
+        shards: dict[str, list[Shard]],
+        sampling: Sampling,
+        tokenize: Callable[[list[str]], Tokens] | None,
+    ):
+        self.shards, self.tokenize, self.sampling = shards, tokenize, sampling
+        for first, *_ in shards.values():
+            content = read_facts(first)
+            if content is None:
+                raise ValueError(f"{first.url} is not precomputed, other shards of this run are")
+            self.facts, self.null = load_facts(content, first.url)
+            _check_sampling(sampling, self.facts, first.url)
+        if self.null is None and tokenize is None:
+            raise ValueError(f"{first.url} holds no text embeddings, and there is no text encoder")
+
+    def windows(self, kind: str) -> int:
+        return self.sampling.windows(kind)
+
+    def read(self, kind: str, shard: int, number: int, window: int, position: int) -> Sample:
+        _, files = read(self.shards[kind][shard], number)
+        if "broken.json" in files:
+            raise BrokenSample(*json.loads(files["broken.json"]))
+        try:
+            tensors = load(files["safetensors"])
+            posterior = tensors["mean"][window].clone(), tensors["std"][window].clone()
+        except (KeyError, IndexError, SafetensorError) as error:
+            raise BrokenSample("unreadable latents", str(error)) from error
+        if self.null is None:
+            return Sample(read_caption(files), posterior=posterior)
+        return Sample(unpack_text(tensors), posterior=posterior)
+
+    def posteriors(self, samples: list[Sample]) -> list[Posterior]:
+        return [sample.posterior for sample in samples]
+
+    def text(self, samples: list[Sample], keep: list[bool]) -> Tokens | TextCondition:
+        if self.null is None:
+            return PixelSource.text(self, samples, keep)
+        pairs = zip(samples, keep, strict=True)
+        return TextCondition.cat([sample.text if kept else self.null for sample, kept in pairs])
+
+    def latent_size(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        height, width = (side // self.facts.factor for side in size)
+        return self.facts.channels, height, width
+
+
+def _check_sampling(wanted: Sampling, facts: Facts, url: str) -> None:
+    if facts.format != FORMAT:
+        raise ValueError(f"{url} is of format {facts.format}, this version reads {FORMAT}")
+    given = json.loads(json.dumps(asdict(wanted)))
+    for name, value in facts.sampling.items():
+        if given[name] != value:
+            raise ValueError(
+                f"{url} was precomputed with {name} {value}, this run has {given[name]}"
+            )
+
+
+def relevant_sampling(sampling: Sampling, shard: Shard) -> dict:
+    """The fields of `sampling` that the latents of a shard depend on."""
+    fields = json.loads(json.dumps(asdict(sampling)))
+    if not any(ending in files for _, files in index(shard).samples for ending in CLIP_ENDINGS):
+        del fields["frames"], fields["fps"]
+        if sampling.crop == "center":
+            del fields["starts"]
+    return fields
+
+
+def pack_facts(facts: Facts, null: TextCondition | None) -> bytes:
+    """The content of a shard's member PRECOMPUTED."""
+    tensors = {"facts": torch.tensor(list(json.dumps(asdict(facts)).encode()), dtype=torch.uint8)}
+    return save(tensors | (pack_text(null) if null is not None else {}))
+
+
+def load_facts(content: bytes, url: str) -> tuple[Facts, TextCondition | None]:
+    """A precomputed shard's facts and null text."""
+    try:
+        tensors = load(content)
+        facts = Facts(**json.loads(bytes(tensors["facts"].tolist())))
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{url} is no shard of precomputed latents: {error}") from error
+    return facts, unpack_text(tensors) if len(tensors) > 1 else None
+
+
+def pack_text(text: TextCondition) -> dict[str, Tensor]:
+    """A TextCondition of one caption as tensors without the batch axis and without padding."""
+    tensors = {}
+    for name, encoded in text._asdict().items():
+        if encoded is not None:
+            tokens, mask, pooled = encoded.trim()
+            tensors |= {f"{name}.tokens": tokens[0], f"{name}.mask": mask[0]}
+            tensors |= {} if pooled is None else {f"{name}.pooled": pooled[0]}
+    return {key: value.contiguous().cpu() for key, value in tensors.items()}
+
+
+def unpack_text(tensors: dict[str, Tensor]) -> TextCondition:
+    """What `pack_text` made, as a TextCondition of one caption."""
+    encoders = {}
+    for name in TextCondition._fields:
+        if f"{name}.tokens" in tensors:
+            parts = (tensors.get(f"{name}.{part}") for part in EncodedText._fields)
+            encoders[name] = EncodedText(*(None if p is None else p[None].clone() for p in parts))
+    return TextCondition(**encoders)
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Posteriors in memory, one kind's: mean and std (N, S, C, T, h, w) in 16 bits, N captions.
+
+    counts: samples of each shard; broken: cause, key and detail of rows that hold nothing.
+    """
+
+    mean: Tensor
+    std: Tensor
+    captions: list[str]
+    counts: list[int] = field(default_factory=list)
+    broken: dict[int, tuple[str, str, str]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.counts:
+            self.counts.append(len(self.captions))
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+class MemorySource:
+    """Latents in memory; captions are tokenised once."""
+
+    in_background = False
+
+    def __init__(self, sets: dict[str, LatentSet], tokenize: Callable[[list[str]], Tokens]):
+        self.sets = sets
+        captions, self.first_rows = [""], {}
+        for kind, latents in sets.items():
+            self.first_rows[kind] = len(captions)
+            captions += latents.captions
+        self.tokens = tokenize(captions)
+        self.offsets = {
+            kind: [sum(latents.counts[:n]) for n in range(len(latents.counts))]
+            for kind, latents in sets.items()
+        }
+
+    def windows(self, kind: str) -> int:
+        return self.sets[kind].mean.shape[1]
+
+    def read(self, kind: str, shard: int, number: int, window: int, position: int) -> Sample:
+        row, latents = self.offsets[kind][shard] + number, self.sets[kind]
+        if row in latents.broken:
+            cause, _, detail = latents.broken[row]
+            raise BrokenSample(cause, detail)
+        posterior = latents.mean[row, window], latents.std[row, window]
+        return Sample(self.first_rows[kind] + row, posterior=posterior)
+
+    def posteriors(self, samples: list[Sample]) -> list[Posterior]:
+        return [sample.posterior for sample in samples]
+
+    def text(self, samples: list[Sample], keep: list[bool]) -> Tokens:
+        pairs = zip(samples, keep, strict=True)
+        rows = torch.tensor([sample.text if kept else 0 for sample, kept in pairs])
+        return select_tokens(self.tokens, rows)
+
+
+def select_tokens(tokens: Tokens, rows: Tensor, multiple: int = 8) -> Tokens:
+    """Rows of tokenised captions, cut to the longest of them, rounded up to a multiple."""
+    return {name: _cut(ids[rows], mask[rows], multiple) for name, (ids, mask) in tokens.items()}
+
+
+def _cut(ids: Tensor, mask: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    longest = -(-int(mask.sum(1).max()) // multiple) * multiple
+    return ids[:, :longest], mask[:, :longest]
+
+
+def folder_digest(folder: Path, start: bytes = b"") -> str:
+    """Digest of an autoencoder folder's configuration and weights."""
+    digest = hashlib.sha256(start)
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def latents_path(shard: Path, vae_folder: Path, sampling: Sampling) -> Path:
+    """Where a shard's latents lie: the name holds a digest of the VAE and of the sampling."""
+    facts, plain = asdict(sampling), asdict(Sampling())
+    for name in ("size", "buckets", "crop"):
+        if facts[name] == plain[name]:
+            del facts[name]
+    digest = folder_digest(vae_folder, json.dumps(facts, sort_keys=True).encode())
+    return shard.with_name(f"{shard.stem}.latents-{digest}.safetensors")
+
+
+def encode_shards(
+    shards: list[Shard],
+    vae_folder: Path,
+    sampling: Sampling,
+    rank: int = 0,
+    ranks: int = 1,
+    device: str | torch.device = "cpu",
+) -> list[Path]:
+    """Encode the shards whose latents are missing, this rank every `ranks`-th of them.
+
+    Returns every shard's latents file; other ranks' may not be there yet. A run that was cut off
+    goes on where it was.
+    """
+    paths = [latents_path(shard.path, vae_folder, sampling) for shard in shards]
+    pairs = list(zip(shards, paths, strict=True))
+    # Shared out before looking what is missing: ranks may look at different times.
+    mine = [(shard, path) for shard, path in pairs[rank::ranks] if not path.exists()]
+    if mine:
+        vae = VideoVAE.from_pretrained(vae_folder).to(device)
+        with tqdm(mine, desc="latents", unit="shard", disable=rank != 0) as bar:
+            for shard, path in bar:
+                _encode_shard(shard, path, vae, sampling, device)
+    return paths
+
+
+def _encode_shard(shard: Shard, path: Path, vae: VideoVAE, sampling: Sampling, device) -> None:
+    pixels, captions, broken = [], [], {}
+    for number in range(count(shard)[0]):
+        key, files = read(shard, number)
+        try:
+            caption = read_caption(files)
+            generator = window_generator(sampling, shard.name, number)
+            windows = read_frames(files, sampling, generator)
+            if pixels and windows.shape != pixels[0].shape:
+                raise ValueError(
+                    f"{key} in {shard.url} is {tuple(windows.shape[2:4])}, others are "
+                    f"{tuple(pixels[0].shape[2:4])}: latents in memory take one size; set size"
+                )
+        except BrokenSample as error:
+            broken[number] = (error.cause, key, error.detail)
+            caption, windows = "", None
+        captions.append(caption)
+        if windows is not None:
+            pixels.append(windows)
+    posteriors = []
+    for group in _groups(pixels):
+        parts = encode(vae, [window for windows in group for window in windows], device)
+        posteriors += [tuple(part.cpu() for part in pair) for pair in parts]
+    if not posteriors:
+        raise ValueError(f"no sample of {shard.url} can be read: {broken}")
+    rows = torch.tensor([number for number in range(len(captions)) if number not in broken])
+    tensors = {}
+    for name, parts in zip(("mean", "std"), zip(*posteriors, strict=True), strict=True):
+        whole = torch.stack(parts).unflatten(0, (len(pixels), -1))
+        tensors[name] = whole.new_zeros(len(captions), *whole.shape[1:]).index_copy_(0, rows, whole)
+    part = path.with_name(f".{path.name}.part")
+    facts = {"captions": json.dumps(captions), "broken": json.dumps(broken)}
+    save_file(tensors, part, metadata=facts)
+    os.replace(part, path)
+
+
+def _groups(pixels: list[Tensor]):
+    """As many samples at a time as ENCODED_AT_ONCE frames allow."""
+    if pixels:
+        size = max(1, ENCODED_AT_ONCE // (pixels[0].shape[0] * pixels[0].shape[1]))
+        for first in range(0, len(pixels), size):
+            yield pixels[first : first + size]
+
+
+def load_latents(paths: list[Path]) -> LatentSet:
+    """Join latents files of one kind, images or clips; ValueError if there are none."""
+    if not paths:
+        raise ValueError("no shards to train on")
+    means, stds, captions, counts, broken = [], [], [], [], {}
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            means.append(file.get_tensor("mean"))
+            stds.append(file.get_tensor("std"))
+            facts = file.metadata()
+        for row, reason in json.loads(facts.get("broken", "{}")).items():
+            broken[len(captions) + int(row)] = tuple(reason)
+        counts.append(len(means[-1]))
+        captions += json.loads(facts["captions"])
+    return LatentSet(torch.cat(means), torch.cat(stds), captions, counts, broken)
