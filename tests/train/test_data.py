@@ -536,7 +536,9 @@ def test_too_many_broken_stop_the_run(shards, models, encoder, tmp_path):
         log.add(Broken("a", "b", "c", "d"))
 
 
-@pytest.mark.parametrize("cut, samples", [(0, 3), (1, 3), (512, 3), (513, 2), (1600, 2), (4000, 1)])
+@pytest.mark.parametrize(
+    "cut, samples", [(0, 3), (1, 3), (512, 3), (1024, 2), (1600, 2), (4000, 1)]
+)
 def test_shard_that_breaks_off(tmp_path, cut, samples):
     """3 samples of two files; each file takes 1024 bytes, the archive's end 512 or more."""
     path = write_tar(tmp_path / "a.tar", [{"jpg": b"x" * 300, "txt": b"y"}] * 3)
@@ -576,7 +578,7 @@ def test_a_batch_by_hand(shards, models, encoder, tmp_path):
         top, left = (image.height - 32) // 2, (image.width - 32) // 2
         pixels = numpy.array(image)[top : top + 32, left : left + 32]
         pixels = torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None, :, None].float()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
             mean, std = (part.half().float() for part in vae.encode(pixels))
         generator = torch.Generator().manual_seed((5 * 0x9E3779B1 + number) & 0xFFFFFFFF)
         kept = torch.rand((), generator=generator) >= data.p_null
@@ -639,8 +641,8 @@ def test_precomputed_gives_the_same_loss(
     ]
     assert [loader.data.precomputed for loader in loaders] == [False, True, False]
     values = [losses(loader, encoder, model) for loader in loaders]
-    assert values[1] == pytest.approx(values[0], rel=1e-5)
-    assert values[2] == pytest.approx(values[0], rel=1e-5)
+    assert values[1] == pytest.approx(values[0], rel=1e-6)
+    assert values[2] == pytest.approx(values[0], rel=1e-3)  # encoded in bf16
     assert len({round(value, 5) for value in values[0]}) == 4
     places = [loader.position.state_dict() for loader in loaders]
     assert places[0] == places[1] == places[2]
@@ -709,13 +711,14 @@ def test_precompute_goes_on_where_it_was_cut_off(shards, models, tmp_path, monke
             raise KeyboardInterrupt
         return decode(self, place)
 
-    monkeypatch.setattr(Decoder, "__getitem__", stop_after_13)
-    assert precompute_main(command) == 130
+    monkeypatch.setattr("gentron_train.precompute.ENCODED_AT_ONCE", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "__getitem__", stop_after_13)
+        assert precompute_main(command) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert [path.name for path in out.glob("*.tar*")] == ["images-0.tar"]
     assert not list(out.glob(".*.part"))
     before = (out / "images-0.tar").stat()
-    monkeypatch.undo()
     assert precompute_main(command) == 0
     assert len(list(out.glob("*.tar"))) == 3
     assert (out / "images-0.tar").stat().st_mtime_ns == before.st_mtime_ns
