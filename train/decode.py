@@ -4,6 +4,7 @@
 import io
 import json
 import math
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -259,4 +260,5 @@ def _cut(frames: Tensor, corner: tuple[int, int], size: tuple[int, int]) -> Tens
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error))  # another in every process
+    return " ".join(text.split()) or type(error).__name__
