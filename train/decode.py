@@ -168,14 +168,16 @@ def _clip_windows(content, sampling, generator, window) -> Tensor:
             chosen = windows if window is None else [windows[window]]
             wanted = {times[pick] for picks, _ in chosen for pick in picks}
             frames = _decode_at(container, wanted, scaled if scaled != size else None)
-    except (av.FFmpegError, OSError) as error:
+            return torch.stack(
+                [
+                    _cut(torch.stack([frames[times[pick]] for pick in picks]), corner, target)
+                    for picks, corner in chosen
+                ]
+            )
+    except BrokenSample:
+        raise
+    except Exception as error:  # a damaged file can fail anywhere
         raise BrokenSample("unreadable video", _one_line(error)) from error
-    return torch.stack(
-        [
-            _cut(torch.stack([frames[times[pick]] for pick in picks]), corner, target)
-            for picks, corner in chosen
-        ]
-    )
 
 
 def _open_stream(container, size: tuple[int, int] | None = None):

@@ -3,6 +3,9 @@
 import gzip
 import io
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -558,6 +561,19 @@ def test_workers_change_nothing(shards, models, encoder, tmp_path, workers):
     for _ in range(4):
         assert_same(next(alone), next(helped))
     assert alone.state_dict() == helped.state_dict() and alone.broken() == helped.broken()
+
+
+def test_workers_leave_signals_to_the_trainer(precomputed, tmp_path):
+    """A signal to the process group must not cost the checkpoint that the trainer still writes."""
+    before = set(multiprocessing.active_children())
+    loader = make_loader(settings(precomputed, tmp_path, workers=1, batch=2), None, None)
+    next(loader)
+    (worker,) = set(multiprocessing.active_children()) - before
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker.pid, number)
+    for _ in range(10):
+        next(loader)
+    assert worker.is_alive()
 
 
 def test_a_batch_by_hand(shards, models, encoder, tmp_path):
