@@ -7,6 +7,7 @@ and its timestep are a function of (seed, g) alone, whatever the number of ranks
 
 import functools
 import itertools
+import multiprocessing.util
 import signal
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -452,22 +453,29 @@ def background(dataset, places: Iterable, workers: int, ahead: int) -> Iterator:
     no workers, here, when asked for."""
     if not workers:
         return map(dataset.__getitem__, places)
-    return iter(
-        torch.utils.data.DataLoader(
-            dataset,
-            sampler=places,
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_leave_signals_to_the_parent,
-            multiprocessing_context="fork",  # the dataset is shared, not copied
-            prefetch_factor=ahead,
-        )
+    reader = torch.utils.data.DataLoader(
+        dataset,
+        sampler=places,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_leave_signals_to_the_parent,
+        multiprocessing_context="fork",  # the dataset is shared, not copied
+        prefetch_factor=ahead,
     )
+    samples = iter(reader)
+    # At its end Python would send the workers SIGTERM and wait for them.
+    multiprocessing.util.Finalize(None, _kill, [samples._workers], exitpriority=10)
+    return samples
 
 
 def _as_it_is(sample):
     return sample
+
+
+def _kill(workers: list) -> None:
+    for worker in workers:
+        worker.kill()
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

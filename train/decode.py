@@ -4,6 +4,7 @@
 import io
 import json
 import math
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -167,14 +168,16 @@ def _clip_windows(content, sampling, generator, window) -> Tensor:
             chosen = windows if window is None else [windows[window]]
             wanted = {times[pick] for picks, _ in chosen for pick in picks}
             frames = _decode_at(container, wanted, scaled if scaled != size else None)
-    except (av.FFmpegError, OSError) as error:
+            return torch.stack(
+                [
+                    _cut(torch.stack([frames[times[pick]] for pick in picks]), corner, target)
+                    for picks, corner in chosen
+                ]
+            )
+    except BrokenSample:
+        raise
+    except Exception as error:  # a damaged file can fail anywhere
         raise BrokenSample("unreadable video", _one_line(error)) from error
-    return torch.stack(
-        [
-            _cut(torch.stack([frames[times[pick]] for pick in picks]), corner, target)
-            for picks, corner in chosen
-        ]
-    )
 
 
 def _open_stream(container, size: tuple[int, int] | None = None):
@@ -259,4 +262,5 @@ def _cut(frames: Tensor, corner: tuple[int, int], size: tuple[int, int]) -> Tens
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error))  # another in every process
+    return " ".join(text.split()) or type(error).__name__
