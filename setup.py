@@ -41,6 +41,10 @@ class BuildTorch(build_ext):
     """Builds what links libtorch: the operators and the program gentron-sample without Python, for
     torch.ops.load_library and programs without an interpreter, and the runtime for Python."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
+
     def build_extension(self, extension):
         import torch
         from torch.utils.cpp_extension import include_paths
@@ -91,8 +95,9 @@ class BuildTorch(build_ext):
 
     def copy_extensions_to_source(self):
         super().copy_extensions_to_source()
-        built = Path(self.get_ext_fullpath(RUNTIME.name)).with_name("gentron-sample")
-        self.copy_file(str(built), "gentron_fast/gentron-sample")
+        program = Path("gentron_fast", "gentron-sample")
+        if not SANITIZED:
+            self.copy_file(str(self.build_lib / program), str(program))
 
     def get_libraries(self, extension):
         return extension.libraries
