@@ -76,13 +76,26 @@ class Writes:
     def __init__(self):
         self.failure: Exception | None = None
 
-    def __call__(self, write: Callable, *args) -> None:
-        """Call `write`, unless an earlier one failed."""
+    def __call__(self, write: Callable, *args, into: Path | None = None) -> None:
+        """Call `write`, unless an earlier one failed; what it wrote `into` a file or a folder is
+        on the disk then."""
         if self.failure is None:
             try:
                 write(*args)
+                if into is not None:
+                    _sync(into)
             except (OSError, RuntimeError, SafetensorError) as error:
                 self.failure = error
+
+
+def _sync(path: Path, deep: bool = True) -> None:
+    """Bring a file, or a folder and, if deep, all that is in it, to the disk."""
+    for part in (*path.rglob("*"), path) if deep else (path,):
+        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 class Checkpoints:
@@ -112,13 +125,16 @@ class Checkpoints:
             writes(_fresh_folder, aside / name)
         self.barrier()
         for state, path in _deepspeed_files(engine, aside, name):
-            writes(torch.save, state, path)
-        writes(ema.save, aside / name / f"ema-rank{rank}.safetensors")
-        writes(self._save_state, aside / name / f"state-rank{rank}.safetensors", place)
+            writes(torch.save, state, path, into=Path(path))
+        for save, file, *more in (
+            (ema.save, aside / name / f"ema-rank{rank}.safetensors"),
+            (self._save_state, aside / name / f"state-rank{rank}.safetensors", place),
+        ):
+            writes(save, file, *more, into=file)
         if self.is_main:
             info |= {"ranks": dist.get_world_size(), "parameters": ema.shapes()}
-            writes(write_json, aside / name / INFO_NAME, info)
-            writes(extra, aside / name)
+            writes(write_json, aside / name / INFO_NAME, info, into=aside / name / INFO_NAME)
+            writes(extra, aside / name, into=aside / name)
         failures: list[str | None] = [None] * dist.get_world_size()
         own = None if writes.failure is None else f"rank {rank}: {writes.failure}"
         dist.all_gather_object(failures, own, self._patient)
@@ -138,10 +154,13 @@ class Checkpoints:
         os.replace(aside / name, self.folder / name)
         pointer = aside / "latest"
         pointer.write_text(name + "\n")
+        _sync(pointer)
+        _sync(self.folder, deep=False)  # the checkpoint is there before `latest` says so
         os.replace(pointer, self.folder / "latest")
+        _sync(self.folder, deep=False)
         whole = sorted(path for path in self.folder.glob("step-*") if path.name <= name)
         for old in whole[: -self.keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
 
     def _save_state(self, path: Path, place: dict) -> None:
         generators = {"cpu": torch.get_rng_state()}

@@ -277,7 +277,9 @@ def parse_settings(stage: str, description: str, argv: list[str] | None = None) 
     over Settings' own defaults.
     """
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="file of these fields")

@@ -30,6 +30,8 @@ from gentron_train.sources import (
     PixelSource,
     Sample,
     encode_shards,
+    folder_digest,
+    load_facts,
     load_latents,
     seeded,
 )
@@ -103,6 +105,12 @@ class DataSettings:
     def precomputed(self) -> bool:
         """Whether the shards hold latents in place of pixels: the first one says it."""
         return read_facts(self.shards[self.kinds[0]][0]) is not None
+
+    @functools.cached_property
+    def has_text(self) -> bool:
+        """Whether they hold the texts' embeddings too."""
+        first = self.shards[self.kinds[0]][0]
+        return self.precomputed and load_facts(read_facts(first), first.url)[1] is not None
 
 
 @dataclass(frozen=True)
@@ -399,7 +407,8 @@ def make_loader(
 ) -> Loader:
     """The micro-batches of one rank, in whichever way the shards and `in_memory` say.
 
-    vae: an autoencoder's folder, not read where the shards are precomputed. tokenize may be None
+    vae: an autoencoder's folder, which precomputed shards do without; where it is there, it must be
+    theirs. tokenize may be None
     where they hold the texts' embeddings. Under torch.distributed the ranks share the work of the
     start, and wait for each other.
     """
@@ -419,6 +428,8 @@ def make_loader(
             )
     if data.precomputed:
         source = LatentSource(data.shards, data.sampling, tokenize)
+        if (Path(vae) / "config.json").exists() and folder_digest(Path(vae)) != source.facts.vae:
+            raise ValueError(f"the shards were precomputed by another autoencoder than {vae}")
     elif data.in_memory:
         source = MemorySource(_load_sets(data, Path(vae), rank, together, device), tokenize)
         for kind, latents in source.sets.items():

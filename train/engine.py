@@ -61,32 +61,41 @@ SAMPLE_STEPS, LAMBDA_T, LAMBDA_M = 20, 7.5, 1.2
 PROMPTS = ("a red circle moving left", "a large blue star", "a green square above a yellow cross")
 
 
-class StopRequest:
-    """Whether SIGTERM or Ctrl-C came, or the launcher's own launcher was ended."""
+class Launcher:
+    """The process that started this rank, looked at before anything that takes long.
+
+    SIGTERM to the `deepspeed` command leaves deepspeed.launcher.launch and the ranks running.
+    """
 
     def __init__(self):
-        self._signalled = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-        # SIGTERM to the `deepspeed` command leaves deepspeed.launcher.launch and the ranks running.
         launcher = psutil.Process(os.getppid())
         under_deepspeed = any("deepspeed.launcher.launch" in part for part in launcher.cmdline())
         self._launcher = launcher if under_deepspeed else None
         self._started_by = launcher.ppid()
 
-    def _handle(self, number, frame) -> None:
-        self._signalled = True
-
-    def __bool__(self) -> bool:
-        return self._signalled or self._orphaned()
-
-    def _orphaned(self) -> bool:
+    def ended(self) -> bool:
+        """Whether the launcher's own launcher was ended since."""
         if self._launcher is None:
             return False
         try:
             return self._launcher.ppid() != self._started_by
         except psutil.NoSuchProcess:
             return True
+
+
+class StopRequest:
+    """Whether SIGTERM or Ctrl-C came, or the launcher's own launcher was ended."""
+
+    def __init__(self, launcher: Launcher):
+        self._launcher, self._signalled = launcher, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame) -> None:
+        self._signalled = True
+
+    def __bool__(self) -> bool:
+        return self._signalled or self._launcher.ended()
 
 
 def start_distributed(timeout: float) -> torch.device:
@@ -244,7 +253,7 @@ def build_parts(settings: Settings, stage: str, data: DataSettings, device: torc
     text_encoder = None
     if train_text and settings.init is None:
         text_encoder = small_text_encoder(vocabulary())
-    elif not data.precomputed:
+    elif not data.has_text:
         dtype = torch.float32 if train_text else DTYPES[settings.parameters]
         text_encoder = load_text_encoder(settings, dtype)
     return Parts(transformer, source, text_encoder, train_text)
@@ -253,8 +262,17 @@ def build_parts(settings: Settings, stage: str, data: DataSettings, device: torc
 class Trainer:
     """One run: the DeepSpeed engine, its EMA, the loader, checkpoints, log and export."""
 
-    def __init__(self, settings: Settings, parts: Parts, loader: Loader, device: torch.device):
+    def __init__(
+        self,
+        settings: Settings,
+        parts: Parts,
+        loader: Loader,
+        device: torch.device,
+        launcher: Launcher,
+    ):
         """settings: with the accumulation that fits the ranks (`Settings.on`)."""
+        self.launcher = launcher
+        self._saved_step: int | None = None  # the same on every rank
         self.settings, self.loader, self.device = settings, loader, device
         self.step = self.skipped = 0
         self.seconds = 0.0  # that earlier parts of a resumed run took
@@ -317,8 +335,9 @@ class Trainer:
 
     def train(self) -> None:
         """Train to the end of the steps or of the time, or to a signal; then save and export."""
-        settings, stop = self.settings, StopRequest()
-        first, start, logged = self.step, time.monotonic() - self.seconds, time.monotonic()
+        settings, stop = self.settings, StopRequest(self.launcher)
+        first, start = self.step, time.monotonic() - self.seconds
+        logged, logged_step = time.monotonic(), self.step
         progress, losses, interrupted, bad = self.step / settings.steps, [], False, 0
         self._say(settings.batch_line(dist.get_world_size()))
         with tqdm(
@@ -347,10 +366,9 @@ class Trainer:
                     )
                 if self.step % settings.log_every == 0 or self.step == settings.steps:
                     now = time.monotonic()
-                    steps = (self.step - first - 1) % settings.log_every + 1
-                    seconds = (now - logged) / steps
+                    seconds = (now - logged) / (self.step - logged_step)
                     bar.write(self._log(rate, losses, seconds, now - start), file=sys.stdout)
-                    logged, losses = now, []
+                    logged, logged_step, losses = now, self.step, []
                 if broken:
                     break
                 if self.step % settings.save_every == 0:
@@ -461,9 +479,7 @@ class Trainer:
         The run goes on after one that failed: the checkpoints before are whole.
         """
         name = f"step-{self.step:08d}"
-        latest = latest_checkpoint(self.settings.run)
-        self.checkpoints.barrier()  # or a rank could look when rank 0 has written
-        if latest is not None and latest.name == name:
+        if self._saved_step == self.step:
             return None
         info = {
             "step": self.step,
@@ -479,6 +495,8 @@ class Trainer:
         )
         if failure:
             self._say(f"no checkpoint at step {self.step}: {failure}; whole ones stay as they are")
+        else:
+            self._saved_step = self.step
         return failure
 
     def _save_text(self, folder: Path) -> None:
@@ -502,6 +520,7 @@ class Trainer:
         self.ema.load(shards, info["ema_updates"])
         self.loader.load_state_dict(self.checkpoints.load_state(checkpoint, ranks))
         self.step, self.seconds = info["step"], info["seconds"]
+        self._saved_step = self.step
         self.skipped = info["skipped"]
         was, own = info["settings"], self.settings.to_dict()
         changed = [
@@ -587,6 +606,7 @@ def train(stage: str, description: str, argv: list[str] | None = None) -> None:
 
 def trainer_of(settings: Settings, stage: str) -> Trainer:
     """The trainer of a stage, "t2i" or "t2v", on this rank."""
+    launcher = Launcher()
     device = start_distributed(settings.timeout)
     settings = settings.on(dist.get_world_size())
     make_missing(settings)
@@ -600,7 +620,7 @@ def trainer_of(settings: Settings, stage: str) -> Trainer:
         ranks=dist.get_world_size(),
         device=device,
     )
-    return Trainer(settings, parts, loader, device)
+    return Trainer(settings, parts, loader, device, launcher)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -1,8 +1,10 @@
 """What a run tells: the terminal, RUN/log.jsonl, TensorBoard, Weights & Biases, and pictures."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +43,12 @@ class RunLog:
             return
         run.mkdir(parents=True, exist_ok=True)
         if resumed_at is not None and self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= resumed_at]
-            self.path.write_text("".join(kept))
+            kept = [row for row in read_log(self.path) if row["step"] <= resumed_at]
+            aside = self.path.with_suffix(".part")
+            aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(aside, self.path)
+        elif resumed_at is None:
+            self.path.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         if tensorboard and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -58,8 +63,11 @@ class RunLog:
     def step(self, steps: int, values: dict) -> str:
         """Keep the figures of a step; returns the line for the terminal."""
         if self.main:
-            with self.path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(values) + "\n")
+            except OSError as error:  # a full disk ends no run
+                print(f"{self.path} could not be written: {error}", file=sys.stderr)
         if self._tensorboard is not None:
             for name, value in values.items():
                 if name != "step" and value is not None:
@@ -105,12 +113,20 @@ class RunLog:
             draw_curve(self.path, self.path.with_name(CURVE_NAME))
 
 
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.jsonl; one that a full disk cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def draw_curve(log: Path, picture: Path) -> None:
     """The loss over the steps of a log.jsonl, as a picture."""
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    rows = [row for row in rows if row["loss"] is not None]
+    rows = [row for row in read_log(log) if row["loss"] is not None]
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
     axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)

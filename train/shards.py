@@ -5,6 +5,7 @@ folder can be written. A shard that is no local file is copied to a folder first
 WebDataset's own opener.
 """
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -154,7 +155,8 @@ def _keep(index: Index, path: Path) -> None:
         aside.write_text(json.dumps(head) + "\n" + json.dumps(body) + "\n")
         os.replace(aside, kept)
     except OSError:  # a folder that cannot be written: the headers are read again
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only file system says so of missing files too
+            aside.unlink()
 
 
 def _read_headers(path: Path) -> Index:
@@ -186,12 +188,24 @@ def _read_headers(path: Path) -> Index:
                 samples[-1][1][ending.lower()] = place
     except tarfile.TarError as error:
         cut = str(error)
-    if cut is None and length < end + tarfile.BLOCKSIZE:  # a whole tar ends with empty blocks
-        cut = "no end of archive"
+    if cut is None:
+        cut = _broken_end(path, end, length)
     # The last sample may miss files that came after the cut.
     if cut and samples and samples[-1][1].keys() != samples[0][1].keys():
         samples.pop()
     return Index(samples, cut and f"after {samples[-1][0] if samples else 'nothing'}: {cut}", facts)
+
+
+def _broken_end(path: Path, end: int, length: int) -> str | None:
+    """What is wrong behind the last member, where a whole tar has empty blocks and no more."""
+    if length < end + tarfile.BLOCKSIZE:
+        return "no end of archive"
+    with open(path, "rb") as file:
+        file.seek(end)
+        while block := file.read(1 << 20):
+            if block.strip(b"\0"):
+                return "a damaged header"
+    return None
 
 
 _open_files: OrderedDict[Path, int] = OrderedDict()

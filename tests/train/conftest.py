@@ -1,7 +1,9 @@
 """What the training tests share: a small world on disk, and ranks without the launcher."""
 
 import os
+import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -56,9 +58,18 @@ class Ranks:
         return pids
 
     @staticmethod
-    def wait(pids: list[int]) -> list[int]:
-        """Their exit statuses; below 0: the signal that ended them."""
-        return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    def wait(pids: list[int], seconds: float = 600) -> list[int]:
+        """Their exit statuses; below 0: the signal that ended them, SIGKILL when time is up."""
+        statuses, deadline = {}, time.monotonic() + seconds
+        while len(statuses) < len(pids):
+            for pid in [pid for pid in pids if pid not in statuses]:
+                if time.monotonic() > deadline:
+                    os.kill(pid, signal.SIGKILL)
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    statuses[pid] = os.waitstatus_to_exitcode(status)
+            time.sleep(0.02)
+        return [statuses[pid] for pid in pids]
 
     def call(self, count: int, function: Callable, *args) -> list:
         """What function(*args) returns on every rank, by way of files."""

@@ -3,6 +3,7 @@
 `make faults` makes FAULTS trials; the tests make two, one a rank.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -44,7 +45,11 @@ def members(session: int) -> list[psutil.Process]:
 
 def rank_process(session: int, rank: int) -> psutil.Process:
     """The process of a rank, by the option that the launcher appends."""
-    return next(p for p in members(session) if f"--local_rank={rank}" in p.cmdline())
+    for process in members(session):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if f"--local_rank={rank}" in process.cmdline():
+                return process
+    raise AssertionError(f"no process of rank {rank} in session {session}")
 
 
 @pytest.mark.parametrize("trial", range(TRIALS))
