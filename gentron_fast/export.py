@@ -99,8 +99,14 @@ class CompiledSampler:
             from gentron_fast._runtime import Sampler
         except ImportError as error:
             raise ValueError(f"the C++ runtime is not built: {error}") from error
+        if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+            raise ValueError(f"a SHA-256 has 64 hexadecimal digits, got {sha256!r}")
         launch.cpu_library()
-        return cls(Sampler.load(os.fspath(path), (sha256 or "").lower(), str(device or ""), ""))
+        pinned = "" if sha256 is None else sha256.lower()
+        try:
+            return cls(Sampler.load(os.fspath(path), pinned, str(device or ""), ""))
+        except RuntimeError as error:  # torch's own, such as for an unknown device
+            raise ValueError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
 
     def __call__(
         self,
@@ -469,10 +475,12 @@ def _compile_all(graphs: list[_Graph], folder: Path, on_graph: Callable | None) 
             share.join()
     finally:
         for share in shares:
-            share.kill()
+            if share.pid is not None:
+                share.kill()
+                share.join()
     missing = [graph.name for graph in graphs if not (folder / f"{graph.name}.pt2").exists()]
     if missing:
-        raise RuntimeError(f"the compilation of {missing[0]} failed; its error is above")
+        raise ValueError(f"the compilation of {missing[0]} failed; its error is above")
 
 
 def _forked_share(*share) -> None:
@@ -589,10 +597,19 @@ def _step(model, x, y, gate, final_rows, latents, weights, row, x0, *rest, branc
     predictions = [next(runs) if needed == "1" else None for needed in branches]
     d, channels = None, latents.shape[1]
     if len(rest) > draws:
-        variance = predictions[-1][:, channels:].float()
+        variance = _last_used(predictions, weights)[:, channels:].float()
         d = torch.exp(0.5 * learned_range_log_variance(variance, *rest[-1].unbind()))
     predictions = [p if p is None else p[:, :channels] for p in predictions]
     return guided_step(latents, predictions, weights, row, x0, rest[0] if draws else None, d)
+
+
+def _last_used(predictions: list[Tensor | None], weights: Tensor) -> Tensor:
+    """The last prediction that some clip gives a weight, whose variance the pipeline takes."""
+    last = None
+    for prediction, used in zip(predictions, (weights != 0).any(0).unbind(), strict=True):
+        if prediction is not None:
+            last = prediction if last is None else torch.where(used, prediction, last)
+    return last
 
 
 def _encode(text_encoder: TextEncoder, *ids_and_masks: Tensor, encoders: Sequence[str]):
@@ -730,7 +747,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{NAME}: interrupted; nothing was written", file=sys.stderr)
         return 130
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         if "--verbose" in argv:
             traceback.print_exc()
         print(f"{NAME}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -746,6 +763,8 @@ def export(args: argparse.Namespace) -> None:
     silence_libraries()
     device = choose_device(args.device)
     check_writable(args.out.parent)
+    if args.out.is_dir():
+        raise ValueError(f"{args.out} is a folder, --out names a file")
     pipeline = GenTronPipeline.from_pretrained(args.pipeline, getattr(torch, args.dtype), device)
     frames = pipeline.default_frames if args.frames is None else args.frames
     size = pipeline.default_size if args.size is None else (args.size * 2)[:2]

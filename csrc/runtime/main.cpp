@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <dlfcn.h>
 
+#include <cctype>
 #include <cstdlib>
 #include <exception>
 #include <filesystem>
@@ -125,6 +126,8 @@ Arguments parse(const std::vector<std::string>& words) {
       arguments.device = value;
     } else if (option == "--sha256") {
       arguments.sha256 = value;
+      for (char& digit : arguments.sha256) digit = static_cast<char>(std::tolower(digit));
+      if (value.size() != 64) refuse("--sha256 takes 64 hexadecimal digits, got " + value);
     } else if (option == "--operators") {
       arguments.operators = value;
     } else if (option == "--out") {

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <sys/utsname.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/version.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -78,8 +78,11 @@ at::Device choose_device(const Json& metadata, const std::string& asked) {
 }
 
 void check_machine(const Json& metadata, const at::Device& device) {
+  // Of the libtorch that is loaded, not of the one this was built with: major and minor are the
+  // two upper bytes.
+  const uint64_t loaded = aoti_torch_abi_version();
   const std::string version =
-      std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR);
+      std::to_string(loaded >> 56) + "." + std::to_string(loaded >> 48 & 0xFF);
   if (metadata["torch"].string() != version) {
     refuse(
         "the compiled sampler was made with torch " + metadata["torch"].string() +
@@ -194,6 +197,7 @@ struct Sampler::Parts {
   void load(const std::string& path, const std::string& pinned, const std::string& asked);
   void load_graphs();
   const Graph& graph(const std::string& name) const;
+  void check_batch(int64_t batch) const;
 
   TextCondition prepared(TextCondition text, int64_t batch, const char* name) const;
   TextCondition null_text() const;
@@ -217,7 +221,9 @@ void Sampler::Parts::load(
   const Json& model = metadata["model"];
   depth = model["depth"].integer();
   width = model["width"].integer();
-  head_size = width / model["heads"].integer();
+  const int64_t heads = model["heads"].integer();
+  if (depth < 1 || heads < 1 || width < heads) refuse("the compiled sampler is of no model");
+  head_size = width / heads;
   cross_attention = model["cross_attention"].boolean();
   pooled = model["pooled_text"].boolean();
   for (const Json& encoder : model["encoders"].array()) encoders.push_back(encoder.string());
@@ -268,10 +274,17 @@ void Sampler::Parts::load_graphs() {
         std::string key = weight.string();
         const size_t star = key.find('*');
         if (star != std::string::npos) key.replace(star, 1, std::to_string(block));
-        // A graph of one encoder's blocks has no weights in the others'.
-        own.push_back(star != std::string::npos && weights.count(key) == 0 ? Tensor() : tensor(key));
+        own.push_back(tensor(key));
       }
     }
+  }
+}
+
+void Sampler::Parts::check_batch(int64_t batch) const {
+  if (batch < 1 || batch > max_batch) {
+    refuse(
+        "the compiled sampler makes 1 to " + std::to_string(max_batch) + " clips at once, not " +
+        std::to_string(batch));
   }
 }
 
@@ -381,11 +394,7 @@ Tensor Sampler::Parts::latents_of(const Request& request, uint32_t step) const {
 
 Tensor Sampler::Parts::sample(const Request& request) const {
   const auto batch = static_cast<int64_t>(request.seeds.size());
-  if (batch < 1 || batch > max_batch) {
-    refuse(
-        "the compiled sampler makes 1 to " + std::to_string(max_batch) + " clips at once, not " +
-        std::to_string(batch));
-  }
+  check_batch(batch);
   const Json& metadata = package.metadata();
   const Tensor lambda_t = per_step(
       request.lambda_t, metadata["lambda_t"].number(), steps, batch, "lambda_t");
@@ -526,7 +535,8 @@ TextCondition Sampler::encode(const Tokens& tokens) const {
     const auto& [ids, mask] = found->second;
     const int64_t most = metadata()["max_tokens"][encoder].integer();
     const int64_t known = metadata()["vocabulary"][encoder].integer();
-    if (batch < 0) batch = ids.size(0);
+    if (batch < 0) batch = ids.dim() == 2 ? ids.size(0) : 0;
+    parts_->check_batch(batch);
     if (ids.dim() != 2 || ids.size(0) != batch || ids.size(1) < 1 || ids.size(1) > most ||
         mask.sizes() != ids.sizes() || (ids < 0).any().item<bool>() ||
         (ids >= known).any().item<bool>()) {

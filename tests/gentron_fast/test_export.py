@@ -293,11 +293,20 @@ def test_what_the_file_was_not_made_for_is_refused(pipeline, sampler):
         (["FILE", "--tokens", "clip=1", "t5=1", "--device", "cuda"], "made for cpu, not for cuda"),
         (["FILE", "--shiny", "1"], "unknown option --shiny"),
         (["FILE", "--embeddings", "nowhere"], "no file nowhere"),
+        (["FILE", "--embeddings", "WRAPPED"], "does not lie in its file"),
+        (["FILE", "--tokens", "clip=1", "t5=1", "--sha256", ""], "64 hexadecimal digits"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_program_refuses_in_one_line(package, tmp_path, arguments, words):
-    arguments = [package if argument == "FILE" else argument for argument in arguments]
+    # Offsets whose difference wraps around to the tensor's size.
+    offsets = [2**63 - 512, -(2**63)]
+    entry = {"dtype": "F32", "shape": [1, 1, 128], "data_offsets": offsets}
+    header = json.dumps({"clip.tokens": entry}).encode()
+    wrapped = tmp_path / "wrapped.safetensors"
+    wrapped.write_bytes(len(header).to_bytes(8, "little") + header)
+    named = {"FILE": package, "WRAPPED": wrapped}
+    arguments = [named.get(argument, argument) for argument in arguments]
     done = run_program(*arguments, "--out", tmp_path / "out.npy")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("gentron-sample: error: ") and done.stderr.count("\n") == 1
@@ -314,6 +323,8 @@ def test_generate_takes_a_compiled_sampler(package, pipeline, tmp_path, capsys):
         (["--steps", "20"], "--steps is fixed in a compiled sampler"),
         (["--frames", "4"], "made for frames 8, not 4"),
         (["--sha256", "0" * 64], "wanted 000"),
+        (["--sha256", ""], "64 hexadecimal digits"),
+        (["--device", "abacus"], "abacus"),
     ):
         assert generate.main([*arguments, *refused]) == 2
         assert words in capsys.readouterr().err
