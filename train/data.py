@@ -398,7 +398,7 @@ class Loader:
 
 def make_loader(
     data: DataSettings,
-    vae: Path,
+    vae: Path | None,
     tokenize: Callable[[list[str]], Tokens] | None,
     *,
     rank: int = 0,
@@ -428,7 +428,8 @@ def make_loader(
             )
     if data.precomputed:
         source = LatentSource(data.shards, data.sampling, tokenize)
-        if (Path(vae) / "config.json").exists() and folder_digest(Path(vae)) != source.facts.vae:
+        is_there = vae is not None and (Path(vae) / "config.json").exists()
+        if is_there and folder_digest(Path(vae)) != source.facts.vae:
             raise ValueError(f"the shards were precomputed by another autoencoder than {vae}")
     elif data.in_memory:
         source = MemorySource(_load_sets(data, Path(vae), rank, together, device), tokenize)
