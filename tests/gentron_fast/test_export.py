@@ -310,7 +310,7 @@ def test_the_program_refuses_in_one_line(package, tmp_path, arguments, words):
     entry = {"dtype": "F32", "shape": [1, 1, 128], "data_offsets": offsets}
     header = json.dumps({"clip.tokens": entry}).encode()
     wrapped = tmp_path / "wrapped.safetensors"
-    wrapped.write_bytes(len(header).to_bytes(8, "little") + header)
+    wrapped.write_bytes(len(header).to_bytes(8, "little") + header + bytes(1024))
     named = {"FILE": package, "WRAPPED": wrapped}
     arguments = [named.get(argument, argument) for argument in arguments]
     done = run_program(*arguments, "--out", tmp_path / "out.npy")
