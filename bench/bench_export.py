@@ -123,7 +123,7 @@ def runtime():
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode != 0:
-            pytest.skip(f"the C++ runtime cannot be built: {done.stderr.splitlines()[-1:]}")
+            pytest.fail(f"the C++ runtime cannot be built: {done.stderr.splitlines()[-1:]}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
