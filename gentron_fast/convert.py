@@ -5,9 +5,7 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,9 +22,9 @@ from gentron_fast.checkpoint import (
     open_weights,
     write_tensors,
 )
+from gentron_fast.commandline import refuse, run, whole_number
 from gentron_fast.config import GenTronConfig
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
-from gentron_fast.generate import refuse, whole_number
 from gentron_fast.layouts import (
     CLASSES,
     DIT,
@@ -472,18 +470,8 @@ def group(word: str, recipes: dict[str, Recipe]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns 0, 2 after wrong input (told in one line), 130 after SIGINT."""
     argv = sys.argv[1:] if argv is None else argv
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
-    try:
-        print("\n".join(convert(parse_arguments(argv))))
-    except KeyboardInterrupt:
-        print(f"{NAME}: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:
-        if "--verbose" in argv:
-            traceback.print_exc()
-        print(f"{NAME}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    interrupted = "interrupted; nothing was written"
+    return run(NAME, lambda: print("\n".join(convert(parse_arguments(argv)))), argv, interrupted)
 
 
 def convert(args: argparse.Namespace) -> list[str]:

@@ -20,7 +20,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +29,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gentron_fast.commandline import (
+    check_writable,
+    choose_device,
+    number,
+    refuse,
+    run,
+    silence_libraries,
+    whole_number,
+)
 from gentron_fast.config import MAX_FRAMES
 from gentron_fast.diffusion import learned_range_log_variance
 from gentron_fast.guidance import MODULATION_BYTES, guidance_schedule
@@ -484,8 +492,8 @@ def _compile_all(graphs: list[_Graph], folder: Path, on_graph: Callable | None) 
 
 
 def _forked_share(*share) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)  # the parent tells, and cleans up
+    for interrupt in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(interrupt, signal.SIG_DFL)  # the parent tells, and cleans up
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
     _compile_share(*share)
 
@@ -741,23 +749,12 @@ def _whole_graphs(
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns 0, 2 after wrong input (told in one line), 130 after SIGINT."""
     argv = sys.argv[1:] if argv is None else argv
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
-    try:
-        export(_parse_arguments(argv))
-    except KeyboardInterrupt:
-        print(f"{NAME}: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except (OSError, ValueError, RuntimeError) as error:
-        if "--verbose" in argv:
-            traceback.print_exc()
-        print(f"{NAME}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    interrupted = "interrupted; nothing was written"
+    return run(NAME, lambda: export(_parse_arguments(argv)), argv, interrupted, (RuntimeError,))
 
 
 def export(args: argparse.Namespace) -> None:
     """Load the pipeline and write the compiled sampler that the arguments ask for."""
-    from gentron_fast.generate import check_writable, choose_device, silence_libraries
     from gentron_fast.pipeline import GenTronPipeline
 
     silence_libraries()
@@ -794,8 +791,6 @@ def export(args: argparse.Namespace) -> None:
 
 
 def _parse_arguments(argv: list[str]) -> argparse.Namespace:
-    from gentron_fast.generate import number, refuse, whole_number
-
     parser = argparse.ArgumentParser(prog=NAME, allow_abbrev=False)
     parser.format_help = lambda: HELP
     parser.error = refuse

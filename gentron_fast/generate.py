@@ -1,19 +1,23 @@
 """Clips and images from prompts: python -m gentron_fast.generate "a red circle moving left"."""
 
 import argparse
-import math
 import os
 import re
-import signal
 import sys
-import tempfile
 import time
-import traceback
-import warnings
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from gentron_fast.commandline import (
+    check_writable,
+    choose_device,
+    number,
+    refuse,
+    run,
+    silence_libraries,
+    whole_number,
+)
 from gentron_fast.config import MAX_FRAMES, GenTronConfig
 
 # torch and the modules that need it are imported inside the functions, after the arguments have
@@ -75,18 +79,8 @@ class Clip(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns 0, 2 after wrong input (told in one line), 130 after SIGINT."""
     argv = sys.argv[1:] if argv is None else argv
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
-    try:
-        generate(parse_arguments(argv))
-    except KeyboardInterrupt:
-        print(f"{NAME}: interrupted; the files that are there are whole", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:
-        if "--verbose" in argv:
-            traceback.print_exc()
-        print(f"{NAME}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    interrupted = "interrupted; the files that are there are whole"
+    return run(NAME, lambda: generate(parse_arguments(argv)), argv, interrupted)
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -184,34 +178,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         for name in {"--lambda-t", "--lambda-m"} - given:
             setattr(args, name[2:].replace("-", "_"), None)  # the file's own
     return args
-
-
-def refuse(message: str):
-    raise ValueError(message)
-
-
-def whole_number(low: int, high: int | None = None):
-    """The argparse type of whole numbers from `low` to `high`."""
-    wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
-
-    def read(text: str) -> int:
-        value = int(text) if re.fullmatch(r"[+-]?\d+", text) else None
-        if value is None or value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"wanted a whole number {wanted}, got {text!r}")
-        return value
-
-    return read
-
-
-def number(text: str) -> float:
-    """The argparse type of finite numbers."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"wanted a number, got {text!r}")
-    return value
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -315,30 +281,6 @@ def check_solver(args: argparse.Namespace, folder: Path) -> None:
         raise ValueError(f"no noise schedule in {folder / SCHEDULER_PATH}: {error}") from error
 
 
-def choose_device(name: str | None):
-    """The torch.device of that name, tried out; without a name CUDA where there is one."""
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"unknown device {name!r}: wanted cpu, cuda or cuda:N")
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no device {name} here: {str(error).splitlines()[0]}") from error
-
-
-def check_writable(folder: Path) -> None:
-    """Make the folder and try a file in it, before the work begins."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write into {folder}: {error.strerror}") from error
-
-
 def leave_out_written(clips: list[Clip]) -> list[Clip]:
     """The clips that are still to make; tells in one line how many are there already."""
     missing = [clip for clip in clips if not clip.is_written]
@@ -346,15 +288,6 @@ def leave_out_written(clips: list[Clip]) -> list[Clip]:
         where = clips[0].paths[0].parent
         print(f"skipped      {len(clips) - len(missing)} of {len(clips)} clips, already in {where}")
     return missing
-
-
-def silence_libraries() -> None:
-    """Keep the libraries' advice and bars away from ours; our own warnings are shown."""
-    warnings.filterwarnings("ignore", module="(?!gentron_fast)")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def load_pipeline(args: argparse.Namespace, folder: Path, device):

@@ -26,6 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from gentron_fast.commandline import refuse
 from gentron_fast.model import TextCondition
 from gentron_fast.text import SUBFOLDERS, TextEncoder
 from gentron_fast.vae import VideoVAE
@@ -251,10 +252,6 @@ def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
         ) from None
 
 
-def _refuse(message: str):
-    raise ValueError(message)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0; 2 after wrong input, which is told in one line; 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
@@ -262,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Write VAE latents and text embeddings of WebDataset shards to shards in OUT.",
         formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, width=100),
     )
-    parser.error = _refuse
+    parser.error = refuse
     add = parser.add_argument
     add("shards", nargs="+", help="globs or URLs that WebDataset reads, of images and of clips")
     add("out", type=Path, help="folder for the new shards")

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gentron_fast.commandline import refuse
+
 SIZE = 64  # pixels, both ways
 FPS = 24
 FRAMES = 48  # two seconds
@@ -541,16 +543,12 @@ def ensure_shards(folder, images: int = 20000, clips: int = 6000) -> None:
         write_shards(folder, images, clips)
 
 
-def _refuse(message):
-    raise ValueError(message)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0, or 2 after wrong input, which is told in one line."""
     parser = argparse.ArgumentParser(
         prog="gentron_train.shapes", description="Write the small world's shards."
     )
-    parser.error = _refuse
+    parser.error = refuse
     parser.add_argument("out", help="folder for the shards")
     parser.add_argument("--images", type=int, default=20000)
     parser.add_argument("--clips", type=int, default=6000)

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gentron_fast.commandline import refuse
 from gentron_train.shapes import (
     COLOURS,
     DIRECTIONS,
@@ -388,16 +389,12 @@ def format_table(scores: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _refuse(message):
-    raise ValueError(message)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0, or 2 after wrong input, which is told in one line."""
     parser = argparse.ArgumentParser(
         prog="gentron_train.shapes_score", description="Score a pipeline in the small world."
     )
-    parser.error = _refuse
+    parser.error = refuse
     parser.add_argument("pipeline", nargs="?", help="pipeline folder (the model that ships)")
     parser.add_argument("--prompts", type=int, default=200, help="seen, and as many unseen (200)")
     parser.add_argument("--seed", type=int, default=0)

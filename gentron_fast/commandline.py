@@ -1,0 +1,96 @@
+"""What the command lines share: how they end, number types, and checks before the work begins."""
+
+import argparse
+import math
+import os
+import re
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def run(
+    name: str, command: Callable[[], None], argv: Sequence[str], interrupted: str, wrong=()
+) -> int:
+    """Call a command line's work. Returns 0, 2 after wrong input (told in one line, with --verbose
+    in argv behind a traceback), 130 after Ctrl-C or SIGTERM, of which `interrupted` tells.
+
+    Wrong input is OSError, ValueError, and the errors of `wrong`.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
+    try:
+        command()
+    except KeyboardInterrupt:
+        print(f"{name}: {interrupted}", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, *wrong) as error:
+        if "--verbose" in argv:
+            traceback.print_exc()
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def refuse(message: str):
+    raise ValueError(message)
+
+
+def whole_number(low: int, high: int | None = None):
+    """The argparse type of whole numbers from `low` to `high`."""
+    wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
+
+    def read(text: str) -> int:
+        value = int(text) if re.fullmatch(r"[+-]?\d+", text) else None
+        if value is None or value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"wanted a whole number {wanted}, got {text!r}")
+        return value
+
+    return read
+
+
+def number(text: str) -> float:
+    """The argparse type of finite numbers."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"wanted a number, got {text!r}")
+    return value
+
+
+def choose_device(name: str | None):
+    """The torch.device of that name, tried out; without a name CUDA where there is one."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"unknown device {name!r}: wanted cpu, cuda or cuda:N")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name} here: {str(error).splitlines()[0]}") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder and try a file in it, before the work begins."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write into {folder}: {error.strerror}") from error
+
+
+def silence_libraries() -> None:
+    """Keep the libraries' advice and bars away from ours; our own warnings are shown."""
+    warnings.filterwarnings("ignore", module="(?!gentron_fast)")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
