@@ -122,7 +122,7 @@ class SelfAttention(nn.Module):
 class CrossContext(NamedTuple):
     """A block's projected text: k, v (B, S, H, Dh); mask (B, S) bool, True on real tokens, or None.
 
-    One sample may stand for the whole batch.
+    A sample may stand for several of the batch in a row, or for all of it.
     """
 
     k: Tensor
@@ -200,19 +200,18 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context) -> Tensor | tuple[Tensor, ...]:
         """x (B, T, N, D) → like x, a row (B, D) for a ConstantContext, a tuple for BranchContexts.
 
-        The text is not repeated over frames.
+        The text is repeated neither over frames nor over samples in a row that share it.
         """
         if isinstance(context, BranchContexts):
             parts = zip(x.split(context.sizes), context.parts, strict=True)
             return tuple(self(part, own) for part, own in parts)
         if isinstance(context, ConstantContext):
             return context.row.expand(x.shape[0], -1)
-        tokens = x.flatten(1, 2)
         if isinstance(context, FoldedContext):
-            return self._attend_folded(tokens, context).view_as(x)
+            return self._attend_folded(x.flatten(1, 2), context).view_as(x)
+        tokens = x.reshape(context.k.shape[0], -1, x.shape[-1])
         q = rearrange(self.q(tokens), "b l (h d) -> b l h d", h=self.heads)
-        k, v, mask = (None if t is None else t.expand(x.shape[0], *t.shape[1:]) for t in context)
-        return self.out(attention(q, k, v, mask)).view_as(x)
+        return self.out(attention(q, *context)).view_as(x)
 
     def _attend_folded(self, x: Tensor, context: FoldedContext) -> Tensor:
         if context.keys.shape[0] == 1:

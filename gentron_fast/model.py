@@ -167,15 +167,17 @@ class GenTron(nn.Module):
         """Predict the noise in the latents.
 
         latents (B, C, T, H, W), an image is T = 1; timestep (B,) in 0 … 999, fractions allowed;
-        text of B prompts; motion_free (B,) bool, True where the temporal mask is the identity, one
-        bool for the whole batch, or None as False; size (B, 2) pixel height and width for models
-        with a size embedding, taken from the latents when None.
+        text of B prompts, or of fewer, each for as many latents in a row; motion_free (B,) bool,
+        True where the temporal mask is the identity, one bool for the whole batch, or None as
+        False; size (B, 2) pixel height and width for models with a size embedding, taken from the
+        latents when None.
         Returns (B, C, T, H, W), 2·C channels with learned-range variance.
         """
         self._check(latents, timestep, text, motion_free)
         if size is None and self.config.size_embedding:
             size = self.pixel_size(latents)
-        c, time = self.condition(timestep, text, size)
+        each = len(latents) // text.batch
+        c, time = self.condition(timestep, text if each == 1 else text.repeat(each), size)
         text = self.project_captions(text)
         x, y, gate = self.embed(latents), None, None
         for block in self.blocks:
@@ -267,7 +269,7 @@ class GenTron(nn.Module):
         for name in self.config.encoders:
             if getattr(text, name) is None:
                 raise ValueError(f"the model reads {name} text, and the condition has none")
-        if text.batch != batch:
+        if batch % text.batch:
             raise ValueError(f"{text.batch} prompts for {batch} latents")
         if isinstance(motion_free, Tensor) and motion_free.shape != (batch,):
             raise ValueError(f"motion_free must be ({batch},), got {tuple(motion_free.shape)}")

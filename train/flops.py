@@ -37,19 +37,22 @@ def meta_text(config: GenTronConfig, batch: int, lengths: dict[str, int], device
 
 
 def training_flops(
-    config: GenTronConfig, latents: tuple[int, int, int, int], lengths: dict[str, int]
+    config: GenTronConfig,
+    latents: tuple[int, int, int, int],
+    lengths: dict[str, int],
+    draws: int = 1,
 ) -> int:
     """FLOPs of one sample's forward and backward pass, counted by torch on meta tensors.
 
-    latents (C, T, h, w); lengths: text tokens of each encoder. What activation checkpointing
-    computes again does not count.
+    latents (C, T, h, w); lengths: text tokens of each encoder; draws: samples that share a text.
+    What activation checkpointing computes again does not count.
     """
     with torch.device("meta"):
         model = GenTron(config)
-        inputs = torch.zeros(1, *latents), torch.zeros(1, dtype=torch.long)
+        inputs = torch.zeros(draws, *latents), torch.zeros(draws, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         model(*inputs, meta_text(config, 1, lengths)).sum().backward()
-    return counter.get_total_flops()
+    return counter.get_total_flops() // draws
 
 
 def parameter_count(module: nn.Module | GenTronConfig) -> int:

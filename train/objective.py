@@ -67,7 +67,6 @@ class Objective(nn.Module):
             motion_free = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
         parameters = self.transformer.patch_embed.weight.dtype
         noisy, text = noisy.to(parameters), text.to(latents.device, parameters)
-        text = text.repeat(len(latents) // text.batch)
         autocast = self.dtype != parameters
         with torch.autocast(latents.device.type, self.dtype, enabled=autocast):
             prediction = self.transformer(noisy, timestep, text, motion_free)

@@ -327,6 +327,14 @@ def test_compiles_as_one_graph(tiny_config, make_model, make_text):
         torch.testing.assert_close(out, model(latents, timestep, text, motion_free))
 
 
+def test_a_prompt_may_stand_for_several_latents(tiny_config, make_model, make_text):
+    model, text = make_model(tiny_config), make_text(tiny_config, batch=2)
+    latents, timestep = torch.randn(6, 4, 2, 8, 8).double(), torch.arange(6) * 100
+    torch.testing.assert_close(
+        model(latents, timestep, text), model(latents, timestep, text.repeat(3))
+    )
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
@@ -334,7 +342,7 @@ def test_compiles_as_one_graph(tiny_config, make_model, make_text):
         ({"latents": (2, 4, 4, 7, 8)}, "7×8 does not divide by the patch size 2"),
         ({"latents": (2, 4, 33, 8, 8)}, "frames must be 1 … 32, got 33"),
         ({"timestep": (3,)}, r"timestep must be \(2,\), got \(3,\)"),
-        ({"batch": 1}, "1 prompts for 2 latents"),
+        ({"batch": 3}, "3 prompts for 2 latents"),
         ({"encoders": ("clip",)}, "reads t5 text"),
         ({"motion_free": (3,)}, r"motion_free must be \(2,\), got \(3,\)"),
     ],
