@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from gentron_fast.config import PRESETS
+from gentron_fast.text import SUBFOLDERS
 from gentron_train.data import DataSettings
 from gentron_train.shards import CACHE
 
@@ -39,6 +40,8 @@ class Settings:
     vae: Path = option(Path("runs/vae"), "autoencoder folder; the small one is trained if missing")
     clip: str | None = option(None, "pretrained CLIP, frozen: folder or hub name")
     t5: str | None = option(None, "pretrained T5, frozen: folder or hub name")
+    text: Path | None = option(None, "the small text encoders' folder; they are trained if missing")
+    train_text: bool = option(True, "train the small text encoders on, in T2I")
 
     data: Path = option(Path("data/shapes"), "folder of shards images-*.tar, clips-*.tar")
     images: str | None = option(None, "shards of images: glob, or URLs as WebDataset reads them")
@@ -162,6 +165,17 @@ class Settings:
         """Height and width of a sample, of the largest bucket where there are several."""
         sizes = [_sizes("--size", value) for value in (self.buckets, self.size) if value]
         return max(sizes[0], key=lambda size: size[0] * size[1]) if sizes else None
+
+    def text_sources(self) -> dict[str, tuple[str, str]]:
+        """Each text encoder's model and tokenizer: of --clip and --t5, else of --init, else of
+        --text."""
+        named = {"clip": self.clip, "t5": self.t5}
+        if any(named.values()):
+            return {name: (source, source) for name, source in named.items() if source is not None}
+        if self.init is not None:
+            folders = {n: [self.init / part for part in parts] for n, parts in SUBFOLDERS.items()}
+            return {name: tuple(pair) for name, pair in folders.items() if pair[0].is_dir()}
+        return {} if self.text is None else {name: (self.text / name,) * 2 for name in SUBFOLDERS}
 
     def data_settings(self, stage: str) -> DataSettings:
         """What the loader of a stage, "t2i" or "t2v", takes."""

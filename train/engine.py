@@ -27,7 +27,7 @@ from gentron_fast.guidance import guided_prediction
 from gentron_fast.media import contact_sheet
 from gentron_fast.model import GenTron, TextCondition
 from gentron_fast.solvers import make_table, solver_step
-from gentron_fast.text import SUBFOLDERS, TextEncoder, Tokens
+from gentron_fast.text import TextEncoder, Tokens
 from gentron_fast.vae import VideoVAE
 from gentron_train.checkpoint import (
     PATIENCE,
@@ -54,6 +54,7 @@ from gentron_train.sharding import (
     stored_weights,
 )
 from gentron_train.small import small_text_encoder
+from gentron_train.text import main as train_text_encoders
 from gentron_train.vae import main as train_vae
 
 BAD_STEPS = 10  # without a finite loss, one after the other, end the run
@@ -119,7 +120,8 @@ def start_distributed(timeout: float) -> torch.device:
 
 
 def make_missing(settings: Settings) -> None:
-    """Shards and autoencoder of the small model, where there are none; rank 0 makes them."""
+    """Shards, autoencoder and text encoders of the small model, where there are none; rank 0 makes
+    them."""
     # Either may take hours, in which the others wait: not to be taken for a frozen rank.
     patient = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
     if dist.get_rank() == 0 and settings.preset == "small":
@@ -127,22 +129,17 @@ def make_missing(settings: Settings) -> None:
             ensure_shards(settings.data, settings.make_images, settings.make_clips)
         if not (settings.vae / "config.json").exists():
             train_vae(["--data", str(settings.data), "--out", str(settings.vae), "--resume"])
+        text = settings.text
+        if text is not None and settings.init is None and not (text / "t5").is_dir():
+            train_text_encoders(["--out", str(text), "--resume"])
     torch.distributed.barrier(patient)
 
 
 def load_text_encoder(settings: Settings, dtype: torch.dtype) -> TextEncoder:
-    """The text encoders named by --clip and --t5, else those of the --init pipeline.
-
-    ValueError where there are neither.
-    """
-    sources = {"clip": settings.clip, "t5": settings.t5}
-    pairs = {name: (source, source) for name, source in sources.items() if source is not None}
-    if not pairs and settings.init is not None:
-        folders = {name: [settings.init / part for part in SUBFOLDERS[name]] for name in sources}
-        pairs = {name: tuple(pair) for name, pair in folders.items() if pair[0].exists()}
-    if not pairs:
-        raise ValueError(f"--preset {settings.preset} needs its text encoders: --clip, --t5")
-    return TextEncoder.from_pretrained(**pairs, dtype=dtype)
+    """The text encoders that the settings name; ValueError where they name none."""
+    if sources := settings.text_sources():
+        return TextEncoder.from_pretrained(**sources, dtype=dtype)
+    raise ValueError(f"--preset {settings.preset} needs its text encoders: --clip, --t5 or --text")
 
 
 def learning_rate(settings: Settings, step: int, progress: float) -> float:
@@ -248,10 +245,10 @@ def build_parts(settings: Settings, stage: str, data: DataSettings, device: torc
                 transformer = GenTron.from_t2i(transformer)
         source = None
     pretrained = settings.clip is not None or settings.t5 is not None
-    train_text = stage == "t2i" and settings.preset == "small"
+    train_text = stage == "t2i" and settings.preset == "small" and settings.train_text
     train_text = train_text and not pretrained and not data.precomputed
     text_encoder = None
-    if train_text and settings.init is None:
+    if train_text and settings.init is settings.text is None:
         text_encoder = small_text_encoder(vocabulary())
     elif not data.has_text:
         dtype = torch.float32 if train_text else DTYPES[settings.parameters]
@@ -401,7 +398,8 @@ class Trainer:
                 with torch.no_grad():
                     text = self.frozen_text(text)
             if not self._flops:
-                self._flops = training_flops(self.config, batch.latents.shape[1:], _lengths(text))
+                shape, lengths = batch.latents.shape[1:], _lengths(text)
+                self._flops = training_flops(self.config, shape, lengths, settings.draws)
             motion_free = batch.motion_free
             loss = self.engine(
                 batch.latents.to(self.device, non_blocking=True),

@@ -143,17 +143,14 @@ def _export_text(checkpoint, folder, settings, info, read, dtype) -> bool:
         assert not surplus, surplus
         encoder.to(dtype).save_pretrained(folder)
         return True
-    sources = {"clip": settings.clip, "t5": settings.t5}
-    named = {name: (source, source) for name, source in sources.items() if source is not None}
-    if named:
-        TextEncoder.from_pretrained(**named, dtype=dtype).save_pretrained(folder)
-        return True
-    if settings.init is None:
-        return False
-    parts = [part for pair in SUBFOLDERS.values() for part in pair]
-    found = {part: settings.init / part for part in parts if (settings.init / part).is_dir()}
-    copy_parts(folder, found)
-    return bool(found)
+    if settings.init is not None and not (settings.clip or settings.t5):
+        parts = [part for pair in SUBFOLDERS.values() for part in pair]
+        found = {part: settings.init / part for part in parts if (settings.init / part).is_dir()}
+        copy_parts(folder, found)
+        return bool(found)
+    if sources := settings.text_sources():
+        TextEncoder.from_pretrained(**sources, dtype=dtype).save_pretrained(folder)
+    return bool(sources)
 
 
 def main(argv: list[str] | None = None) -> int:

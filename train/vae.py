@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from gentron_fast.vae import VideoVAE
@@ -173,10 +173,11 @@ def set_scaling(vae: VideoVAE, frames: Tensor, device: str, sample: int = 2000) 
     vae.autoencoder.register_to_config(scaling_factor=round(1 / torch.cat(means).std().item(), 5))
 
 
-def save_state(path: Path, vae: VideoVAE, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Weights and both AdamW moments in one safetensors file, written aside and renamed."""
-    tensors = {f"weight.{name}": value for name, value in vae.state_dict().items()}
-    for name, parameter in vae.named_parameters():
+    tensors = {}
+    for name, parameter in module.named_parameters():
+        tensors[f"weight.{name}"] = parameter.detach()
         for moment in ("exp_avg", "exp_avg_sq", "step"):
             tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,14 +186,14 @@ def save_state(path: Path, vae: VideoVAE, optimizer: torch.optim.Optimizer, step
     os.replace(aside, path)
 
 
-def load_state(path: Path, vae: VideoVAE, optimizer: torch.optim.Optimizer) -> int:
+def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Read what `save_state` wrote; returns the step to go on with, 0 if there is no state."""
     if not path.exists():
         return 0
     tensors = load_file(path)
-    vae.load_state_dict({name: tensors[f"weight.{name}"] for name in vae.state_dict()})
     steps = 0
-    for name, parameter in vae.named_parameters():
+    for name, parameter in module.named_parameters():
+        parameter.detach().copy_(tensors[f"weight.{name}"])
         moments = ("exp_avg", "exp_avg_sq", "step")
         optimizer.state[parameter] = {
             moment: tensors[f"{moment}.{name}"].to(parameter.device if moment != "step" else "cpu")

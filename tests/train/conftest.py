@@ -11,17 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from gentron_train.shapes import write_shards
-from gentron_train.small import small_vae
+from gentron_train.shapes import vocabulary, write_shards
+from gentron_train.small import small_text_encoder, small_vae
+from gentron_train.text import write
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """A folder with a few shards (data) and an untrained autoencoder (vae)."""
+    """A folder with a few shards (data), an untrained autoencoder (vae) and untrained text encoders
+    (text)."""
     folder = tmp_path_factory.mktemp("world")
     write_shards(folder / "data", images=12, clips=6, shard_size=6, processes=1, progress=False)
     torch.manual_seed(0)
     small_vae().save_pretrained(folder / "vae")
+    write(small_text_encoder(vocabulary()), folder / "text")
     return folder
 
 

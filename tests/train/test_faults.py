@@ -75,5 +75,13 @@ def test_a_killed_rank_ends_the_run(ranks, world, tiny_t2i_folder, tmp_path, tri
 
 def resume(world: Path, init: Path, run: Path, steps: int) -> None:
     argv = [f"--data={world / 'data'}", f"--vae={world / 'vae'}", f"--init={init}", f"--run={run}"]
-    argv += ["--warmup=1", "--log-every=1", "--starts=1", *OPTIONS, "--resume", f"--steps={steps}"]
+    argv += [
+        "--train-text",
+        "--warmup=1",
+        "--log-every=1",
+        "--starts=1",
+        *OPTIONS,
+        "--resume",
+        f"--steps={steps}",
+    ]
     engine.run(lambda: engine.train("t2i", "", argv))

@@ -18,6 +18,7 @@ STEPS = 10
 def settings_of(world: Path, init: Path, run: Path, stage: str = "t2i", **changes) -> Settings:
     argv = [f"--data={world / 'data'}", f"--vae={world / 'vae'}", f"--init={init}"]
     argv += [f"--run={run}", "--starts=1", "--batch=2", "--draws=2", "--no-tensorboard"]
+    argv += ["--train-text"]
     argv += ["--warmup=2", f"--steps={STEPS}", "--dtype=fp32", "--log-every=1"]
     return replace(parse_settings(stage, "", argv), **changes)
 
@@ -30,7 +31,8 @@ def launch(script: str, world: Path, run: Path, *options, ranks: int = 2) -> sub
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
     command += [f"--num_gpus={ranks}", f"--master_port={port}", f"train/{script}.py"]
     command += [f"--data={world / 'data'}", f"--vae={world / 'vae'}", f"--run={run}"]
-    command += ["--warmup=1", "--log-every=1", "--starts=1", *map(str, options)]
+    command += [f"--text={world / 'text'}", "--train-text", "--warmup=1", "--log-every=1"]
+    command += ["--starts=1", *map(str, options)]
     return subprocess.Popen(
         command,
         cwd=ROOT,

@@ -1,0 +1,241 @@
+"""Train the small model's text encoders, before it, as if pretrained: python train/text.py
+
+A caption's encoder learns to tell what the caption says of its scene: the shape, colour, size and
+fill of each object, motion, relation and background, "not said" among the answers. Captions are
+made as they are needed; held-out combinations are not among them.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gentron_fast.model import EncodedText, TextCondition
+from gentron_fast.text import TextEncoder
+from gentron_train.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    FILLS,
+    MOTIONS,
+    PHRASES,
+    RADII,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    caption,
+    sample_scene,
+    vocabulary,
+)
+from gentron_train.small import TEXT_WIDTH, small_text_encoder
+from gentron_train.vae import STATE_NAME, load_state, save_state
+
+# Shapes: B captions, L tokens, D width, K facts.
+_OBJECT = {"shape": SHAPES, "colour": COLOURS, "fill": FILLS, "size": RADII}
+# The answers to each fact, after "not said".
+FACTS = {
+    **{f"first {name}": tuple(words) for name, words in _OBJECT.items()},
+    **{f"second {name}": tuple(words) for name, words in _OBJECT.items()},
+    "motion": MOTIONS,
+    "relation": tuple(RELATIONS),
+    "background": tuple(BACKGROUNDS),
+}
+SORTED_TOGETHER = 8  # batches, so that captions of one batch are of much the same length
+
+
+@dataclass(frozen=True)
+class TextTraining:
+    """What one run of the text encoders' training depends on."""
+
+    steps: int = 2000
+    batch: int = 64
+    lr: float = 1e-3
+    warmup: int = 100
+    seed: int = 0
+    save_every: int = 500
+
+
+class FactReader(nn.Module):
+    """One encoder's text → answers to every fact: from its tokens, and from its pooled vector."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(len(FACTS), width) * width**-0.5)
+        answers = max(map(len, FACTS.values())) + 1
+        self.weight = nn.Parameter(torch.randn(len(FACTS), width, answers) * width**-0.5)
+        self.pooled = nn.Linear(width, len(FACTS) * answers)
+        real = torch.tensor([len(words) + 1 for words in FACTS.values()])
+        self.register_buffer("surplus", torch.arange(answers) >= real[:, None], persistent=False)
+
+    def forward(self, text: EncodedText) -> Tensor:
+        """→ (2, B, K, answers), by tokens and by the pooled vector; -inf where a fact has fewer."""
+        scores = text.tokens @ self.queries.T  # (B, L, K)
+        weights = scores.masked_fill(~text.mask[..., None], -math.inf).softmax(1)
+        by_tokens = torch.einsum("blk,bld,kda->bka", weights, text.tokens, self.weight)
+        by_pooled = self.pooled(text.pooled).view_as(by_tokens)
+        return torch.stack([by_tokens, by_pooled]).masked_fill(self.surplus, -math.inf)
+
+
+class Lesson(nn.Module):
+    """The encoders and a reader of each: what is trained."""
+
+    def __init__(self, text_encoder: TextEncoder):
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.readers = nn.ModuleDict({name: FactReader(TEXT_WIDTH) for name in ("clip", "t5")})
+
+    def forward(self, captions: list[str]) -> Tensor:
+        """→ (encoders, 2, B, K, answers)."""
+        text: TextCondition = self.text_encoder(self.text_encoder.tokenize(captions))
+        return torch.stack([read(getattr(text, name)) for name, read in self.readers.items()])
+
+
+def facts_said(scene: Scene, text: str) -> list[int]:
+    """What a caption says of its scene: for each fact the answer's number, 0 for not said."""
+    said = {}
+    for place, thing in zip(("first", "second"), scene.objects, strict=False):
+        noun = f"{thing.colour} {thing.shape}"  # two objects differ in colour
+        match = re.search(rf"a (?:({thing.size}) )?(?:({thing.fill}) )?{noun}", text)
+        said |= {f"{place} shape": thing.shape, f"{place} colour": thing.colour}
+        said |= {f"{place} size": match[1], f"{place} fill": match[2]}
+    if any(phrase in text for phrase in PHRASES[scene.motion]):
+        said["motion"] = scene.motion
+    said["relation"] = scene.relation
+    if f"{scene.background} background" in text:
+        said["background"] = scene.background
+    pairs = ((words, said.get(name)) for name, words in FACTS.items())
+    return [0 if word is None else words.index(word) + 1 for words, word in pairs]
+
+
+def draw(count: int, *key: int) -> tuple[list[str], Tensor]:
+    """`count` captions, three of four naming their motion, and their facts (count, K) int64."""
+    rng = np.random.default_rng(key)
+    captions, facts = [], []
+    for _ in range(count):
+        scene = sample_scene(rng)
+        captions.append(caption(scene, rng, motion=bool(rng.random() < 0.75)))
+        facts.append(facts_said(scene, captions[-1]))
+    return captions, torch.tensor(facts)
+
+
+def lesson_loss(answers: Tensor, facts: Tensor) -> Tensor:
+    """Mean cross-entropy of answers (encoders, 2, B, K, answers) and facts (B, K)."""
+    wanted = facts.expand(answers.shape[:-1]).flatten()
+    return F.cross_entropy(answers.flatten(0, -2).float(), wanted)
+
+
+@torch.no_grad()
+def accuracy(lesson: Lesson, captions: list[str], facts: Tensor) -> dict[str, dict[str, float]]:
+    """Share of captions of which a fact is told rightly, by each encoder's tokens and pooled."""
+    right = (lesson(captions).argmax(-1) == facts).float().mean(2)
+    return {
+        f"{name} {part}": dict(zip(FACTS, shares, strict=True))
+        for name, parts in zip(lesson.readers, right.tolist(), strict=True)
+        for part, shares in zip(("tokens", "pooled"), parts, strict=True)
+    }
+
+
+def batches(training: TextTraining, first: int):
+    """Captions and facts of every step from `first` on; a batch's captions are alike in length."""
+    group, size = SORTED_TOGETHER, training.batch
+    for number in range(first // group, -(-training.steps // group)):
+        captions, facts = draw(group * size, training.seed, 3, number)
+        order = sorted(range(len(captions)), key=lambda row: len(captions[row]))
+        shuffled = np.random.default_rng((training.seed, 4, number)).permutation(group)
+        for step, part in enumerate(shuffled, number * group):
+            rows = order[part * size : (part + 1) * size]
+            if first <= step < training.steps:
+                yield [captions[row] for row in rows], facts[rows]
+
+
+def learning_rate(step: int, training: TextTraining) -> float:
+    """Linear warm-up, then half a cosine down to a hundredth."""
+    rate = training.lr * min(1.0, (step + 1) / max(training.warmup, 1))
+    done = max(0, step - training.warmup) / max(training.steps - training.warmup, 1)
+    return rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def train(out: Path, training: TextTraining, device: str, resume: bool) -> dict:
+    """Train, and write OUT/clip and OUT/t5, each a model with its tokenizer; the accuracy on
+    captions that were not trained on."""
+    torch.manual_seed(training.seed)
+    lesson = Lesson(small_text_encoder(vocabulary())).to(device).train()
+    optimizer = torch.optim.AdamW(lesson.parameters(), lr=training.lr, weight_decay=0.0)
+    folder = out.with_name(f"{out.name}.training")
+    first = load_state(folder / STATE_NAME, lesson, optimizer) if resume else 0
+    start = time.monotonic()
+    log = out.with_name(f"{out.name}.log.jsonl")
+    with (
+        tqdm(total=training.steps, initial=first, desc="text", mininterval=5) as bar,
+        open(log, "a" if first else "w") as lines,
+    ):
+        for step, (captions, facts) in enumerate(batches(training, first), first):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, training)
+            with torch.autocast(device, torch.bfloat16):
+                answers = lesson(captions)
+            loss = lesson_loss(answers, facts.to(device))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(lesson.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update()
+            if (step + 1) % 20 == 0:
+                bar.set_postfix(loss=round(loss.item(), 4))
+                seconds = round(time.monotonic() - start, 1)
+                values = {"step": step + 1, "seconds": seconds, "loss": round(loss.item(), 5)}
+                lines.write(json.dumps(values) + "\n")
+                lines.flush()
+            if (step + 1) % training.save_every == 0:
+                save_state(folder / STATE_NAME, lesson, optimizer, step + 1)
+    captions, facts = draw(512, training.seed, 5)
+    told = accuracy(lesson.eval(), captions, facts.to(device))
+    write(lesson.text_encoder.cpu(), out)
+    shutil.rmtree(folder, ignore_errors=True)
+    return told
+
+
+def write(text_encoder: TextEncoder, out: Path) -> None:
+    """OUT/clip and OUT/t5, each a model with its tokenizer, as --clip and --t5 take them."""
+    aside = out.with_name(f".{out.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    for name, model in text_encoder.encoders.items():
+        model.save_pretrained(aside / name)
+        text_encoder.save_tokenizer(name, aside / name)
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(aside, out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="train/text.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/text"))
+    parser.add_argument("--steps", type=int, default=TextTraining.steps)
+    parser.add_argument("--batch", type=int, default=TextTraining.batch, help="captions a step")
+    parser.add_argument("--lr", type=float, default=TextTraining.lr)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the last saved state")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if args.steps < 1 or args.batch < 1:
+        parser.error(f"--steps and --batch must be at least 1, got {args.steps}, {args.batch}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    training = TextTraining(args.steps, args.batch, args.lr, seed=args.seed)
+    told = train(args.out, training, args.device, args.resume)
+    for name, shares in told.items():
+        print(f"{name:12}", *(f"{fact} {100 * share:.0f}" for fact, share in shares.items()))
+    print(f"text encoders in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
