@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include <cctype>
+#include <csignal>
 #include <cstdlib>
 #include <exception>
 #include <filesystem>
@@ -36,6 +37,13 @@ FILE                     compiled sampler of python -m gentron_fast.export
 --out FILE.npy           frames (B, T, H, W, 3) uint8 with --whole, else
                          latents (B, C, T, h, w) fp32; --latents: those
 )";
+
+// Ctrl-C and SIGTERM end the run between two steps, so that temporary folders are left to nobody.
+struct Interrupted {};
+volatile std::sig_atomic_t interrupted = 0;
+void check_interrupted() {
+  if (interrupted) throw Interrupted();
+}
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -191,6 +199,7 @@ void run(const Arguments& arguments) {
       arguments.operators.empty() ? find_operators() : arguments.operators;
   const Sampler sampler =
       Sampler::load(arguments.file, arguments.sha256, arguments.device, operators);
+  check_interrupted();
   const auto check = [&](const char* name, const std::vector<int64_t>& asked) {
     const std::vector<int64_t> made = sampler.metadata()[name].integers();
     if (!asked.empty() && asked != made) {
@@ -210,6 +219,7 @@ void run(const Arguments& arguments) {
   request.seeds = arguments.seeds;
   request.lambda_t = scale(arguments.lambda_t);
   request.lambda_m = scale(arguments.lambda_m);
+  request.on_step = [](int64_t) { check_interrupted(); };
   const auto clips = static_cast<int64_t>(request.seeds.size());
   if (!arguments.tokens.empty()) {
     request.text = encode(sampler, arguments.tokens, clips);
@@ -235,9 +245,13 @@ int main(int argc, char** argv) {
     std::cout << kHelp;
     return words.empty() ? 2 : 0;
   }
+  for (const int number : {SIGINT, SIGTERM}) std::signal(number, [](int) { interrupted = 1; });
   try {
     run(parse(words));
     return 0;
+  } catch (const Interrupted&) {
+    std::cerr << "gentron-sample: interrupted; nothing was written\n";
+    return 130;
   } catch (const std::exception& error) {
     std::string line = error.what();
     line = line.substr(0, line.find('\n'));

@@ -7,8 +7,10 @@ import hashlib
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +159,59 @@ def test_the_program_takes_embeddings(pipeline, package, tmp_path):
     )
     latents = torch.from_numpy(np.load(tmp_path / "latents.npy"))
     assert error(latents, wanted.latents) <= 1e-4
+
+
+@pytest.fixture(scope="module")
+def image_package(tiny_t2i_folder, tmp_path_factory):
+    """The tiny image model without its text encoders and VAE, by a solver that draws noise."""
+    path = tmp_path_factory.mktemp("export") / "image.gentron"
+    arguments = [str(tiny_t2i_folder), "--out", str(path), "--solver", "ddpm", "--steps", "4"]
+    with inductor_config.patch("aot_inductor.compile_wrapper_opt_level", "O0"):
+        assert export.main([*arguments, "--batch", "2"]) == 0
+    return path
+
+
+def test_a_file_without_encoders_and_with_noise_at_every_step(
+    image_package, tiny_t2i_folder, tmp_path
+):
+    pipeline = GenTronPipeline.from_pretrained(tiny_t2i_folder)
+    options = {"seed": [1, 2], "lambda_t": 5.0}
+    wanted = pipeline([PROMPT, LONG], solver="ddpm", steps=4, progress=False, **options)
+    other = pipeline([PROMPT, LONG], solver="ddim", steps=4, progress=False, **options)
+    assert error(other.latents, wanted.latents) > 1e-2  # the noise matters
+
+    sampler = CompiledSampler.load(image_package)
+    got = export.CompiledPipeline(sampler, tiny_t2i_folder)([PROMPT, LONG], **options)
+    assert error(got.latents, wanted.latents) <= 1e-4
+    assert (got.frames.int() - wanted.frames.int()).abs().max() <= 1
+
+    text = pipeline.text_encoder.encode([PROMPT, LONG])
+    save_file(embeddings(text), tmp_path / "text.safetensors")
+    arguments = ["--embeddings", tmp_path / "text.safetensors", "--seed", "1,2", "--lambda-t", 5]
+    done = run_program(image_package, *arguments, "--out", tmp_path / "latents.npy")
+    assert (done.returncode, done.stderr) == (0, "")
+    latents = torch.from_numpy(np.load(tmp_path / "latents.npy"))
+    assert error(latents, wanted.latents) <= 1e-4
+    done = run_program(image_package, "--tokens", "clip=1", "--out", tmp_path / "other.npy")
+    assert done.returncode == 2 and "takes --embeddings" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_an_interrupted_program_leaves_nothing(package, tmp_path, number):
+    (temporary := tmp_path / "tmp").mkdir()
+    arguments = [package, "--tokens", "clip=1", "t5=1", "--out", tmp_path / "out.npy"]
+    process = subprocess.Popen(
+        [PROGRAM, *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={"TMPDIR": str(temporary)},
+    )
+    while not any(temporary.iterdir()) and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(number)
+    told = process.communicate(timeout=60)[1]
+    assert (process.returncode, told.count("\n")) == (130, 1) and "interrupted" in told
+    assert not any(temporary.iterdir()) and not (tmp_path / "out.npy").exists()
 
 
 def test_the_program_links_no_python():
