@@ -57,6 +57,7 @@ class Settings:
     starts: int = option(0, "random starts of each clip that are encoded; 0: a new one each time")
     workers: int = option(2, "processes that read data, a rank")
     cache: Path = option(CACHE, "folder for copies of the shards that are no local files")
+    cache_gib: float | None = option(None, "GiB of them to keep (all); 64 shards are read at once")
     max_broken: float = option(0.05, "share of broken samples that ends the run")
     p_null: float = option(0.1, "probability of the empty caption")
     p_motion_free: float = option(0.2, "share of image-text pairs in T2V training")
@@ -116,7 +117,7 @@ class Settings:
         for name in ("decay_last", "p_null", "p_motion_free", "max_broken"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{_flag(name)} is {getattr(self, name)}, must be in 0 … 1")
-        for name in ("lr", "fps", "timeout", "clip_norm", "minutes", "gpu_memory"):
+        for name in ("lr", "fps", "timeout", "clip_norm", "minutes", "gpu_memory", "cache_gib"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{_flag(name)} is {value}, must be above 0")
@@ -212,7 +213,7 @@ class Settings:
 
 _DATA_FIELDS = (
     *("frames", "fps", "starts", "crop", "batch", "draws", "p_null", "p_motion_free", "seed"),
-    *("workers", "cache", "in_memory", "max_broken"),
+    *("workers", "cache", "cache_gib", "in_memory", "max_broken"),
 )
 
 

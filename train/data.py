@@ -65,6 +65,7 @@ class DataSettings:
     max_broken: float = 0.05  # share of broken samples that stops the run
     log: Path = Path("runs/broken.jsonl")  # names every broken sample
     cache: Path = CACHE  # copies of the shards that are no local files
+    cache_gib: float | None = None  # of them that are kept; None: all
 
     def __post_init__(self):
         if not self.kinds or set(self.kinds) - {"images", "clips"}:
@@ -99,7 +100,8 @@ class DataSettings:
     @functools.cached_property
     def shards(self) -> dict[str, list[Shard]]:
         """The shards of each kind; ValueError where a pattern names none."""
-        return {kind: find_shards(getattr(self, kind), self.cache) for kind in self.kinds}
+        room = None if self.cache_gib is None else int(self.cache_gib * 2**30)
+        return {kind: find_shards(getattr(self, kind), self.cache, room) for kind in self.kinds}
 
     @functools.cached_property
     def precomputed(self) -> bool:

@@ -271,7 +271,7 @@ class Trainer:
         self.launcher = launcher
         self._saved_step: int | None = None  # the same on every rank
         self.settings, self.loader, self.device = settings, loader, device
-        self.step = self.skipped = 0
+        self.step = self.skipped = self.broken = 0
         self.seconds = 0.0  # that earlier parts of a resumed run took
         self.config = parts.transformer.config
         self.checkpoints = Checkpoints(settings.run, settings.keep, device)
@@ -432,12 +432,13 @@ class Trainer:
 
     def _agree(self, loss: Tensor, progress: float, stop: bool) -> tuple[float, float, bool, bool]:
         """Mean loss of all ranks, rank 0's progress, and whether any rank was told to stop or met
-        too many broken samples."""
+        too many broken samples; keeps the number of all ranks' broken samples."""
         own = [float(loss), progress if self.is_main else 0.0, stop, self._broken is not None]
+        own.append(sum(self.loader.broken().values()))
         values = torch.tensor(own, dtype=torch.float64, device=self.device)
         if dist.get_world_size() > 1:
             dist.all_reduce(values)
-        loss, progress, stops, broken = values.tolist()
+        loss, progress, stops, broken, self.broken = values.tolist()
         return loss / dist.get_world_size(), progress, stops > 0, broken > 0
 
     def _log(self, rate: float, losses: list[float], seconds: float, elapsed: float) -> str:
@@ -461,7 +462,7 @@ class Trainer:
             "memory_gib": round(memory_gib(self.device), 3),
             "captions": self.step * captions,
             "skipped": self.skipped,
-            "broken": sum(self.loader.broken().values()),
+            "broken": int(self.broken),
             "seconds": round(elapsed, 1),
             "minutes_left": round(max(left, 0) / 60, 1),
         }

@@ -2,7 +2,8 @@
 
 An index is made once for each shard, by reading the tar's headers, and kept beside it where the
 folder can be written. A shard that is no local file is copied to a folder first, through
-WebDataset's own opener.
+WebDataset's own opener; where the folder may hold so much and no more, the copy that was longest
+not opened goes.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import os
 import re
 import shutil
 import tarfile
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,10 +41,14 @@ class Index:
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its name without folder and ending, which random draws go by, and its local file."""
+    """One tar: its name without folder and ending, which random draws go by, and its local file.
+
+    room: bytes of copies that the folder of a shard that is no local file may hold, None for any.
+    """
 
     url: str
     path: Path
+    room: int | None = None
 
     @property
     def name(self) -> str:
@@ -50,8 +56,10 @@ class Shard:
         return found[-1] if found else Path(self.url).stem
 
 
-def find_shards(pattern: str, cache: Path = CACHE) -> list[Shard]:
+def find_shards(pattern: str, cache: Path = CACHE, room: int | None = None) -> list[Shard]:
     """The shards that a glob, a path or a URL with braces names, in order.
+
+    cache: where copies of shards that are no local files go, at most `room` bytes of them.
 
     Raises ValueError if there are none, or one of them is not there.
     """
@@ -61,7 +69,7 @@ def find_shards(pattern: str, cache: Path = CACHE) -> list[Shard]:
     for name in expand_urls(pattern):
         if _is_remote(name):
             digest = hashlib.sha256(name.encode()).hexdigest()[:16]
-            shards.append(Shard(name, cache / f"{digest}.tar"))
+            shards.append(Shard(name, cache / f"{digest}.tar", room))
             continue
         path = name.removeprefix("file:")
         found = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
@@ -75,7 +83,7 @@ def find_shards(pattern: str, cache: Path = CACHE) -> list[Shard]:
 
 
 def fetch(shard: Shard) -> None:
-    """Copy a shard that is no local file, unless it was copied before."""
+    """Copy a shard that is no local file, unless the copy is there."""
     if shard.path.exists() or not _is_remote(shard.url):
         return
     from webdataset.gopen import gopen
@@ -90,17 +98,33 @@ def fetch(shard: Shard) -> None:
         raise ValueError(f"cannot read the shard {shard.url}: {error}") from error
     finally:
         aside.unlink(missing_ok=True)
+    if shard.room is not None:
+        _make_room(shard)
+
+
+def _make_room(shard: Shard) -> None:
+    """Remove copies beside a shard's, the longest not opened first, until they fit its room."""
+    copies = []
+    for path in shard.path.parent.glob("*.tar"):
+        with contextlib.suppress(FileNotFoundError):  # other processes make room too
+            copies.append((path.stat().st_atime_ns, path.stat().st_size, path))
+    surplus = sum(size for _, size, _ in copies) - shard.room
+    for _, size, path in sorted(copies):
+        if surplus > 0 and path != shard.path:
+            path.unlink(missing_ok=True)
+            surplus -= size
 
 
 def count(shard: Shard) -> tuple[int, str | None]:
     """Samples of a shard, broken ones among them, and where it breaks off; makes its index."""
-    fetch(shard)
     kept = _kept_index(shard.path)
     if kept.exists():
         with open(kept) as file:
             head = json.loads(file.readline())
-        if head["stamp"] == _stamp(shard.path):
+        was_removed = _is_remote(shard.url) and not shard.path.exists()  # to make room
+        if was_removed or head["stamp"] == _stamp(shard.path):
             return head["count"], head["cut"]
+    fetch(shard)
     index = _read_headers(shard.path)
     _keep(index, shard.path)
     return len(index.samples), index.cut
@@ -123,13 +147,13 @@ def index(shard: Shard) -> Index:
 def read(shard: Shard, number: int) -> tuple[str, dict[str, bytes]]:
     """Key and files, by ending, of one sample."""
     key, files = index(shard).samples[number]
-    return key, {ending: _read_at(shard.path, *place) for ending, place in files.items()}
+    return key, {ending: _read_at(shard, *place) for ending, place in files.items()}
 
 
 def read_facts(shard: Shard) -> bytes | None:
     """What `precompute` noted in a shard; None for a shard of images or clips."""
     place = index(shard).facts
-    return None if place is None else _read_at(shard.path, *place)
+    return None if place is None else _read_at(shard, *place)
 
 
 def _is_remote(url: str) -> bool:
@@ -211,10 +235,11 @@ def _broken_end(path: Path, end: int, length: int) -> str | None:
 _open_files: OrderedDict[Path, int] = OrderedDict()
 
 
-def _read_at(path: Path, offset: int, size: int) -> bytes:
+def _read_at(shard: Shard, offset: int, size: int) -> bytes:
     # pread, not seek: forked workers share a file's position.
+    path = shard.path
     if path not in _open_files:
-        _open_files[path] = os.open(path, os.O_RDONLY)
+        _open_files[path] = _open(shard)
         if len(_open_files) > KEPT:
             os.close(_open_files.popitem(last=False)[1])
     _open_files.move_to_end(path)
@@ -222,3 +247,19 @@ def _read_at(path: Path, offset: int, size: int) -> bytes:
     if len(content) < size:
         raise BrokenSample("shard cut off", f"{path.name} ends before {offset + size}")
     return content
+
+
+def _open(shard: Shard) -> int:
+    """A file descriptor, which outlives the file's removal."""
+    while True:
+        fetch(shard)
+        try:
+            descriptor = os.open(shard.path, os.O_RDONLY)
+        except FileNotFoundError:
+            if not _is_remote(shard.url):
+                raise
+            continue  # another process made room between the two
+        if shard.room is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(shard.path, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
+        return descriptor

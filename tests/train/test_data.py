@@ -28,6 +28,7 @@ from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule, diffusion_lo
 from gentron_fast.text import SUBFOLDERS, TextEncoder
 from gentron_fast.vae import VideoVAE
 from gentron_train import data as data_module
+from gentron_train import shards as shards_module
 from gentron_train.broken import Broken, BrokenLog, BrokenSample
 from gentron_train.data import (
     DataSettings,
@@ -802,6 +803,30 @@ def test_shards_by_any_url(shards, tmp_path):
     (tmp_path / "a.tar").write_bytes(gzip.compress(b"a"))
     with pytest.raises(ValueError, match="is compressed"):
         count(find_shards(str(tmp_path / "a.tar"))[0])
+
+
+def test_copies_of_shards_make_room_for_others(tmp_path):
+    """Two of three copies fit; what was removed is counted without it, and copied again to read."""
+    names, fetched = "abc", tmp_path / "fetched"
+    for name in names:
+        write_tar(tmp_path / f"{name}.tar", [{"txt": name.encode()}])
+    room = 2 * (tmp_path / "a.tar").stat().st_size
+    command = f"pipe:echo >> {fetched}; cat {tmp_path}/"
+    shards = [find_shards(f"{command}{n}.tar", tmp_path / "cache", room)[0] for n in names]
+
+    def fetches(contents):
+        for shard, content in contents:
+            assert read(shard, 0)[1] == {"txt": content.encode()}
+            assert shard.path.exists()
+            shards_module._open_files.pop(shard.path, None)  # as in a process that opens it anew
+        return fetched.read_text().count("\n")
+
+    a, b, c = zip(shards, names, strict=True)
+    assert fetches([a, b, a]) == 2
+    assert fetches([c]) == 3  # b was longest not opened
+    assert [shard.path.exists() for shard in shards] == [True, False, True]
+    assert [count(shard) for shard in shards] == [(1, None)] * 3
+    assert fetches([a]) == 3 and fetches([b]) == 4
 
 
 def test_index_follows_the_shard(tmp_path):
