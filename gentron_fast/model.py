@@ -176,8 +176,7 @@ class GenTron(nn.Module):
         self._check(latents, timestep, text, motion_free)
         if size is None and self.config.size_embedding:
             size = self.pixel_size(latents)
-        each = len(latents) // text.batch
-        c, time = self.condition(timestep, text if each == 1 else text.repeat(each), size)
+        c, time = self.condition(timestep, text, size)
         text = self.project_captions(text)
         x, y, gate = self.embed(latents), None, None
         for block in self.blocks:
@@ -210,14 +209,16 @@ class GenTron(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The adaLN condition c = time + size + pooled text, and the part without text: (B, D).
 
-        size (B, 2) in pixels for models with a size embedding.
+        text of B prompts, or of fewer, as in `forward`; size (B, 2) in pixels for models with a
+        size embedding.
         """
         time = self.time_embed(timestep)
         if self.config.size_embedding:
             time = time + self.size_embed(size)
         c = time
         for name, mlp in self.pooled_embed.items():
-            c = c + mlp(getattr(text, name).pooled)
+            pooled = mlp(getattr(text, name).pooled)
+            c = (c.view(len(pooled), -1, c.shape[1]) + pooled[:, None]).flatten(0, 1)
         return c, time
 
     def project_captions(self, text: TextCondition) -> TextCondition:
