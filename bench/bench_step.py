@@ -235,26 +235,31 @@ def latte_depth(counted: Step, flops: int, inputs) -> tuple[int, int]:
 
 
 def compete(measure, contest, name, config, shape, dtype):
-    step = Step(config, shape, dtype, contest.device)
-    contenders = [
-        Contender(OURS, step.ours()),
-        Contender("three eager forwards", plainly(step.separate)),
-        Contender("one batched forward", plainly(step.batched)),
-    ]
-    if contest.smoke:
-        contenders.append(absent("batched, torch.compile", "not compiled in a dry run"))
-        contenders.append(absent("ours, compiled", "not compiled in a dry run"))
-    else:
-        contenders.append(Contender("batched, torch.compile", plainly(step.batched_compiled)))
-        contenders.append(Contender("ours, compiled", step.ours_compiled()))
     counted = Step(config, shape, dtype, "meta")
     ours = counted.ours()
     inputs = [torch.empty(shape, device="meta") for _ in range(2)]
     ours(*inputs)  # makes the modulation rows of all steps
     with plain_operators():
         plain, shared = flops_of(counted.separate, *inputs), flops_of(ours, *inputs)
+        batched = flops_of(counted.batched, *inputs)
     depth, latte_flops = latte_depth(counted, plain, inputs)
-    contenders.append(step.latte(depth))
+
+    step = Step(config, shape, dtype, contest.device)
+    contenders = [
+        Contender(OURS, step.ours()),
+        Contender("three eager forwards", plainly(step.separate), flops=plain),
+        Contender("one batched forward", plainly(step.batched), flops=batched),
+    ]
+    if contest.smoke:
+        contenders.append(absent("batched, torch.compile", "not compiled in a dry run"))
+        contenders.append(absent("ours, compiled", "not compiled in a dry run"))
+    else:
+        compiled = plainly(step.batched_compiled)
+        contenders.append(Contender("batched, torch.compile", compiled, flops=batched))
+        contenders.append(Contender("ours, compiled", step.ours_compiled()))
+    if contest.device == "cuda":
+        contenders.append(Contender("ours, CUDA graph", step.ours(cuda_graph=True)))
+    contenders.append(replace(step.latte(depth), flops=latte_flops))
     row = measure(
         name,
         shape,
@@ -276,6 +281,14 @@ def compete(measure, contest, name, config, shape, dtype):
     )
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_whole_model(measure, contest):
+    """G/2-T2V, 8 frames at 512², bf16."""
+    shape = 1, 4, 8, 64, 64
+    name = "guided step, G/2-T2V"
+    compete(measure, contest, name, PRESETS["G/2-T2V"], shape, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_small(measure, contest, dtype):
     """The small preset at its own size: 8 frames of 64 × 64 pixels."""
@@ -289,11 +302,3 @@ def test_slice(measure, contest, dtype):
     config = replace(PRESETS["XL/2-T2V"], depth=2 if contest.smoke else 4)
     name = "guided step, 4 blocks of XL/2-T2V"
     compete(measure, contest, name, config, (1, 4, 8, side, side), dtype)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_whole_model(measure, contest):
-    """G/2-T2V, 8 frames at 512², bf16."""
-    shape = 1, 4, 8, 64, 64
-    name = "guided step, G/2-T2V"
-    compete(measure, contest, name, PRESETS["G/2-T2V"], shape, torch.bfloat16)

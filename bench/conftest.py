@@ -7,8 +7,10 @@ RESULTS=DIR                         keeps the rows    --full, --budget          
 import os
 import shlex
 import time
+from pathlib import Path
 from typing import NamedTuple
 
+import gpu
 import pytest
 import torch
 from contest import DEVICE, Contest, table
@@ -43,6 +45,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    # Operators first, should the budget end early.
+    files = [Path(file).name for part in gpu.PARTS.values() for file in part]
+    order = {name: place for place, name in enumerate(files)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     if config.getoption("full"):
         return
     extra = [item for item in items if item.get_closest_marker("full")]

@@ -44,7 +44,7 @@ class Contender:
     run: a function of one input set, None where it is absent; note: its variant, or why it is
     absent. Of several contenders with one name the fastest counts. checked: held against the
     definition; another model for the same task is not. exact: False for an approximation, whose
-    error is told and not judged.
+    error is told and not judged. flops: of one call, where they are not ours'.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Contender:
     note: str = ""
     checked: bool = True
     exact: bool = True
+    flops: int | None = None
 
 
 def absent(name: str, reason: str) -> Contender:
@@ -135,6 +136,7 @@ class Contest:
         timed: dict[str, dict] = {}
         for contender, seconds in self._take_turns(calls).items():
             entry = _summary(seconds) | {"note": contender.note, "error": errors.get(contender)}
+            entry["flops"] = contender.flops
             best = timed.setdefault(contender.name, entry)
             if entry["ms"] < best["ms"]:
                 timed[contender.name] = entry
@@ -355,7 +357,7 @@ def _add_rates(row: dict) -> None:
         if copy:
             entry["percent_of_copy"] = 100 * copy["ms"] / entry["ms"]
         if row["flops"] is not None:
-            entry["tflops"] = row["flops"] / entry["ms"] / 1e9
+            entry["tflops"] = (entry["flops"] or row["flops"]) / entry["ms"] / 1e9
         if entry is not row["contenders"][OURS]:
             entry["speedup"] = entry["ms"] / row["contenders"][OURS]["ms"]
 

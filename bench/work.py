@@ -6,7 +6,7 @@ RESULTS=DIR python bench/work.py   8 frames at 512², prompt of 20 CLIP and 40 T
 import os
 
 import torch
-from bench_step import LAMBDA_T, TABLE, Step, flops_of
+from bench_step import LAMBDA_T, STEP, TABLE, Step, flops_of
 from records import append_row, environment
 
 from gentron_fast import PRESETS
@@ -28,7 +28,7 @@ def work(preset: str, lambda_m: float) -> dict:
     mask = torch.ones(1, dtype=torch.bool, device="meta")
     x = latents.to(step.dtype)
     runs = (step.null_text, mask), (step.null_text, None), (step.text, None)
-    branches = [flops_of(step.model, x, step.timestep, *run) for run in runs]
+    branches = [flops_of(step.model, x, step.timestep(STEP), *run) for run in runs]
     plain = sum(branches)
     counts = [plain, plain - (branches[0] if lambda_m == 1 else 0)]
     for options in (

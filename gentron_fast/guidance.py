@@ -134,6 +134,9 @@ class GuidedDenoiser:
             raise ValueError(f"reuse must be at least 1 step, got {reuse}")
         if null_text.batch not in (1, text.batch):
             raise ValueError(f"null_text has {null_text.batch} prompts, not 1 or {text.batch}")
+        latents = torch.empty(text.batch, *latent_shape, device="meta")
+        for part in (text, null_text):
+            model.check(latents, torch.empty(text.batch, device="meta"), part)
         self.model, self.table, self.batch = model, table, text.batch
         self.latent_shape = tuple(latent_shape)
         self.device, self.dtype = model.patch_embed.weight.device, model.patch_embed.weight.dtype
@@ -335,7 +338,10 @@ class GuidedDenoiser:
             text = self._pooled.map(lambda t: t.repeat(steps, *(1,) * (t.ndim - 1)))
             size = None if self._size is None else self._size.repeat(steps, 1)
             c, time = self.model.condition(timesteps.repeat_interleave(conditions), text, size)
-            rows = torch.stack([block.modulation(c) for block in self.model.blocks], 1)
+            self._table = None  # its memory serves the new one
+            rows = c.new_empty(len(c), len(self.model.blocks), 6, c.shape[1])
+            for index, block in enumerate(self.model.blocks):
+                rows[:, index] = block.modulation(c)
             final_rows = self.model.final.modulation(c, time)
             parts = rows, final_rows
             self._table = [part.unflatten(0, (steps, conditions)) for part in parts]

@@ -173,7 +173,7 @@ class GenTron(nn.Module):
         latents when None.
         Returns (B, C, T, H, W), 2·C channels with learned-range variance.
         """
-        self._check(latents, timestep, text, motion_free)
+        self.check(latents, timestep, text, motion_free)
         if size is None and self.config.size_embedding:
             size = self.pixel_size(latents)
         c, time = self.condition(timestep, text, size)
@@ -253,7 +253,14 @@ class GenTron(nn.Module):
             patches, "b t (h w) (p q c) -> b c t (h p) (w q)", h=height // p, w=width // p, p=p, q=p
         )
 
-    def _check(self, latents, timestep, text, motion_free) -> None:
+    def check(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: TextCondition,
+        motion_free: Tensor | bool | None = None,
+    ) -> None:
+        """ValueError, in one line, for what `forward` does not take."""
         if latents.ndim != 5 or latents.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"latents must be (B, {self.config.in_channels}, T, H, W), "

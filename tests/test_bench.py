@@ -14,6 +14,7 @@ import pytest
 import records
 import report
 import torch
+import work
 from contest import OURS, Contender, Contest, absent
 
 ROOT = Path(__file__).parents[1]
@@ -76,11 +77,13 @@ def row_of(**changes) -> dict:
 
 
 def test_a_row_holds_its_figures_and_where_they_come_from(contest):
-    contenders = [Contender(OURS, double), Contender("eager", lambda x: x + x, "added")]
+    eager = Contender("eager", lambda x: x + x, "added", flops=256)
+    contenders = [Contender(OURS, double), eager]
     row = measure(contest, [*contenders, absent("peer", "not installed")], preset="XL/2", floor=3)
     ours, eager, peer = row["contenders"].values()
     assert ours["gbs"] == pytest.approx(1024 / ours["ms"] / 1e6)
     assert ours["tflops"] == pytest.approx(128 / ours["ms"] / 1e9)
+    assert eager["tflops"] == pytest.approx(256 / eager["ms"] / 1e9)
     assert ours["percent_of_copy"] == pytest.approx(100 * row["copy"]["ms"] / ours["ms"])
     assert eager["speedup"] == pytest.approx(eager["ms"] / ours["ms"]) and "speedup" not in ours
     assert ours["iqr"][0] <= ours["ms"] <= ours["iqr"][1] and ours["samples"] >= 3
@@ -286,6 +289,22 @@ def test_part_test_needs_no_package_that_may_be_absent():
             elif isinstance(node, ast.ImportFrom):
                 names.add(node.module.partition(".")[0])
         assert not names & absent_there, file
+
+
+def test_work_is_counted_by_source():
+    counted = work.work("small-T2V", lambda_m=1.0)
+    shares = dict(counted["saved"])
+    altogether = shares.pop("altogether")
+    assert altogether == pytest.approx(sum(shares.values())) and counted["flops"] > 1e9
+    assert list(shares) == list(work.SOURCES) and altogether > 0.35
+    assert shares["branches that weigh nothing"] == pytest.approx(1 / 3, abs=0.02)
+
+
+def test_a_part_whose_code_does_not_build_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "missing", lambda: None)
+    monkeypatch.setattr(gpu, "build", lambda: "g++: no such file")
+    assert gpu.main(["test"]) == gpu.NO_BUILD
+    assert "does not build here: g++: no such file" in capsys.readouterr().out
 
 
 def test_every_operator_benchmark_runs():

@@ -511,6 +511,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   dispatch(residual, [&](auto zero) {
     using T = decltype(zero);
     using W = wide_t<T>;
+    if (tokens == 0) {  // of no tokens a table's index has no rows, which divide nothing
+      const auto zeros = [&](int64_t rows) {
+        return at::zeros({rows, width}, residual.options().dtype(c10::CppTypeToScalarType<W>::value));
+      };
+      dy_out = dy_tokenwise ? at::empty_like(residual) : zeros(dy_rows);
+      dgate = zeros(dgate_rows);
+      dshift = zeros(dshift_rows);
+      dscale = zeros(dscale_rows);
+      return;
+    }
     const Rows<T> gates("gate", gate, gate_index, tokens, width, 1);
     const Rows<T> scales("scale", scale, scale_index, tokens, width, 1, 1);
     const Rows<T> y_rows("y", y_tokenwise ? OptionalTensor() : y, {}, tokens, width, 0);

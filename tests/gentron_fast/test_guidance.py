@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pairwise import pairwise
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -94,6 +95,8 @@ FAMILY = {
     "t5": {"encoders": ("t5",)},
     "adaLN-zero": {"encoders": ("clip",), "cross_attention": False},
     "images": {"temporal": False},
+    "heads of XL/2": {"width": 144, "heads": 2},
+    "heads of G/2": {"width": 208, "heads": 2},
     "PixArt": {
         "encoders": ("t5",),
         "cross_norm": False,
@@ -105,23 +108,16 @@ FAMILY = {
     },
 }
 TABLE = make_table("dpm++", SCHEDULER_CONFIG, 4)
-# Pairs of the options meet at least once: family, frames, batch, clip and t5 tokens, λ_T, λ_M.
-CASES = [
-    ("both encoders", 8, 1, 20, 40, 7.5, 1.2),
-    ("both encoders", 2, 3, 77, 256, 7.5, 1.0),
-    ("both encoders", 16, 1, 2, 1, 1.0, 1.0),
-    ("both encoders", 1, 3, 20, 2, 7.5, 1.3),
-    ("clip", 8, 3, 1, 1, 7.5, 1.2),
-    ("clip", 2, 1, 77, 1, 1.0, 1.0),
-    ("t5", 8, 1, 1, 256, 7.5, 1.0),
-    ("t5", 2, 3, 1, 20, 0.0, 1.2),
-    ("adaLN-zero", 8, 3, 20, 1, 7.5, 1.2),
-    ("adaLN-zero", 1, 1, 77, 1, 7.5, 1.0),
-    ("images", 1, 3, 20, 40, 7.5, 1.2),
-    ("images", 2, 1, 2, 256, 1.0, 1.0),
-    ("PixArt", 8, 1, 1, 77, 7.5, 1.2),
-    ("PixArt", 1, 3, 1, 20, 7.5, 1.0),
-]
+OPTIONS = {
+    "family": tuple(FAMILY),
+    "frames": (1, 2, 8, 16),
+    "batch": (1, 3),
+    "clip": (2, 20, 77),
+    "t5": (1, 2, 20, 40, 256),
+    "lambda_t": (0.0, 1.0, 7.5),
+    "lambda_m": (1.0, 1.2),
+}
+CASES = [tuple(case.values()) for case in pairwise(OPTIONS)]
 
 
 def guided(denoiser, latents, step=1):
@@ -209,9 +205,26 @@ def test_every_subset_of_branches(case, lambda_t, lambda_m, runs):
     assert relative(guided(denoiser, latents), expected) <= 1e-12
 
 
-@pytest.mark.parametrize("fold,merge", [(True, True), (True, False), (False, True)])
-def test_bf16_is_no_worse_than_plain_bf16(make_text, fold, merge):
-    config = replace(PRESETS["small-T2V"], depth=3)
+@pytest.mark.parametrize(
+    "family,frames,batch,lambda_m,null_tokens,options",
+    [
+        ("both encoders", 4, 1, 1.2, (2, 1), {}),
+        ("both encoders", 4, 1, 1.2, (2, 1), {"merge": False}),
+        ("both encoders", 4, 1, 1.2, (2, 1), {"fold": False}),
+        ("both encoders", 8, 1, 1.0, (2, 1), {}),
+        ("both encoders", 2, 3, (1.2, 1.0, 1.3), (9, 30), {}),
+        ("clip", 1, 1, 1.2, (2, 1), {}),
+        ("adaLN-zero", 4, 1, 1.2, (2, 1), {}),
+        ("PixArt", 1, 3, 1.0, (2, 1), {}),
+    ],
+    ids=str,
+)
+def test_bf16_is_no_worse_than_plain_bf16(
+    make_text, family, frames, batch, lambda_m, null_tokens, options
+):
+    config = replace(PRESETS["small-T2V"], depth=3, **FAMILY[family])
+    lambda_m = torch.tensor(lambda_m, dtype=torch.float64)
+    timestep = TABLE.timesteps[1:2].expand(batch)
     torch.manual_seed(0)
     model = GenTron(config).eval()
     with torch.no_grad():
@@ -222,20 +235,22 @@ def test_bf16_is_no_worse_than_plain_bf16(make_text, fold, merge):
     exact = GenTron(config).double().eval()
     exact.load_state_dict(model.state_dict())
     for block, rounded in zip(exact.blocks, model.blocks, strict=True):
-        positions = rounded.temporal_attention.positions
-        block.temporal_attention.positions = positions.double()
+        if config.temporal:
+            positions = rounded.temporal_attention.positions
+            block.temporal_attention.positions = positions.double()
     errors = torch.zeros(2, dtype=torch.float64)
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
-        latents = torch.randn(1, 4, 4, 8, 8, generator=generator).bfloat16()
-        text = make_text(config, 1, 20, 40, torch.bfloat16, seed)
-        null_text = make_text(config, 1, 2, 1, torch.bfloat16, seed + 50)
-        inputs = TABLE.timesteps[1:2], text, null_text, 7.5, 1.2
-        wide = [part.to(dtype=torch.float64) for part in (text, null_text)]
-        expected = guided_prediction(exact, latents.double(), TABLE.timesteps[1:2], *wide, 7.5, 1.2)
-        plain = guided_prediction(model, latents, *inputs)
+        latents = torch.randn(batch, 4, frames, 8, 8, generator=generator).bfloat16()
+        text = make_text(config, batch, 20, 40, torch.bfloat16, seed)
+        null_text = make_text(config, 1, *null_tokens, torch.bfloat16, seed + 50)
+        texts = text, null_text.repeat(batch)
+        wide = [part.to(dtype=torch.float64) for part in texts]
+        scales = 7.5, lambda_m
+        expected = guided_prediction(exact, latents.double(), timestep, *wide, *scales)[:, :4]
+        plain = guided_prediction(model, latents, timestep, *texts, *scales)[:, :4]
         denoiser = GuidedDenoiser(
-            model, text, null_text, TABLE, 7.5, 1.2, latents.shape[1:], fold=fold, merge=merge
+            model, text, null_text, TABLE, *scales, latents.shape[1:], **options
         )
         shared = guided(denoiser, latents)
         errors += torch.tensor([relative(shared, expected), relative(plain, expected)])
@@ -352,6 +367,9 @@ def test_wrong_input_is_named(case):
         GuidedDenoiser(model, text, null_text.repeat(2).select(slice(3)), TABLE, 7.5, 1.2, (4,) * 4)
     with pytest.raises(ValueError, match=r"a guidance scale must be a number, \(2,\)"):
         GuidedDenoiser(*inputs, torch.ones(3), 1.2, latents.shape[1:])
+    for shape, message in (((4, 33, 8, 8), "frames must be 1 … 32"), ((4, 3, 8, 7), "divide")):
+        with pytest.raises(ValueError, match=message):
+            GuidedDenoiser(*inputs, 7.5, 1.2, shape)
     denoiser = GuidedDenoiser(*inputs, 7.5, 1.2, latents.shape[1:])
     with pytest.raises(ValueError, match=r"latents must be \(2, 4, 3, 8, 8\)"):
         denoiser.branches(latents[:, :, :2], 0)
