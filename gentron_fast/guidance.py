@@ -148,9 +148,9 @@ class GuidedDenoiser:
         self._weights, self._rows = weights.to(self.device), table.rows.to(self.device)
 
         null_text, text = (
-            TextCondition(*map(_trimmed, part)) for part in (_shared(null_text), text)
+            TextCondition(*map(_trimmed, _distinct(part))) for part in (null_text, text)
         )
-        self._nulls = null_text.batch
+        self._nulls, self._texts = null_text.batch, text.batch
         self._pooled = TextCondition.cat([_pooled_only(null_text), _pooled_only(text)])
         null_text, text = (model.project_captions(part) for part in (null_text, text))
         self._null_contexts = [block.context(null_text, fold) for block in model.blocks]
@@ -311,8 +311,10 @@ class GuidedDenoiser:
 
     def _plan(self, branches: tuple[bool, bool, bool]) -> _Plan:
         nulls, texts = branches[0] + branches[1], int(branches[2])
-        null_rows = torch.arange(self._nulls).expand(self.batch).repeat(nulls)
-        text_rows = self._nulls + torch.arange(self.batch).repeat(texts)
+        null_rows, text_rows = (
+            torch.arange(count).repeat_interleave(self.batch // count)
+            for count in (self._nulls, self._texts)
+        )
         contexts = []
         for null_context, text_context in zip(
             self._null_contexts, self._text_contexts, strict=True
@@ -326,8 +328,9 @@ class GuidedDenoiser:
                 contexts.append(text_context if texts else null_context)
         still = self.batch * (branches[0] if self.has_motion else nulls + texts)
         motion_free = [LeadingMotionFree(still, merged) for merged in self._merged]
-        conditions = torch.cat([null_rows, text_rows]).to(self.device)
-        return _Plan(branches, conditions, contexts, motion_free or [None] * len(contexts))
+        conditions = torch.cat([null_rows.repeat(nulls), self._nulls + text_rows.repeat(texts)])
+        motion_free = motion_free or [None] * len(contexts)
+        return _Plan(branches, conditions.to(self.device), contexts, motion_free)
 
     def _modulation(self, step: int) -> tuple[Tensor, Tensor]:
         """Rows of a step, of every condition: the blocks' (P, depth, 6, D), the final layer's."""
@@ -365,11 +368,14 @@ def _per_step(scale: float | Tensor, table: SolverTable, batch: int) -> Tensor:
     return scale.expand(steps, batch)
 
 
-def _shared(text: TextCondition) -> TextCondition:
-    """One prompt where all prompts of the condition are the same."""
+def _distinct(text: TextCondition) -> TextCondition:
+    """Every prompt once, where each stands in the condition as many times in a row."""
     tensors = [tensor for part in text if part is not None for tensor in part if tensor is not None]
-    if text.batch == 1 or all(torch.equal(t, t[:1].expand_as(t)) for t in tensors):
-        return text.select(slice(0, 1))
+    for times in range(text.batch, 1, -1):
+        if text.batch % times == 0:
+            runs = [tensor.unflatten(0, (-1, times)) for tensor in tensors]
+            if all(torch.equal(run, run[:, :1].expand_as(run)) for run in runs):
+                return text.select(slice(None, None, times))
     return text
 
 

@@ -134,7 +134,7 @@ class FoldedContext(NamedTuple):
     """Text of fewer tokens than the head size, with W_Q in its keys and W_O in its values.
 
     keys, values (B, H · S, D), key_bias (B, H · S), -inf where a token is padding; out_bias (D,).
-    One sample may stand for the whole batch.
+    A sample may stand for several in a row, as in a CrossContext.
     """
 
     keys: Tensor
@@ -206,10 +206,11 @@ class CrossAttention(nn.Module):
             parts = zip(x.split(context.sizes), context.parts, strict=True)
             return tuple(self(part, own) for part, own in parts)
         if isinstance(context, ConstantContext):
-            return context.row.expand(x.shape[0], -1)
+            texts, width = context.row.shape
+            return context.row[:, None].expand(-1, x.shape[0] // texts, -1).reshape(-1, width)
+        tokens = x.reshape(context[0].shape[0], -1, x.shape[-1])
         if isinstance(context, FoldedContext):
-            return self._attend_folded(x.flatten(1, 2), context).view_as(x)
-        tokens = x.reshape(context.k.shape[0], -1, x.shape[-1])
+            return self._attend_folded(tokens, context).view_as(x)
         q = rearrange(self.q(tokens), "b l (h d) -> b l h d", h=self.heads)
         return self.out(attention(q, *context)).view_as(x)
 

@@ -170,6 +170,21 @@ def test_the_denoiser_is_the_definition(tiny_config, make_model, make_text, case
         assert relative(guided(denoiser, latents), expected) <= limit
 
 
+@pytest.mark.parametrize("clip,t5", [(5, 9), (20, 1)])
+@pytest.mark.parametrize("nulls", [1, 2])
+def test_clips_of_one_prompt_share_its_text(tiny_config, make_model, make_text, clip, t5, nulls):
+    model = make_model(tiny_config)
+    latents = torch.randn(6, 4, 2, 8, 4, generator=torch.Generator().manual_seed(0)).double()
+    text = make_text(tiny_config, 2, clip, t5).repeat(3)
+    null_text = make_text(tiny_config, nulls, 2, 3, seed=2).repeat(6 // nulls)
+    denoiser = GuidedDenoiser(model, text, null_text, TABLE, 7.5, 1.2, latents.shape[1:])
+    for contexts, prompts in ((denoiser._text_contexts, 2), (denoiser._null_contexts, nulls)):
+        assert [context[0].shape[0] for context in contexts] == [prompts] * len(contexts)
+    timestep = TABLE.timesteps[1].expand(6)
+    expected = guided_prediction(model, latents, timestep, text, null_text, 7.5, 1.2)
+    assert relative(guided(denoiser, latents), expected) <= 1e-12
+
+
 def test_negative_prompts_and_a_scale_for_each_sample(tiny_config, make_model, make_text):
     model = make_model(tiny_config)
     latents = torch.randn(3, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double()
