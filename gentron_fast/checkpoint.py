@@ -6,8 +6,9 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gentron_fast.model import read_json
+from gentron_fast.model import read_json, write_json
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -24,6 +25,8 @@ DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
 }
+# What a file begins with that torch.save wrote before its zip format.
+OLD_TORCH = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 WRAPPERS = ("state_dict", "ema", "model")  # where training scripts keep the weights, best first
 
 
@@ -48,10 +51,16 @@ def open_weights(folder: Path, *stems: str) -> Checkpoint:
 
     FileNotFoundError where there are none or a shard is missing, ValueError for damaged files.
     """
+    opened, files = find_weights(folder, *stems)
+    return opened(folder, files)
+
+
+def find_weights(folder: Path, *stems: str) -> tuple[Callable, list[Path]]:
+    """What opens the weights in a folder, and their files."""
     for ending, opened in ((".safetensors", open_safetensors), (".bin", open_torch)):
         for stem in stems:
             if files := weight_files(folder, stem + ending):
-                return opened(folder, files)
+                return opened, files
     raise FileNotFoundError(f"no weights in {folder}: wanted {stems[0]}.safetensors or its index")
 
 
@@ -105,11 +114,13 @@ def _opened(file: Path):
 
 def open_torch(path: Path, files: list[Path]) -> Checkpoint:
     """Files of torch.save, mapped and not read; ValueError for one that needs pickle code."""
-    tensors = {}
+    # One file at a time: what was read of a mapped file stays in memory.
+    mapped = lru_cache(maxsize=1)(_torch_tensors)
+    specs, where = {}, {}
     for file in files:
-        tensors |= _torch_tensors(file)
-    specs = {key: Spec(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-    return Checkpoint(path, specs, lambda key: tensors[key].detach())
+        for key, tensor in mapped(file).items():
+            specs[key], where[key] = Spec(tensor.dtype, tuple(tensor.shape)), file
+    return Checkpoint(path, specs, lambda key: mapped(where[key])[key].detach())
 
 
 def _torch_tensors(file: Path) -> dict[str, Tensor]:
@@ -118,6 +129,11 @@ def _torch_tensors(file: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError:
         raise ValueError(f"{file} needs pickle code to be read: only tensors are taken") from None
     except (RuntimeError, EOFError) as error:
+        with file.open("rb") as opened:
+            if opened.read(len(OLD_TORCH)) == OLD_TORCH:
+                raise ValueError(
+                    f"{file} is in torch's old format: load it and save it with torch >= 1.6"
+                ) from None
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{file} is no whole file of torch.save: {reason}") from None
     for name in WRAPPERS:
@@ -157,36 +173,48 @@ def write_tensors(path: Path, specs: dict[str, Spec], make: Callable[[str], Tens
 
 
 def copy_weights(source: Path, target: Path, *stems: str) -> None:
-    """The weights of one folder into another: safetensors as they are, torch files as safetensors.
+    """The weights of one folder into another, file by file, under the first stem.
 
-    They come out under the first stem.
+    Safetensors files of that name stay as they are, others become such.
     """
     name = f"{stems[0]}.safetensors"
-    files = weight_files(source, name)
-    if not files:
-        checkpoint = open_weights(source, *stems)
-        write_tensors(target / name, checkpoint.specs, checkpoint.read)
+    if files := weight_files(source, name):
+        if files != [source / name]:
+            files.append(source / f"{name}.index.json")
+        for file in files:
+            shutil.copyfile(file, target / file.name)
         return
-    if files != [source / name]:
-        files.append(source / f"{name}.index.json")
-    for file in files:
-        shutil.copyfile(file, target / file.name)
+    opened, files = find_weights(source, *stems)
+    where, size = {}, 0
+    for number, file in enumerate(files, 1):
+        checkpoint = opened(file, [file])
+        shard = f"{stems[0]}-{number:05}-of-{len(files):05}.safetensors" if files[1:] else name
+        write_tensors(target / shard, checkpoint.specs, checkpoint.read)
+        where |= dict.fromkeys(checkpoint.specs, shard)
+        size += sum(math.prod(shape) * dtype.itemsize for dtype, shape in checkpoint.specs.values())
+    if files[1:]:
+        index = {"metadata": {"total_size": size}, "weight_map": where}
+        write_json(target / f"{name}.index.json", index)
 
 
 @contextmanager
 def new_folder(folder: Path):
     """A folder beside `folder` that takes its place at the end, or is gone where something fails.
 
-    ValueError where `folder` is there already and is not empty.
+    So are the parents that were made for it. ValueError where `folder` is there and is not empty.
     """
     folder = folder.absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is there already: wanted a new folder")
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    aside.mkdir(parents=True)
+    made = [parent for parent in folder.parents if not parent.exists()]
     try:
+        aside.mkdir(parents=True)
         yield aside
         os.replace(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
         raise

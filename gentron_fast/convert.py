@@ -40,11 +40,17 @@ from gentron_fast.layouts import (
     make_recipes,
     pixart_config,
     pixart_json,
+    tensor_shape,
     wanted_of,
 )
 from gentron_fast.model import CONFIG_NAME, WEIGHTS_NAME, read_json, write_json
 from gentron_fast.pipeline import INDEX_NAME, SCHEDULER_PATH, model_index
-from gentron_fast.text import SUBFOLDERS
+from gentron_fast.text import (
+    LOWER_AND_STRIP,
+    SUBFOLDERS,
+    TOKENIZER_CONFIG,
+    write_tokenizer_config,
+)
 
 NAME = "gentron_fast.convert"
 HELP = f"""\
@@ -72,7 +78,7 @@ OUT               the folder to write; it must not be there yet
 STEMS = {"vae": ("diffusion_pytorch_model",), "text": ("model", "pytorch_model")}
 TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "spiece.model",
@@ -80,6 +86,8 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 PIXART_PARTS = {"text_encoder_2": "text_encoder", "tokenizer_2": "tokenizer", "vae": "vae"}
+# Tokens to which the pipelines of PixArt-α and, by its class, PixArt-Σ cut a prompt.
+CAPTION_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 # A block's adaLN bias is the sum of PixArt's shared bias and the block's table. The two are kept
 # beside the model, for the way back.
 TABLES_STEM = "pixart_tables"
@@ -107,14 +115,16 @@ def convert_pixart(
     recipes = make_recipes(config, PIXART, source.layout)
     tables = {recipe.added: (6, config.width) for recipe in recipes.values() if recipe.added}
     check_tensors(source.checkpoint, wanted_of(recipes) | tables)
-    if source.config is None and not config.size_embedding and size is None:
+    if source.config is None and not config.size_embedding:
         check_positions(source.checkpoint, config)
     check_parts(parts, config)
     scheduler = find_scheduler(source.root)
+    tokenizing = {"model_max_length": caption_tokens(source), LOWER_AND_STRIP: True}
     with new_folder(Path(out)) as folder:
+        # The parts first: of the model a file of torch.save stays mapped where it was read.
+        state = write_pipeline(folder, config, parts, scheduler, tokenizing)
         write_model(folder / "transformer", config, recipes, source.checkpoint)
         keep_tables(folder / "transformer", config, recipes, source.checkpoint)
-        state = write_pipeline(folder, config, parts, scheduler)
     left_out = ", ".join(sorted(LEFT_OUT & source.checkpoint.specs.keys()))
     return [
         f"wrote        {out}: {config.depth} blocks of width {config.width}",
@@ -158,8 +168,8 @@ def convert_dit(
     check_parts(parts, config)
     scheduler = find_scheduler(source.root)
     with new_folder(Path(out)) as folder:
+        state = write_pipeline(folder, config, parts, scheduler, {})
         write_model(folder / "transformer", config, recipes, source.checkpoint, seed)
-        state = write_pipeline(folder, config, parts, scheduler)
     null = embedders[CLASSES[source.layout]][0] - 1
     return [
         f"wrote        {out}: {config.depth} blocks of width {config.width}",
@@ -191,6 +201,7 @@ def export_diffusers(path: str | os.PathLike, out: str | os.PathLike) -> list[st
     specs, read = split_tensors(checkpoint, config, recipes)
     parts = {theirs: path / ours for ours, theirs in PIXART_PARTS.items() if (path / ours).is_dir()}
     scheduler = find_scheduler(path)
+    index = pixart_index(parts, scheduler) if len(parts) == len(PIXART_PARTS) else None
     with new_folder(Path(out)) as aside:
         target = aside / folder.relative_to(path)
         target.mkdir(exist_ok=True)
@@ -198,9 +209,9 @@ def export_diffusers(path: str | os.PathLike, out: str | os.PathLike) -> list[st
         write_json(target / CONFIG_NAME, pixart_json(config))
         state = "transformer  no pipeline: text encoder, tokenizer or VAE is not there"
         copy_parts(aside, parts)
-        if len(parts) == len(PIXART_PARTS):
+        if index is not None:
             write_json(aside / SCHEDULER_PATH, scheduler)
-            write_json(aside / INDEX_NAME, pixart_index(parts, scheduler))
+            write_json(aside / INDEX_NAME, index)
             state = "pipeline     for PixArtAlphaPipeline.from_pretrained"
     return [f"wrote        {out}: PixArtTransformer2DModel, {config.depth} blocks", state]
 
@@ -362,6 +373,8 @@ def check_parts(parts: dict[str, Path], config: GenTronConfig) -> None:
             open_weights(folder, *stems(name))
         elif not any((folder / file).is_file() for file in TOKENIZER_FILES):
             raise FileNotFoundError(f"no tokenizer in {folder}: wanted {TOKENIZER_FILES[0]}")
+        else:
+            tokenizer_config(folder)
     for encoder in config.encoders:
         model, tokenizer = SUBFOLDERS[encoder]
         if model not in parts:
@@ -424,14 +437,38 @@ def copy_parts(folder: Path, parts: dict[str, Path]) -> None:
             copy_weights(source, target, *stems(name))
 
 
+def caption_tokens(source: Source) -> int:
+    """Tokens to which prompts of a PixArt are cut: an original's null caption is as long."""
+    if "y_embedder.y_embedding" in source.checkpoint.specs:
+        return tensor_shape(source, "y_embedder.y_embedding", 2)[0]
+    path = None if source.root is None else source.root / INDEX_NAME
+    index = read_json(path) if path is not None and path.is_file() else {}
+    return CAPTION_TOKENS.get(index.get("_class_name"), CAPTION_TOKENS["PixArtAlphaPipeline"])
+
+
+def tokenizer_config(folder: Path) -> dict:
+    """A tokenizer's configuration; what does not tell its class is a T5Tokenizer."""
+    path = folder / TOKENIZER_CONFIG
+    config = read_json(path) if path.is_file() else {}
+    return {"tokenizer_class": "T5Tokenizer"} | config
+
+
 def write_pipeline(
-    folder: Path, config: GenTronConfig, parts: dict[str, Path], scheduler: dict
+    folder: Path,
+    config: GenTronConfig,
+    parts: dict[str, Path],
+    scheduler: dict,
+    tokenizing: dict,
 ) -> str:
     """What stands beside the transformer, and model_index.json where nothing is missing.
 
-    Returns the line of the report.
+    tokenizing: fields for the configuration of T5's tokenizer. Returns the line of the report.
     """
     copy_parts(folder, parts)
+    tokenizer = SUBFOLDERS["t5"][1]
+    if tokenizer in parts:
+        fields = tokenizer_config(parts[tokenizer]) | tokenizing
+        write_tokenizer_config(folder / tokenizer / TOKENIZER_CONFIG, fields)
     write_json(folder / SCHEDULER_PATH, scheduler)
     needed = [SUBFOLDERS[name][0] for name in config.encoders] + ["vae"]
     missing = [name for name in needed if name not in parts]
@@ -446,12 +483,11 @@ def write_pipeline(
 
 def pixart_index(parts: dict[str, Path], scheduler: dict) -> dict:
     """The model_index.json of a PixArtAlphaPipeline."""
-    tokenizer = read_json(parts["tokenizer"] / "tokenizer_config.json")
     return {
         "_class_name": "PixArtAlphaPipeline",
         "scheduler": ["diffusers", scheduler.get("_class_name", SCHEDULER_CONFIG["_class_name"])],
         "text_encoder": ["transformers", "T5EncoderModel"],
-        "tokenizer": ["transformers", tokenizer.get("tokenizer_class", "T5Tokenizer")],
+        "tokenizer": ["transformers", tokenizer_config(parts["tokenizer"])["tokenizer_class"]],
         "transformer": ["diffusers", "PixArtTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }

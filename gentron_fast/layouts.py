@@ -18,6 +18,7 @@ from gentron_fast.config import ENCODERS, GenTronConfig
 from gentron_fast.layers import patch_positions
 from gentron_fast.model import GenTron
 
+NAMED = 8  # tensors that an error lists
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # DiT's S, B, L and XL, by width
 
 # Modules as we, diffusers and the original call them; several are joined row by row. * is a block.
@@ -167,10 +168,11 @@ def pixart_config(
         fields["t5_width"] = tensor_shape(source, "y_embedder.y_proj.fc1.weight", 2)[1]
         fields["size_embedding"] = "csize_embedder.mlp.0.weight" in source.checkpoint.specs
         # A model with a size embedding computes its positions at the scale of its size; any other
-        # reads the table in its file, and so do we unless told the size.
+        # reads the table in its file, and so do we where it is there.
         trained = fields["position_base_size"] * fields["patch_size"] * pixels
         scale = max(trained // 512, 1)
-        if not fields["size_embedding"] and size is None:
+        if not fields["size_embedding"] and "pos_embed" in source.checkpoint.specs:
+            tensor_shape(source, "pos_embed", 3)
             scale = table_scale(source.checkpoint.read("pos_embed")[0])
         captions = True
     else:
@@ -369,14 +371,20 @@ def check_tensors(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) ->
             )
         if not specs[name].dtype.is_floating_point:
             raise ValueError(f"tensor {name} in {path} is {specs[name].dtype}, wanted a float")
-    missing = sorted(wanted.keys() - specs.keys())
-    if missing:
-        listed = ", ".join(f"{name} of shape {wanted[name]}" for name in missing[:4])
-        raise ValueError(f"{path} lacks {len(missing)} tensors: {listed}")
-    surplus = sorted(specs.keys() - wanted.keys() - LEFT_OUT)
-    if surplus:
-        listed = ", ".join(f"{name} of shape {specs[name].shape}" for name in surplus[:4])
-        raise ValueError(f"{path} has {len(surplus)} tensors too many: {listed}")
+    wrong = []
+    if missing := sorted(wanted.keys() - specs.keys()):
+        wrong.append(f"lacks {len(missing)} tensors: {listed(missing, wanted)}")
+    if surplus := sorted(specs.keys() - wanted.keys() - LEFT_OUT):
+        shapes = {name: specs[name].shape for name in surplus}
+        wrong.append(f"has {len(surplus)} tensors too many: {listed(surplus, shapes)}")
+    if wrong:
+        raise ValueError(f"{path} {'; it '.join(wrong)}")
+
+
+def listed(names: list[str], shapes: dict[str, tuple[int, ...]]) -> str:
+    """The first names, with their shapes, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(f"{name} of shape {shapes[name]}" for name in names[:NAMED]) + more
 
 
 def table_scale(table: Tensor) -> float:
@@ -397,7 +405,7 @@ def check_positions(checkpoint: Checkpoint, config: GenTronConfig) -> None:
     if table.shape != positions.shape:
         raise ValueError(
             f"tensor pos_embed in {checkpoint.path} has shape {tuple(table.shape)}, "
-            f"wanted {tuple(positions.shape)}"
+            f"wanted {tuple(positions.shape)} for {side} x {side} patches"
         )
     error = (table.float() - positions).abs().max().item()
     if not error < 1e-3:

@@ -13,12 +13,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gentron_fast.model import EncodedText, TextCondition
+from gentron_fast.model import EncodedText, TextCondition, read_json
 
 MAX_TOKENS = {"clip": 77, "t5": 256}
 # Where a pipeline folder keeps each encoder and its tokenizer.
 SUBFOLDERS = {"clip": ("text_encoder", "tokenizer"), "t5": ("text_encoder_2", "tokenizer_2")}
 MODEL_CLASSES = {"clip": "CLIPTextModel", "t5": "T5EncoderModel"}
+TOKENIZER_CONFIG = "tokenizer_config.json"
+LOWER_AND_STRIP = "lower_and_strip"  # a field of ours there: prompts are lower-cased and stripped
 Tokens = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -101,7 +103,9 @@ class TextEncoder(nn.Module):
         """Token ids (B, L) and mask (B, L), True on real tokens, for each encoder.
 
         Padded to the longest prompt of the batch; prompts longer than the encoder's limit (77 for
-        CLIP, 256 for T5) are cut, with a warning the first time.
+        CLIP, 256 for T5, or the tokenizer's model_max_length where that is less) are cut, with a
+        warning the first time. A tokenizer_config.json with lower_and_strip has prompts lower-cased
+        and stripped first.
         """
         if not prompts:
             raise ValueError("no prompts to encode")
@@ -109,14 +113,16 @@ class TextEncoder(nn.Module):
 
     def _tokenize_for(self, name: str, prompts: list[str]) -> tuple[Tensor, Tensor]:
         # Cut and padded here: transformers would keep both as state that save_pretrained writes.
-        tokenizer, limit = self.tokenizers[name], MAX_TOKENS[name]
-        end = tokenizer.eos_token_id
+        tokenizer = self.tokenizers[name]
+        limit, end = min(MAX_TOKENS[name], tokenizer.model_max_length), tokenizer.eos_token_id
+        if tokenizer.init_kwargs.get(LOWER_AND_STRIP):
+            prompts = [prompt.lower().strip() for prompt in prompts]
         rows = []
         for row in tokenizer(prompts, verbose=False)["input_ids"]:
             # CLIP pools at the first end token; a prompt that spells one ends there.
             row = row[: row.index(end) + 1]
             if len(row) > limit:
-                self._warn_of_cut(name, len(row))
+                self._warn_of_cut(name, len(row), limit)
                 row = [*row[: limit - 1], end]
             rows.append(row)
         longest = max(map(len, rows))
@@ -125,11 +131,11 @@ class TextEncoder(nn.Module):
         lengths = torch.tensor([len(row) for row in rows])
         return ids, torch.arange(longest) < lengths[:, None]
 
-    def _warn_of_cut(self, name: str, length: int) -> None:
+    def _warn_of_cut(self, name: str, length: int, limit: int) -> None:
         if name not in self._warned_of:
             self._warned_of.add(name)
             warnings.warn(
-                f"a prompt of {length} {name} tokens was cut to {MAX_TOKENS[name]}; "
+                f"a prompt of {length} {name} tokens was cut to {limit}; "
                 "later ones are cut without a warning",
                 stacklevel=2,
             )
@@ -208,7 +214,7 @@ def _load_tokenizer(name: str, source: str | os.PathLike):
     tokenizer_class = CLIPTokenizer if name == "clip" else AutoTokenizer
     files = {
         "clip": "tokenizer.json, or vocab.json and merges.txt",
-        "t5": "tokenizer.json, or spiece.model and the package sentencepiece",
+        "t5": "tokenizer.json or spiece.model",
     }
     what = f"{name} tokenizer"
     try:
@@ -241,13 +247,16 @@ def _save_tokenizer(tokenizer, folder: Path) -> None:
         backend.no_truncation()
         backend.no_padding()
     tokenizer.save_pretrained(folder)
-    # A loaded tokenizer notes how it was loaded.
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("is_local", "local_files_only", "name_or_path"):
-        config.pop(key, None)
+    path = folder / TOKENIZER_CONFIG
+    write_tokenizer_config(path, read_json(path))
+
+
+def write_tokenizer_config(path: Path, config: dict) -> None:
+    """A tokenizer_config.json, without what a loaded tokenizer notes of how it was loaded."""
+    noted = {"is_local", "local_files_only", "name_or_path"}
     if config.get("additional_special_tokens") is None:
-        config.pop("additional_special_tokens", None)
+        noted.add("additional_special_tokens")
+    kept = {key: value for key, value in config.items() if key not in noted}
     path.write_text(
-        json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+        json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
     )

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,8 +24,11 @@ from safetensors.torch import load_file, save_file
 
 from gentron_fast import GenTron, GenTronPipeline, TextCondition
 from gentron_fast import convert as module
+from gentron_fast.checkpoint import Checkpoint, Spec
 from gentron_fast.convert import convert_dit, convert_pixart, export_diffusers, main
 from gentron_fast.diffusion import portable_noise
+from gentron_fast.layouts import DIT, Source, dit_config, make_recipes, pixart_config
+from gentron_fast.layouts import PIXART as PIXART_FAMILY
 from gentron_fast.model import EncodedText
 
 BLOCK = "transformer_blocks"
@@ -62,10 +66,15 @@ def make_pixart(dtype=torch.float32, **options):
 
 
 def make_dit(dtype=torch.float32, **options):
-    """diffusers' DiT as the published one: an embedder that all blocks share, and an eps of 1e-6
-    and frequencies over 128 as in the code that trained it (diffusers' own are 1e-5 and 127)."""
+    """diffusers' DiT, of random weights, as `as_published`."""
     options = TINY | {"out_channels": 8, "norm_eps": 1e-6, "num_embeds_ada_norm": 10} | options
-    model = randomise(DiTTransformer2DModel(**options), dtype)
+    return as_published(randomise(DiTTransformer2DModel(**options), dtype))
+
+
+def as_published(model):
+    """A DiT of diffusers with one embedder in all blocks, and the frequencies of the timestep over
+    128, as in the code that trained it; the class has 127 and no option for it. The eps of 1e-6
+    for its 1e-5 is an option of the class."""
     shared = model.transformer_blocks[0].norm1.emb
     for block in model.transformer_blocks:
         block.norm1.emb.load_state_dict(shared.state_dict())
@@ -74,7 +83,9 @@ def make_dit(dtype=torch.float32, **options):
 
 
 def use_exact_sinusoids(monkeypatch):
-    """diffusers' models take angles in fp64: in fp32, as it has them, 999 is off by 6e-5."""
+    """diffusers' models take the angles of timesteps and positions in fp64, and their sinusoids
+    rounded to fp32, as GenTron does. In fp32, as diffusers has them, the angle 999 is off by 6e-5.
+    """
 
     def timesteps(steps, channels, flip_sin_to_cos, downscale_freq_shift, scale=1, **_):
         assert flip_sin_to_cos and downscale_freq_shift == 0 and scale == 1
@@ -101,11 +112,11 @@ def exact_sinusoids(monkeypatch):
     use_exact_sinusoids(monkeypatch)
 
 
-def pixart_inputs(dtype, height, width):
+def pixart_inputs(dtype, height, width, captions=32):
     """Latents of two samples and their text, 3 and 7 of 7 tokens long."""
     generator = torch.Generator().manual_seed(1)
     draw = {"generator": generator, "dtype": torch.float64}
-    latents, tokens = torch.randn(2, 4, height, width, **draw), torch.randn(2, 7, 32, **draw)
+    latents, tokens = torch.randn(2, 4, height, width, **draw), torch.randn(2, 7, captions, **draw)
     tokens[0, 3:] = 1e3  # whatever lies under the mask
     return latents.to(dtype), tokens.to(dtype), torch.arange(7) < torch.tensor([[3], [7]])
 
@@ -113,7 +124,7 @@ def pixart_inputs(dtype, height, width):
 @torch.no_grad()
 def difference(reference, model, height, width, timestep=RANGE, dtype=torch.float32):
     """‖ours - PixArt's‖ / ‖PixArt's‖."""
-    latents, tokens, mask = pixart_inputs(dtype, height, width)
+    latents, tokens, mask = pixart_inputs(dtype, height, width, model.config.t5_width)
     conditions = {
         "resolution": torch.tensor([[8.0 * height, 8.0 * width]] * 2),
         "aspect_ratio": torch.tensor([[height / width]] * 2),
@@ -202,7 +213,7 @@ def original_pixart(reference, scale=None):
     original["final_layer.scale_shift_table"] = weights.pop("scale_shift_table")
     move("final_layer.linear", "proj_out")
     assert not weights
-    original["y_embedder.y_embedding"] = torch.randn(120, 32)
+    original["y_embedder.y_embedding"] = torch.randn(90, 32)
     if scale is not None:
         side = reference.config.sample_size // 2
         table = embeddings.get_2d_sincos_pos_embed(
@@ -214,7 +225,14 @@ def original_pixart(reference, scale=None):
 
 @pytest.mark.parametrize(
     "sample,scale,options",
-    [(32, 1, {}), (32, 0.5, {}), (64, 1, {}), (128, 2, {}), (128, None, {"size": 1024})],
+    [
+        (32, 1, {}),
+        (32, 0.5, {}),
+        (32, 0.5, {"size": 256}),
+        (64, 1, {}),
+        (128, 2, {}),
+        (128, None, {"size": 1024}),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -299,6 +317,18 @@ def original_dit(reference):
     return original | {"pos_embed": table[None].float()}
 
 
+@torch.no_grad()
+def dit_difference(reference, model, make_text, size, timestep=RANGE):
+    """‖ours - DiT's of its null class‖ / ‖DiT's‖; the class takes square images alone."""
+    text = make_text(model.config, dtype=reference.dtype)
+    latents = torch.randn(2, 4, size, size, dtype=reference.dtype)
+    null = torch.full((2,), reference.config.num_embeds_ada_norm)
+    wanted = reference(latents, timestep=timestep, class_labels=null).sample
+    ours = model(latents[:, :, None], timestep, text)[:, :, 0]
+    assert ours.dtype == wanted.dtype == reference.dtype
+    return ((ours - wanted).norm() / wanted.norm()).item()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
 @pytest.mark.parametrize("sample", [32, 64])
@@ -311,18 +341,78 @@ def test_dit_without_a_class_is_exact(sample, layout, dtype, tmp_path, make_text
         torch.save(original_dit(reference), path)
         convert_dit(path, tmp_path / "out", heads=4)
     model = load(tmp_path / "out")
-    text = make_text(model.config, dtype=dtype)
-    null = torch.full((2,), 10)
-    # Unmodified diffusers first: at timestep 0 no angle is rounded.
+    # Timestep 0 first, with the class's own angles: all are 0 there, whatever the frequencies, and
+    # fp32 holds the positions. At 999 fp64 needs exact angles.
     for timestep in (torch.zeros(2), RANGE):
         if timestep is RANGE and dtype == torch.float64:
             use_exact_sinusoids(monkeypatch)
         for size in (8, 16, 32):
-            latents = torch.randn(2, 4, size, size, dtype=dtype)
-            with torch.no_grad():
-                wanted = reference(latents, timestep=timestep, class_labels=null).sample
-                ours = model(latents[:, :, None], timestep, text)[:, :, 0]
-            assert ((ours - wanted).norm() / wanted.norm()).item() < DTYPES[dtype]
+            assert dit_difference(reference, model, make_text, size, timestep) < DTYPES[dtype]
+
+
+# The full size: 28 blocks of width 1152. 22 s of one core, 2 GB.
+
+XL2 = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "sample_size": 32}
+
+
+def make_full(model_class, dtype, **options):
+    """A model of XL/2's size. Its weights are windows into one random vector, each at a place of
+    its own: 5 GB of weights would take most of the time."""
+    with torch.device("meta"):
+        model = model_class(**XL2 | options)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    # DiT's blocks share an embedder.
+    names = {name: re.sub(r"\.\d+\.norm1\.emb", ".0.norm1.emb", name) for name in shapes}
+    places = {name: 97 * place for place, name in enumerate(dict.fromkeys(names.values()))}
+    length = max(map(math.prod, shapes.values())) + max(places.values())
+    numbers = torch.randn(length, generator=torch.Generator().manual_seed(0)).to(dtype)
+    numbers *= 0.5 / 1152**0.5
+    windows = {
+        name: numbers[places[names[name]] :][: shape.numel()].view(shape)
+        for name, shape in shapes.items()
+    }
+    model.load_state_dict(windows, assign=True)
+    return model.eval()
+
+
+def convert_in_memory(reference, make_config, family):
+    """The conversion without its files."""
+    weights = reference.state_dict()
+    specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
+    source = Source(Checkpoint(Path("memory"), specs, weights.get), dict(reference.config), None)
+    config, generator = make_config(source), torch.Generator().manual_seed(0)
+    tensors = {
+        key: recipe.make(source.checkpoint)
+        if recipe.sources
+        else module.initial(key, recipe.shape, generator).to(reference.dtype)
+        for key, recipe in make_recipes(config, family, 0).items()
+    }
+    with torch.device("meta"):
+        model = GenTron(config)
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_full_pixart_is_exact(dtype, request):
+    if dtype == torch.float64:
+        request.getfixturevalue("exact_sinusoids")
+    captions = {"cross_attention_dim": 1152, "caption_channels": 4096}
+    reference = make_full(PixArtTransformer2DModel, dtype, **captions)
+    model = convert_in_memory(reference, lambda source: pixart_config(source, 8), PIXART_FAMILY)
+    assert len(model.blocks) == 28 and model.config.t5_width == 4096
+    for size in ((8, 8), (4, 12)):
+        assert difference(reference, model, *size, dtype=dtype) < DTYPES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_full_dit_is_exact(dtype, request, make_text):
+    if dtype == torch.float64:
+        request.getfixturevalue("exact_sinusoids")
+    options = {"out_channels": 8, "norm_eps": 1e-6, "num_embeds_ada_norm": 1000}
+    reference = as_published(make_full(DiTTransformer2DModel, dtype, **options))
+    model = convert_in_memory(reference, lambda source: dit_config(source, {"t5": 64}, 8), DIT)
+    assert dit_difference(reference, model, make_text, 8) < DTYPES[dtype]
 
 
 def test_dit_starts_its_text_parts_fresh(tmp_path, make_text):
@@ -360,7 +450,11 @@ def test_dit_starts_its_text_parts_fresh(tmp_path, make_text):
 
 def test_dit_takes_the_text_encoders_it_is_given(tmp_path, text_folders):
     make_dit(sample_size=32).save_pretrained(tmp_path / "dit")
-    convert_dit(tmp_path / "dit", tmp_path / "t5", t5=text_folders["t5"])
+    t5 = shutil.copytree(text_folders["t5"], tmp_path / "texts")
+    (t5 / "tokenizer_config.json").write_text('{"model_max_length": 512}')
+    convert_dit(tmp_path / "dit", tmp_path / "t5", t5=t5)
+    config = json.loads((tmp_path / "t5" / "tokenizer_2" / "tokenizer_config.json").read_text())
+    assert config == {"model_max_length": 512, "tokenizer_class": "T5Tokenizer"}
     convert_dit(tmp_path / "dit", tmp_path / "both", **text_folders)
     assert load(tmp_path / "t5").config.encoders == ("t5",)
     both = load(tmp_path / "both").config
@@ -553,9 +647,62 @@ def test_sampled_latents_are_pixarts(pipeline_folder, converted_folder, tmp_path
     assert torch.equal(sample_pixart(back, noise[:, :, 0], prompts, "dull"), wanted)
 
 
+def test_prompts_are_read_as_pixarts_pipeline_does(pipeline_folder, converted_folder, tmp_path):
+    """Lower-cased, stripped, and cut at 120 tokens; after saving and loading too."""
+    prompts = [" A Red Circle ", "A Small Blue Square on the left, " * 5]
+    noise = portable_noise((4, 1, 16, 8), [0, 1], 0)
+    reference = PixArtAlphaPipeline.from_pretrained(pipeline_folder)
+    reference.set_progress_bar_config(disable=True)
+    wanted = sample_pixart(reference, noise[:, :, 0], prompts, " Dull")
+    GenTronPipeline.from_pretrained(converted_folder).save_pretrained(tmp_path)
+    for folder in (converted_folder, tmp_path):
+        pipeline = GenTronPipeline.from_pretrained(folder)
+        options = {"size": (64, 32), "steps": 10, "lambda_t": 4.5, "output_type": "latent"}
+        with pytest.warns(UserWarning, match="a prompt of 165 t5 tokens was cut to 120"):
+            output = pipeline(
+                prompts, negative_prompt=" Dull", **options, seed=[0, 1], progress=False
+            )
+        assert (output.latents[:, :, 0] - wanted).abs().max() < 1e-3 * wanted.std()
+
+
+@pytest.mark.parametrize(
+    "name,tokens", [("PixArtAlphaPipeline", 120), ("PixArtSigmaPipeline", 300), (None, 120)]
+)
+def test_the_pipelines_class_tells_where_prompts_are_cut(name, tokens, pipeline_folder, tmp_path):
+    folder = shutil.copytree(pipeline_folder, tmp_path / "pixart")
+    index = json.loads((folder / "model_index.json").read_text()) | {"_class_name": name}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    if name is None:
+        (folder / "model_index.json").unlink()
+    convert_pixart(folder, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "tokenizer_2" / "tokenizer_config.json").read_text())
+    assert config["model_max_length"] == tokens and config["lower_and_strip"] is True
+
+
+def test_a_tokenizer_without_a_configuration_is_t5s(converted_folder, refused, tmp_path):
+    folder = shutil.copytree(converted_folder, tmp_path / "gentron")
+    path = folder / "tokenizer_2" / "tokenizer_config.json"
+    path.write_text("{")
+    refused("export-diffusers", "gentron", "tokenizer_config.json is not JSON")
+    path.unlink()
+    export_diffusers(folder, tmp_path / "back")
+    index = json.loads((tmp_path / "back" / "model_index.json").read_text())
+    assert index["tokenizer"] == ["transformers", "T5Tokenizer"]
+
+    shutil.rmtree(folder)
+    folder = tmp_path / "back"
+    (folder / "tokenizer" / "tokenizer_config.json").write_text("{")
+    refused("pixart", "back", "tokenizer_config.json is not JSON")
+    (folder / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    convert_pixart(folder, tmp_path / "again")
+    path = tmp_path / "again" / "tokenizer_2" / "tokenizer_config.json"
+    assert json.loads(path.read_text())["tokenizer_class"] == "T5Tokenizer"
+
+
 def test_a_converted_pipeline_is_saved_to_the_same_bytes(converted_folder, tmp_path):
     GenTronPipeline.from_pretrained(converted_folder).save_pretrained(tmp_path)
-    for name in ("model_index.json", "transformer/config.json", f"transformer/{WEIGHTS}"):
+    names = ("model_index.json", "tokenizer_2/tokenizer_config.json", "transformer/config.json")
+    for name in (*names, f"transformer/{WEIGHTS}"):
         assert (tmp_path / name).read_bytes() == (converted_folder / name).read_bytes()
 
 
@@ -580,6 +727,8 @@ def test_an_original_file_takes_its_parts_by_name(text_folders, pipeline_folder,
     assert main(arguments) == 0
     pipeline = GenTronPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.default_size == (128, 128)
+    # The null caption is as long as captions were in training.
+    assert pipeline.text_encoder.tokenizers["t5"].model_max_length == 90
     frames = pipeline("a star", steps=2, size=(32, 32), progress=False).frames
     assert frames.shape == (1, 1, 32, 32, 3)
 
@@ -648,6 +797,25 @@ def test_tensors_that_do_not_fit_are_named(key, tensor, message, refused, tmp_pa
             if "I8" not in message else str(path)))  # fmt: skip
 
 
+def test_the_first_tensors_that_do_not_fit_are_named(refused, tmp_path):
+    make_pixart(sample_size=32).save_pretrained(tmp_path / "pixart")
+    config, path = tmp_path / "pixart" / "config.json", tmp_path / "pixart" / WEIGHTS
+    two = config.read_text()
+    first = [f"{BLOCK}.2.attn1.to_{part}" for part in ("k", "out.0", "q", "v")]
+    listed = (f"{name}.bias of shape (48,), {name}.weight of shape (48, 48)" for name in first)
+    config.write_text(two.replace('"num_layers": 2', '"num_layers": 3'))
+    message = f"lacks 21 tensors: {', '.join(listed)} and 13 more\n"
+    refused("pixart", "pixart", message)
+    config.write_text(two.replace('"num_layers": 2', '"num_layers": 1'))
+    message = message.replace("lacks 21 tensors", "has 21 tensors too many")
+    refused("pixart", "pixart", message.replace(f"{BLOCK}.2", f"{BLOCK}.1"))
+    config.write_text(two)
+    tensors = load_file(path)
+    save_file(tensors | {"proj_in.bias": tensors.pop("proj_out.bias")}, path)
+    refused("pixart", "pixart", "lacks 1 tensors: proj_out.bias of shape (32,); it has 1 tensors "
+            "too many: proj_in.bias of shape (32,)")  # fmt: skip
+
+
 def test_files_that_are_not_whole_are_refused(refused, tmp_path):
     reference = make_pixart(sample_size=32)
     reference.save_pretrained(tmp_path / "pixart")
@@ -661,7 +829,7 @@ def test_files_that_are_not_whole_are_refused(refused, tmp_path):
         refused("pixart", "a.pth", "a.pth is no whole file of torch.save")
     legacy = {"_use_new_zipfile_serialization": False}
     torch.save(original_pixart(reference, 1), tmp_path / "a.pth", **legacy)
-    refused("pixart", "a.pth", "a.pth is no whole file of torch.save")
+    refused("pixart", "a.pth", "a.pth is in torch's old format: load it and save it with torch")
 
 
 def test_shards_that_are_missing_or_elsewhere_are_named(refused, tmp_path):
@@ -721,9 +889,15 @@ def test_files_that_do_not_tell_enough_are_named(refused, tmp_path):
     refused("pixart", "a.pth", "--size 250 is no multiple of 16", "--heads", 4, "--size", 250)
     torch.save(original_dit(make_dit(sample_size=32)), tmp_path / "dit.pt")
     refused("pixart", "dit.pt", "it is no PixArt", "--heads", 4)
-    moved = original["pos_embed"].roll(1, 1)
-    torch.save(original | {"pos_embed": moved}, tmp_path / "a.pth")
-    refused("pixart", "a.pth", "is no sin-cos table of 16 x 16 patches", "--heads", 4)
+    message = "pos_embed in {} has shape (1, 256, 48), wanted (1, 1024, 48) for 32 x 32 patches"
+    refused("pixart", "a.pth", message.format(tmp_path / "a.pth"), "--heads", 4, "--size", 512)
+    for table, message in (
+        (original["pos_embed"].roll(1, 1), "is no sin-cos table of 16 x 16 patches"),
+        (original["pos_embed"][0], "has shape (256, 48), wanted 3 axes"),
+    ):
+        torch.save(original | {"pos_embed": table}, tmp_path / "a.pth")
+        refused("pixart", "a.pth", message, "--heads", 4)
+        refused("pixart", "a.pth", message, "--heads", 4, "--size", 256)
     del original["pos_embed"]
     torch.save(original, tmp_path / "a.pth")
     refused("pixart", "a.pth", "no tensor pos_embed: --size must tell", "--heads", 4)
@@ -787,8 +961,11 @@ def test_nothing_half_written_stays(error, code, tmp_path, monkeypatch):
         raise error
 
     monkeypatch.setattr(module, "keep_tables", fail)
-    assert main(["pixart", str(tmp_path / "pixart"), str(tmp_path / "out")]) == code
-    assert os.listdir(tmp_path) == ["pixart"]
+    (tmp_path / "old").mkdir()
+    for out in ("out", "old/out", "old/new/out", "new/new/out"):
+        assert main(["pixart", str(tmp_path / "pixart"), str(tmp_path / out)]) == code
+        assert sorted(os.listdir(tmp_path)) == ["old", "pixart"]
+        assert not os.listdir(tmp_path / "old")
 
 
 # Memory.
@@ -806,14 +983,29 @@ for path in sys.argv[1:]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = status("VmRSS")
     options = ["--heads", "8"] if path.endswith(".pth") else []
+    options += ["--t5", "t5"] if path != "shards" else []
     assert convert.main(["pixart", path, path + "-out", *options]) == 0
     print("grew by", status("VmHWM") - before)
 """
 
 
+def to_torch(folder, out, stem):
+    """The safetensors shards of a folder as shards of torch.save."""
+    out.mkdir()
+    where = {}
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        torch.save(tensors, out / f"{file.stem}.bin")
+        where |= dict.fromkeys(tensors, f"{file.stem}.bin")
+    (out / f"{stem}.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    if (folder / "config.json").exists():
+        shutil.copyfile(folder / "config.json", out / "config.json")
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 def test_memory_stays_under_the_largest_shard(tmp_path):
-    """A PixArt of 133 MiB in two shards, and as one .pth."""
+    """A PixArt of 133 MiB in two shards, in two shards of torch.save and as one .pth; the latter
+    with a T5 in two shards of torch.save."""
     options = {"num_attention_heads": 8, "attention_head_dim": 72, "num_layers": 6}
     options |= {"cross_attention_dim": 576, "caption_channels": 256, "sample_size": 32}
     reference = PixArtTransformer2DModel(**options)
@@ -821,9 +1013,18 @@ def test_memory_stays_under_the_largest_shard(tmp_path):
     shards = [file.stat().st_size for file in (tmp_path / "shards").glob("*.safetensors")]
     torch.save(original_pixart(reference, 1), tmp_path / "pixart.pth")
     whole = (tmp_path / "pixart.pth").stat().st_size
-    paths = [str(tmp_path / name) for name in ("shards", "pixart.pth")]
+    to_torch(tmp_path / "shards", tmp_path / "bin", WEIGHTS[:-12])
+    for part, names in (("1", "ac"), ("2", "bd")):  # the names take turns
+        tensors = {name: torch.zeros(10_000_000) for name in names}
+        save_file(tensors, tmp_path / f"model-{part}.safetensors")
+    to_torch(tmp_path, tmp_path / "t5", "pytorch_model")
+    (tmp_path / "t5" / "config.json").write_text('{"d_model": 256}')
+    (tmp_path / "t5" / "spiece.model").touch()
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *paths], check=True, capture_output=True, text=True
-    )
+        [sys.executable, "-c", MEASURE, "shards", "bin", "pixart.pth"],
+        check=True, capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
     grown = [int(line.split()[2]) for line in done.stdout.splitlines() if "grew by" in line]
-    assert len(shards) == 2 and grown[0] < 1.3 * max(shards) and grown[1] < 1.3 * whole
+    assert len(shards) == 2 and max(grown[:2]) < 1.3 * max(shards) and grown[2] < 1.3 * whole
+    same_tensors(tmp_path / "bin-out" / "transformer", tmp_path / "shards-out" / "transformer")
+    same_tensors(tmp_path / "bin-out" / "text_encoder_2", tmp_path)

@@ -1,8 +1,10 @@
+import io
 import json
 import shutil
 import warnings
 
 import pytest
+import sentencepiece
 import torch
 from transformers import (
     AutoTokenizer,
@@ -208,6 +210,47 @@ def test_sharded_t5_with_its_decoder_and_a_sentence_piece_vocabulary(tmp_path):
     torch.testing.assert_close(condition.t5.tokens[:1], expected)
 
 
+def test_a_sentencepiece_model_alone(tmp_path):
+    """As T5 is published: spiece.model without tokenizer.json."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(PROMPTS[1:] * 5), model_writer=model, vocab_size=25,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "spiece.model").write_bytes(model.getvalue())
+    config = {"tokenizer_class": "T5Tokenizer", "model_max_length": 9, "lower_and_strip": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    encoder = TextEncoder.tokenizers_alone({"t5": tmp_path})
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    with pytest.warns(UserWarning, match="was cut to 9"):
+        ids, mask = encoder.tokenize([" A red", PROMPTS[2], "left  of é", ""])["t5"]
+    wanted = [[*processor.encode(text), 1] for text in ("a red", PROMPTS[2], "left  of é", "")]
+    wanted[1] = [*wanted[1][:8], 1]
+    assert [row[real].tolist() for row, real in zip(ids, mask, strict=True)] == wanted
+
+
+@pytest.mark.parametrize("folder", ["tokenizer", "tokenizer_2"])
+def test_a_tokenizer_tells_how_prompts_are_read(folder, encoder, saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "a")
+    path = tmp_path / "a" / folder / "tokenizer_config.json"
+    fields = {"model_max_length": 5, "lower_and_strip": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    load(tmp_path / "a").save_pretrained(tmp_path / "b")
+    loaded = load(tmp_path / "b")
+    loaded.save_pretrained(tmp_path / "c")
+    for file in (tmp_path / "b" / folder).iterdir():
+        assert file.read_bytes() == (tmp_path / "c" / folder / file.name).read_bytes()
+
+    name = "clip" if folder == "tokenizer" else "t5"
+    alone = TextEncoder.tokenizers_alone({name: tmp_path / "c" / folder})
+    for read in (loaded, alone):
+        assert read.tokenize([" A "])[name][0].equal(encoder.tokenize(["a"])[name][0])
+        with pytest.warns(UserWarning, match=f"{name} tokens was cut to 5"):
+            ids = read.tokenize(["A Red circle left"])[name][0]
+        whole = encoder.tokenize(["a red circle left"])[name][0]
+        assert ids.tolist() == [[*whole[0, :4].tolist(), encoder.tokenizers[name].eos_token_id]]
+
+
 def test_clip_tokenizer_from_vocabulary_and_merges(encoder, saved, tmp_path):
     description = json.loads((saved / "tokenizer" / "tokenizer.json").read_text())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(description["vocab"]))
@@ -230,7 +273,7 @@ def test_wrong_folders_give_one_clear_error(saved, tmp_path):
         TextEncoder.from_pretrained(clip=(tmp_path, tokenizer))
     with pytest.raises(FileNotFoundError, match=r"no clip tokenizer at .* vocab\.json"):
         TextEncoder.from_pretrained(clip=(clip, tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"no t5 tokenizer at .* sentencepiece"):
+    with pytest.raises(FileNotFoundError, match=r"no t5 tokenizer at .* spiece\.model"):
         TextEncoder.from_pretrained(t5=(saved / "text_encoder_2", tmp_path))
     with pytest.raises(ValueError, match=r"text_encoder_2 is no clip text encoder: \d+ tensors"):
         TextEncoder.from_pretrained(clip=(saved / "text_encoder_2", tokenizer))
