@@ -16,7 +16,7 @@ from gentron_kernels.attention import sdpa
 from gentron_kernels.launch import constexpr, tl
 from gentron_kernels.linear import linear
 
-ROWS = 64  # of a tile: 64 // T sequences of T frames
+MAX_FRAMES = 64
 MAX_SIZE = 128  # of a head, in the Triton kernels
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,7 +37,7 @@ def temporal_attention(qkv: Tensor, motion_free: Tensor | bool | None = None) ->
     backend = launch.backend(qkv)
     if backend == "cpu":
         return torch.ops.gentron.temporal_attention_cpu(qkv, flags)
-    if backend == "cuda" and frames <= ROWS and size <= MAX_SIZE and qkv.dtype in CUDA_DTYPES:
+    if backend == "cuda" and frames <= MAX_FRAMES and size <= MAX_SIZE and qkv.dtype in CUDA_DTYPES:
         return torch.ops.gentron.temporal_attention_cuda(qkv, flags)
     return temporal_attention_ref(qkv, flags)
 
@@ -124,8 +124,9 @@ def _store(pointer, rows, inside, value, START: constexpr, BLOCK: constexpr, DH:
 
 @launch.jit
 def _dot(a, b, total=None):
-    # Three TF32 products for fp32, whose one would lose 13 of its 23 bits; no effect on 16 bits.
-    return tl.dot(a, b, total, input_precision="tf32x3")
+    # fp32 as it is: one TF32 product would lose 13 of its 23 bits, and three of them, which keep
+    # them, spill hundreds of bytes a thread. No effect on 16 bits.
+    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @launch.jit
@@ -280,35 +281,51 @@ def _launch_options(qkv: Tensor, motion_free: Tensor | None, backward: bool = Fa
     batch, frames, tokens, _, heads, size = qkv.shape
     # Constants of the kernel: a compiled graph is one for these, and not for B and N.
     frames, heads, size = int(frames), int(heads), int(size)
-    grid = (batch * -(-(tokens * heads) // (ROWS // frames)),)
-    constants = _constants(frames, heads, size, motion_free is not None)
+    constants = _constants(frames, heads, size, motion_free is not None, qkv.itemsize)
+    grid = (batch * -(-(tokens * heads) // (constants["ROWS"] // frames)),)
     return grid, constants | {"num_warps": _num_warps(constants, qkv.itemsize, backward)}
 
 
-def _constants(frames: int, heads: int, size: int, has_flags: bool) -> dict[str, int]:
+def _constants(
+    frames: int, heads: int, size: int, has_flags: bool, itemsize: int
+) -> dict[str, int]:
+    # A tile holds rows // T sequences of T frames. fp32 is computed outside the tensor cores, where
+    # every row of a tile is work, and a large tile does not fit the registers.
+    rows = MAX_FRAMES if itemsize < 4 else max(16, 1 << (frames - 1).bit_length())
     whole = max(16, 1 << (size - 1).bit_length())  # 16: the least that a tensor core takes
     block = 1 << (size.bit_length() - 1)
     rest = max(16, 1 << (size - block - 1).bit_length())
     if block < 16 or block + rest >= whole:
         block, rest = whole, 0
     names = "HAS_FLAGS", "T", "H", "DH", "BLOCK", "REST", "ROWS"
-    return dict(zip(names, (has_flags, frames, heads, size, block, rest, ROWS), strict=True))
+    return dict(zip(names, (has_flags, frames, heads, size, block, rest, rows), strict=True))
 
 
 def _num_warps(constants: dict[str, int], itemsize: int, backward: bool) -> int:
-    return 8 if itemsize == 4 or (backward and constants["BLOCK"] > 64) else 4
+    is_wide = constants["BLOCK"] > 64
+    if itemsize < 4:
+        spills_on_sm_80 = not (backward or is_wide or constants["HAS_FLAGS"])  # with four warps
+        return 8 if (backward and is_wide) or spills_on_sm_80 else 4
+    if constants["ROWS"] == 16:
+        return 4
+    return 16 if backward and is_wide else 8
 
 
 def compile_cases():
     """For compilation ahead of time: (name, kernel, signature, constants, num_warps)."""
+    variants = [(frames, "bf16", True) for frames in (8, 16, 32)]
+    variants += [(8, "bf16", False), (8, "fp32", True), (32, "fp32", True)]
     for preset, size in ("XL/2", 72), ("G/2", 104):
-        for frames in 8, 16, 32:
-            constants = _constants(frames, 16, size, True)
+        for frames, dtype, has_flags in variants:
+            itemsize = 4 if dtype == "fp32" else 2
+            constants = _constants(frames, 16, size, has_flags, itemsize)
+            name = f"{preset} t = {frames} {dtype}" + ", no flags" * (not has_flags)
             for kernel in _temporal_attention_fwd_kernel, _temporal_attention_bwd_kernel:
-                signature = {name: "*bf16" for name in kernel.arg_names if name.endswith("_ptr")}
-                signature |= {"motion_free_ptr": "*u8", "tokens": "i32"}
-                num_warps = _num_warps(constants, 2, kernel is _temporal_attention_bwd_kernel)
-                yield f"{preset} t = {frames}", kernel, signature, constants, num_warps
+                signature = {a: f"*{dtype}" for a in kernel.arg_names if a.endswith("_ptr")}
+                signature |= {"motion_free_ptr": "*u8"} if has_flags else {}
+                signature["tokens"] = "i32"
+                backward = kernel is _temporal_attention_bwd_kernel
+                yield name, kernel, signature, constants, _num_warps(constants, itemsize, backward)
 
 
 def _register(operator, backward_operator) -> None:

@@ -75,3 +75,32 @@ def run_interpreted():
         assert result.returncode == 0, result.stdout + result.stderr
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def interpreted_bf16(monkeypatch):
+    """Triton 3.7's interpreter truncates to bf16, and multiplies matrices of its bits as integers;
+    a GPU rounds to nearest and multiplies the numbers."""
+    if not INTERPRETED:
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    create_dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def widened(x):
+        bits = x.data.astype("uint32") << 16
+        return TensorHandle(bits.view("float32"), tl.float32) if x.dtype == tl.bfloat16 else x
+
+    def rounded(self, x, dtype):
+        if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, x, dtype)
+        bits = torch.tensor(x.data).bfloat16().view(torch.uint16)
+        return TensorHandle(bits.numpy(), tl.bfloat16)
+
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounded)
+    monkeypatch.setattr(
+        InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *rest: create_dot(self, widened(a), widened(b), *rest),
+    )
