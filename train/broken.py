@@ -30,6 +30,11 @@ class Broken:
     detail: str
 
 
+def in_words(causes: Counter[str]) -> str:
+    """Counts by cause, the most frequent first: "3 unreadable image, 1 no caption"."""
+    return ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
+
+
 class BrokenLog:
     """Counts broken samples by cause and names them in a file, a line of JSON each.
 
@@ -52,8 +57,7 @@ class BrokenLog:
             file.write(line)
         total, among = self.causes.total(), max(self.seen, self._at_least)
         if total > self.max_share * among:
-            causes = ", ".join(f"{count} {cause}" for cause, count in self.causes.most_common())
             raise TooManyBroken(
-                f"{total} of {among} samples are broken, more than {self.max_share:.1%}: {causes}; "
-                f"{self.path} names them"
+                f"{total} of {among} samples are broken, more than {self.max_share:.1%}: "
+                f"{in_words(self.causes)}; {self.path} names them"
             )

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from gentron_fast.config import PRESETS
+from gentron_fast.config import PRESETS, GenTronConfig
+from gentron_fast.model import CONFIG_NAME, read_json
 from gentron_fast.text import SUBFOLDERS
 from gentron_train.data import DataSettings
 from gentron_train.shards import CACHE
@@ -19,6 +20,7 @@ DEFAULT_CONFIG = CONFIGS / "small.yaml"
 STAGES = ("t2i", "t2v")
 EXPORT_DTYPES = ("fp32", "bf16", "fp16")
 CHECKPOINTING = ("none", "attention", "full")
+SIZE_FIELDS = ("depth", "width", "heads", "patch_size")  # what the name of a preset stands for
 
 
 def option(default, text: str, **keywords):
@@ -35,7 +37,7 @@ class Settings:
     """
 
     run: Path = option(Path("runs/t2i"), "folder of this run")
-    init: Path | None = option(None, "pipeline folder to start from")
+    init: Path | None = option(None, "pipeline to start from; its parts count over a file's")
     preset: str = option("small", "model size", choices=[n for n in PRESETS if "T2V" not in n])
     vae: Path = option(Path("runs/vae"), "autoencoder folder; the small one is trained if missing")
     clip: str | None = option(None, "pretrained CLIP, frozen: folder or hub name")
@@ -97,7 +99,7 @@ class Settings:
     export_every: int = option(0, "steps between exports; 0: at the end only")
     export_dtype: str = option("fp16", "weights of the exported pipeline", choices=EXPORT_DTYPES)
     resume: bool = option(False, "go on from the last checkpoint of this run")
-    timeout: float = option(60.0, "seconds that a rank waits for another before the run ends")
+    timeout: float = option(40.0, "seconds that a rank waits for another before the run ends")
     dry_run: bool = option(False, "print the batch and the memory of 1, 8 and 64 GPUs, and end")
     gpu_memory: float | None = option(None, "GiB of a GPU, for --dry-run; else this machine's")
 
@@ -167,16 +169,19 @@ class Settings:
         sizes = [_sizes("--size", value) for value in (self.buckets, self.size) if value]
         return max(sizes[0], key=lambda size: size[0] * size[1]) if sizes else None
 
-    def text_sources(self) -> dict[str, tuple[str, str]]:
-        """Each text encoder's model and tokenizer: of --clip and --t5, else of --init, else of
-        --text."""
-        named = {"clip": self.clip, "t5": self.t5}
-        if any(named.values()):
-            return {name: (source, source) for name, source in named.items() if source is not None}
-        if self.init is not None:
-            folders = {n: [self.init / part for part in parts] for n, parts in SUBFOLDERS.items()}
-            return {name: tuple(pair) for name, pair in folders.items() if pair[0].is_dir()}
-        return {} if self.text is None else {name: (self.text / name,) * 2 for name in SUBFOLDERS}
+    def text_sources(self, encoders: tuple[str, ...]) -> dict[str, tuple[str | Path, str | Path]]:
+        """Model and tokenizer of those of the text encoders that are named: by --clip and --t5,
+        else by --text, else by --init."""
+        stored = {} if self.init is None else stored_encoders(self.init)
+        sources = {}
+        for name in encoders:
+            if (source := getattr(self, name)) is not None:
+                sources[name] = source, source
+            elif self.text is not None:
+                sources[name] = self.text / name, self.text / name
+            elif name in stored:
+                sources[name] = stored[name]
+        return sources
 
     def data_settings(self, stage: str) -> DataSettings:
         """What the loader of a stage, "t2i" or "t2v", takes."""
@@ -209,6 +214,17 @@ class Settings:
     def from_dict(cls, values: dict) -> "Settings":
         """The inverse of `to_dict`; unknown fields, and values of another type: ValueError."""
         return cls(**converted(values, "these settings"))
+
+
+def stored_config(transformer: Path) -> GenTronConfig:
+    """The configuration of a saved model."""
+    return GenTronConfig.from_dict(read_json(transformer / CONFIG_NAME))
+
+
+def stored_encoders(pipeline: Path) -> dict[str, tuple[Path, Path]]:
+    """Model and tokenizer folders of the text encoders that a pipeline folder holds."""
+    folders = {name: [pipeline / part for part in parts] for name, parts in SUBFOLDERS.items()}
+    return {name: tuple(pair) for name, pair in folders.items() if pair[0].is_dir()}
 
 
 _DATA_FIELDS = (
@@ -249,7 +265,7 @@ def converted(values: dict, where: str) -> dict:
     for name, value in values.items():
         kind, optional = _kind(known[name])
         wrong = ValueError(f"{name} in {where} is {value!r}, wanted {kind.__name__}")
-        if value is None and optional:
+        if optional and value in (None, "none"):
             result[name] = None
         else:
             fits = isinstance(value, str | int | float) and isinstance(value, bool) == (
@@ -288,11 +304,11 @@ def load_config(path: Path, stage: str) -> dict:
 def parse_settings(stage: str, description: str, argv: list[str] | None = None) -> Settings:
     """Settings of a stage, "t2i" or "t2v"; wrong input ends with exit code 2.
 
-    The command line counts over the file that --config names (default: configs/small.yaml), that
-    over Settings' own defaults.
+    The command line counts over the parts that lie in the --init folder, these over the file that
+    --config names (default: configs/small.yaml), that over Settings' own defaults.
     """
     parser = argparse.ArgumentParser(
-        description=description,
+        description=f"{description} An option that may be None takes the word none.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -302,18 +318,57 @@ def parse_settings(stage: str, description: str, argv: list[str] | None = None) 
         chosen, _ = _config_parser().parse_known_args(argv)
         defaults = Settings(**load_config(chosen.config, stage))
         for item in dataclasses.fields(Settings):
-            keywords, kind = dict(item.metadata), _kind(item)[0]
+            keywords, (kind, optional) = dict(item.metadata), _kind(item)
             if kind is bool:
                 keywords["action"] = argparse.BooleanOptionalAction
             else:
-                keywords["type"] = kind
+                keywords["type"] = _or_none(kind) if optional else kind
             default = getattr(defaults, item.name)
             parser.add_argument(f"--{_flag(item.name)}", default=default, **keywords)
-        values = vars(parser.parse_args(argv))
-        del values["local_rank"], values["config"]
-        return Settings(**values)
+        # argparse sets a default where there is no value yet: what stays a mark was not given.
+        marks = {item.name: parser for item in dataclasses.fields(Settings)}
+        values = vars(parser.parse_args(argv, argparse.Namespace(**marks)))
+        given = {name: values[name] for name in marks if values[name] is not parser}
+        return _combined(defaults, given)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+
+
+def _or_none(kind: type) -> typing.Callable[[str], object]:
+    """The type of an option that may be None, by that word."""
+
+    def convert(text: str) -> object:
+        return None if text == "none" else kind(text)
+
+    convert.__name__ = kind.__name__  # argparse names it in its message
+    return convert
+
+
+def _combined(defaults: Settings, given: dict) -> Settings:
+    """The settings of a file with the options that were given, and between them what the --init
+    folder holds."""
+    init, found = given.get("init", defaults.init), {}
+    if init is not None and (init / "vae" / CONFIG_NAME).is_file():
+        found["vae"] = init / "vae"
+    if init is not None and (encoders := stored_encoders(init)):
+        found |= dict.fromkeys([*encoders, "text"])  # None, for text_sources to take them
+    if given.get("text") is not None:
+        found |= dict.fromkeys(SUBFOLDERS)
+    if init is not None and "preset" in given and (init / "transformer" / CONFIG_NAME).is_file():
+        stored, preset = stored_config(init / "transformer"), PRESETS[given["preset"]]
+        wanted, sizes = ([getattr(c, name) for name in SIZE_FIELDS] for c in (preset, stored))
+        if wanted != sizes:
+            names = ", ".join(SIZE_FIELDS)
+            raise ValueError(
+                f"--preset {given['preset']} is of {names} {wanted}, {init} holds {sizes}"
+            )
+    for name, other in (("size", "buckets"), ("buckets", "size")):
+        if given.get(name) is not None:
+            found[other] = None
+    settings = replace(defaults, **found | given)
+    if settings.size is not None and settings.buckets is not None:
+        raise ValueError(f"--size {settings.size} and --buckets {settings.buckets}: give one")
+    return settings
 
 
 def _config_parser() -> argparse.ArgumentParser:

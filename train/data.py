@@ -10,6 +10,7 @@ import itertools
 import multiprocessing.util
 import signal
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -335,7 +336,12 @@ class Loader:
 
         Samples that wait for a batch of their size are read again.
         """
-        return {"order": self._fingerprint(), "position": self.position.state_dict()}
+        return {
+            "order": self._fingerprint(),
+            "position": self.position.state_dict(),
+            "broken": self.broken(),
+            "seen": self.log.seen,
+        }
 
     def load_state_dict(self, states: list[dict]) -> None:
         """Go on where a run stood: `states` are those of all its ranks, in rank order.
@@ -346,10 +352,16 @@ class Loader:
             if (given := states[0]["order"][name]) != value:
                 raise ValueError(f"{name} was {given} when the checkpoint was written, now {value}")
         self.position.load_state_dict([state["position"] for state in states])
+        # This rank's share of the counts; checkpoints of earlier versions have none.
+        mine = states[self.position.rank :: self.position.ranks]
+        if all("broken" in state for state in states):
+            counts = [Counter(state["broken"]) for state in mine]
+            self.log.causes = sum(counts, Counter())
+            self.log.seen = sum(state["seen"] for state in mine)
         self._buckets, self._incoming = {}, None
 
     def broken(self) -> dict[str, int]:
-        """Skipped samples by cause, since the start."""
+        """This rank's skipped samples by cause, since the start of the run."""
         return dict(self.log.causes)
 
     def _fingerprint(self) -> dict:

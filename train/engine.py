@@ -1,11 +1,14 @@
 """The training engine: DeepSpeed ZeRO-3 on CUDA or the CPU, for T2I and T2V alike."""
 
+import contextlib
 import math
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -29,6 +32,7 @@ from gentron_fast.model import GenTron, TextCondition
 from gentron_fast.solvers import make_table, solver_step
 from gentron_fast.text import TextEncoder, Tokens
 from gentron_fast.vae import VideoVAE
+from gentron_train.broken import in_words
 from gentron_train.checkpoint import (
     PATIENCE,
     Checkpoints,
@@ -36,7 +40,7 @@ from gentron_train.checkpoint import (
     latest_checkpoint,
     read_info,
 )
-from gentron_train.config import Settings, parse_settings
+from gentron_train.config import Settings, parse_settings, stored_config
 from gentron_train.data import Batch, DataSettings, Loader, TooManyBroken, make_loader
 from gentron_train.ema import ShardedEMA
 from gentron_train.export_pipeline import DTYPES, export_pipeline
@@ -50,12 +54,8 @@ from gentron_train.sharding import (
     fresh_weights,
     restore_masters,
     sharded_model,
-    stored_config,
     stored_weights,
 )
-from gentron_train.small import small_text_encoder
-from gentron_train.text import main as train_text_encoders
-from gentron_train.vae import main as train_vae
 
 BAD_STEPS = 10  # without a finite loss, one after the other, end the run
 SAMPLE_STEPS, LAMBDA_T, LAMBDA_M = 20, 7.5, 1.2
@@ -83,6 +83,27 @@ class Launcher:
         except psutil.NoSuchProcess:
             return True
 
+    def end(self) -> None:
+        """Kill the launcher once the `deepspeed` command is gone, as a signal to all of them leaves
+        it: 30 seconds after the signal it would kill ranks that still write.
+
+        A command that goes on waits for the launcher, and would take its death for success.
+        """
+        for _ in range(100):
+            if self.ended():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self._launcher.kill()
+                return
+            time.sleep(0.1)
+
+    def end_ranks(self) -> None:
+        """Kill the other ranks of this node: the launcher gives a frozen one 30 seconds."""
+        ranks = [] if self._launcher is None else self._launcher.children()
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if rank.pid != os.getpid():
+                    rank.kill()
+
 
 class StopRequest:
     """Whether SIGTERM or Ctrl-C came, or the launcher's own launcher was ended."""
@@ -93,6 +114,8 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def _handle(self, number, frame) -> None:
+        if not self._signalled:
+            threading.Thread(target=self._launcher.end, daemon=True).start()
         self._signalled = True
 
     def __bool__(self) -> bool:
@@ -119,27 +142,37 @@ def start_distributed(timeout: float) -> torch.device:
     return torch.device("cpu")
 
 
-def make_missing(settings: Settings) -> None:
-    """Shards, autoencoder and text encoders of the small model, where there are none; rank 0 makes
-    them."""
+def make_missing(settings: Settings, data: DataSettings) -> None:
+    """Shards, autoencoder and text encoders of the small model, where there are none and the data
+    holds no output of theirs; rank 0 makes them."""
     # Either may take hours, in which the others wait: not to be taken for a frozen rank.
     patient = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
     if dist.get_rank() == 0 and settings.preset == "small":
         if settings.images is None and settings.clips is None:
             ensure_shards(settings.data, settings.make_images, settings.make_clips)
-        if not (settings.vae / "config.json").exists():
+        if not (data.precomputed or (settings.vae / "config.json").exists()):
+            from gentron_train.vae import main as train_vae
+
             train_vae(["--data", str(settings.data), "--out", str(settings.vae), "--resume"])
         text = settings.text
-        if text is not None and settings.init is None and not (text / "t5").is_dir():
+        if not (data.has_text or text is None or (text / "t5").is_dir()):
+            from gentron_train.text import main as train_text_encoders
+
             train_text_encoders(["--out", str(text), "--resume"])
     torch.distributed.barrier(patient)
 
 
-def load_text_encoder(settings: Settings, dtype: torch.dtype) -> TextEncoder:
-    """The text encoders that the settings name; ValueError where they name none."""
-    if sources := settings.text_sources():
-        return TextEncoder.from_pretrained(**sources, dtype=dtype)
-    raise ValueError(f"--preset {settings.preset} needs its text encoders: --clip, --t5 or --text")
+def load_text_encoder(
+    settings: Settings, encoders: tuple[str, ...], dtype: torch.dtype
+) -> TextEncoder:
+    """The text encoders that a model reads; ValueError where the settings do not name one."""
+    sources = settings.text_sources(encoders)
+    if missing := [name for name in encoders if name not in sources]:
+        raise ValueError(
+            f"the model needs its text encoders, no {' and no '.join(missing)} found: "
+            "--clip, --t5, --text or a whole pipeline as --init"
+        )
+    return TextEncoder.from_pretrained(**sources, dtype=dtype)
 
 
 def learning_rate(settings: Settings, step: int, progress: float) -> float:
@@ -249,10 +282,12 @@ def build_parts(settings: Settings, stage: str, data: DataSettings, device: torc
     train_text = train_text and not pretrained and not data.precomputed
     text_encoder = None
     if train_text and settings.init is settings.text is None:
+        from gentron_train.small import small_text_encoder
+
         text_encoder = small_text_encoder(vocabulary())
     elif not data.has_text:
         dtype = torch.float32 if train_text else DTYPES[settings.parameters]
-        text_encoder = load_text_encoder(settings, dtype)
+        text_encoder = load_text_encoder(settings, config.encoders, dtype)
     return Parts(transformer, source, text_encoder, train_text)
 
 
@@ -377,6 +412,8 @@ class Trainer:
         if failure := self.save():
             raise OSError(f"the last checkpoint could not be written: {failure}")
         self.log.close()
+        if self.broken:
+            self._say(self._broken_line())
         if broken:
             raise self._broken or TooManyBroken("another rank met too many broken samples")
         if interrupted:
@@ -454,7 +491,7 @@ class Trainer:
         unit = "clips_per_s" if self.config.temporal else "samples_per_s"
         values = {
             "step": self.step,
-            "loss": round(sum(losses) / len(losses), 5) if losses else None,
+            "loss": sum(losses) / len(losses) if losses else None,
             "lr": rate,
             "grad_norm": round(norm, 4) if math.isfinite(norm) else None,
             unit: round(samples / seconds, 2),
@@ -467,6 +504,13 @@ class Trainer:
             "minutes_left": round(max(left, 0) / 60, 1),
         }
         return self.log.step(settings.steps, values) if self.is_main else ""
+
+    def _broken_line(self) -> str:
+        """All ranks' broken samples by cause."""
+        causes: list = [None] * dist.get_world_size()
+        dist.all_gather_object(causes, self.loader.broken())
+        total = in_words(sum(map(Counter, causes), Counter()))
+        return f"broken samples, skipped: {total}; {self.loader.log.path} names them"
 
     def _say(self, text: str) -> None:
         if self.is_main:
@@ -540,10 +584,12 @@ class Trainer:
             aside = folder.with_name(".pipeline.part")
             shutil.rmtree(aside, ignore_errors=True)
             dtype = DTYPES[self.settings.export_dtype]
-            export_pipeline(latest_checkpoint(self.settings.run), aside, ema=True, dtype=dtype)
+            told = export_pipeline(
+                latest_checkpoint(self.settings.run), aside, ema=True, dtype=dtype
+            )
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(aside, folder)
-            self._say(f"pipeline in {folder}")
+            self._say(told.replace(str(aside), f"pipeline in {folder}"))
         self.checkpoints.barrier()
 
     @torch.no_grad()
@@ -600,7 +646,13 @@ def train(stage: str, description: str, argv: list[str] | None = None) -> None:
             print("\n".join(report(settings, stage)))
         return
     check_run_folder(settings.run, settings.resume)
-    trainer_of(settings, stage).train()
+    trainer = trainer_of(settings, stage)
+    try:
+        trainer.train()
+    except RuntimeError:  # of a collective that waited in vain, among others
+        with contextlib.suppress(psutil.NoSuchProcess):
+            trainer.launcher.end_ranks()
+        raise
 
 
 def trainer_of(settings: Settings, stage: str) -> Trainer:
@@ -608,8 +660,8 @@ def trainer_of(settings: Settings, stage: str) -> Trainer:
     launcher = Launcher()
     device = start_distributed(settings.timeout)
     settings = settings.on(dist.get_world_size())
-    make_missing(settings)
     data = settings.data_settings(stage)
+    make_missing(settings, data)
     parts = build_parts(settings, stage, data, device)
     loader = make_loader(
         data,

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from gentron_fast.checkpoint import Spec, new_folder, write_tensors
 from gentron_fast.config import GenTronConfig
-from gentron_fast.convert import copy_parts
+from gentron_fast.convert import copy_parts, vae_factor
 from gentron_fast.diffusion import SCHEDULER_CONFIG
-from gentron_fast.model import CONFIG_NAME, WEIGHTS_NAME, write_json
+from gentron_fast.model import CONFIG_NAME, WEIGHTS_NAME, read_json, write_json
 from gentron_fast.pipeline import INDEX_NAME, SCHEDULER_PATH, model_index
-from gentron_fast.text import SUBFOLDERS, TextEncoder
-from gentron_fast.vae import VideoVAE
+from gentron_fast.text import MODEL_CLASSES, SUBFOLDERS, TextEncoder
 from gentron_train.checkpoint import latest_checkpoint, read_info, read_sharded
-from gentron_train.config import EXPORT_DTYPES, Settings
+from gentron_train.config import EXPORT_DTYPES, Settings, stored_encoders
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZER_FILE = "*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
@@ -89,8 +88,10 @@ def export_pipeline(
 ) -> str:
     """Write the pipeline of a checkpoint into the new folder `out`; weights in `dtype`.
 
-    Text encoders and autoencoder come from where the run had them. Returns the line of a report.
-    ValueError or FileNotFoundError, and no folder, where something is missing.
+    Text encoders and autoencoder come from where the run had them, the autoencoder as it is, for
+    latents that were computed with it. Without them, or the packages that load them, the
+    transformer is written alone. Returns the line of a report. ValueError or FileNotFoundError, and
+    no folder, where the checkpoint lacks something.
     """
     info = read_info(checkpoint)
     settings = Settings.from_dict(info["settings"])
@@ -107,50 +108,69 @@ def export_pipeline(
         transformer.mkdir()
         write_tensors(transformer / WEIGHTS_NAME, specs, lambda name: read(prefix + name).to(dtype))
         write_json(transformer / CONFIG_NAME, {"_class_name": "GenTron"} | config.to_dict())
-        has_text = _export_text(checkpoint, folder, settings, info, read, dtype)
-        has_vae = (settings.vae / CONFIG_NAME).is_file()
         write_json(folder / SCHEDULER_PATH, SCHEDULER_CONFIG)
-        if has_vae:
-            vae = VideoVAE.from_pretrained(settings.vae, dtype)
-            vae.save_pretrained(folder / "vae")
+        vae, missing = {"vae": settings.vae}, []
+        if (settings.vae / CONFIG_NAME).is_file():
+            copy_parts(folder, vae)
+        else:
+            missing.append(f"no autoencoder in {settings.vae}")
+        try:
+            if (checkpoint / "text").is_dir():
+                _export_trained_text(checkpoint / "text", folder, info, read, dtype)
+            else:
+                _export_text(folder, settings, config.encoders, dtype)
+        except (FileNotFoundError, ImportError) as error:
+            missing.append(str(error))
         for path in folder.rglob("*.safetensors"):
             path.chmod(0o644)  # safetensors keeps its files from other users
-        if not (has_text and has_vae):
-            missing = "autoencoder" if has_text else "text encoders"
-            return f"{out}: no whole pipeline, {missing} missing; training takes it as --init"
-        size = [side * vae.factor for side in info["latents"][-2:]]
+        if missing:
+            reasons = "; ".join(missing)
+            return f"{out}: no whole pipeline, {reasons}; training takes it as --init"
+        size = [side * vae_factor(vae) for side in info["latents"][-2:]]
         write_json(folder / INDEX_NAME, model_index(config, settings.frames, size))
     return f"{out}: step {info['step']}, {'averaged' if ema else 'last'} weights"
 
 
-def _export_text(checkpoint, folder, settings, info, read, dtype) -> bool:
-    """The text encoders of a run into a pipeline folder; False where the run had none."""
-    if (trained := checkpoint / "text").is_dir():
-        pairs = {
-            name: tuple(trained / part for part in parts)
-            for name, parts in SUBFOLDERS.items()
-            if (trained / parts[0]).is_dir()
-        }
-        encoder = TextEncoder.from_pretrained(**pairs)
-        prefix = "text_encoder."
-        weights = {
-            name.removeprefix(prefix): read(name)
-            for name in info["parameters"]
-            if name.startswith(prefix)
-        }
-        # Tied weights have one name here and two in the encoder: not strict.
-        surplus = encoder.load_state_dict(weights, strict=False).unexpected_keys
-        assert not surplus, surplus
-        encoder.to(dtype).save_pretrained(folder)
-        return True
-    if settings.init is not None and not (settings.clip or settings.t5):
-        parts = [part for pair in SUBFOLDERS.values() for part in pair]
-        found = {part: settings.init / part for part in parts if (settings.init / part).is_dir()}
-        copy_parts(folder, found)
-        return bool(found)
-    if sources := settings.text_sources():
-        TextEncoder.from_pretrained(**sources, dtype=dtype).save_pretrained(folder)
-    return bool(sources)
+def _export_trained_text(trained: Path, folder: Path, info: dict, read, dtype) -> None:
+    """Text encoders that trained, of whose weights `trained` has none, into a pipeline folder."""
+    encoder = TextEncoder.from_pretrained(**stored_encoders(trained))
+    prefix = "text_encoder."
+    weights = {
+        name.removeprefix(prefix): read(name)
+        for name in info["parameters"]
+        if name.startswith(prefix)
+    }
+    # Tied weights have one name here and two in the encoder: not strict.
+    surplus = encoder.load_state_dict(weights, strict=False).unexpected_keys
+    assert not surplus, surplus
+    encoder.to(dtype).save_pretrained(folder)
+
+
+def _export_text(folder: Path, settings: Settings, encoders: tuple[str, ...], dtype) -> None:
+    """The frozen text encoders of a run into a pipeline folder: copied where they come from --init
+    or are stored in `dtype`. FileNotFoundError where one is missing."""
+    sources = settings.text_sources(encoders)
+    for name in encoders:
+        if name not in sources:
+            raise FileNotFoundError(f"no {name} text encoder named")
+        model, tokenizer = sources[name]
+        if Path(model).parent == settings.init or _is_stored_as(Path(model), name, dtype):
+            parts = map(Path, (model, tokenizer))
+            copy_parts(folder, dict(zip(SUBFOLDERS[name], parts, strict=True)))
+        else:
+            TextEncoder.from_pretrained(**{name: sources[name]}, dtype=dtype).save_pretrained(
+                folder
+            )
+
+
+def _is_stored_as(folder: Path, name: str, dtype: torch.dtype) -> bool:
+    """Whether a local folder holds the encoder "clip" or "t5", no more than it, in this dtype."""
+    if not (folder / CONFIG_NAME).is_file():
+        return False
+    config = read_json(folder / CONFIG_NAME)
+    stored = config.get("dtype", config.get("torch_dtype"))
+    names = str(dtype).removeprefix("torch."), [MODEL_CLASSES[name]]
+    return (stored, config.get("architectures")) == names
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,6 +16,15 @@ LOG_NAME = "log.jsonl"
 CURVE_NAME = "loss.png"
 
 
+@contextlib.contextmanager
+def _writing(what: object):
+    """A full disk ends no run."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{what} could not be written: {error}", file=sys.stderr)
+
+
 class RunLog:
     """The log of rank 0; that of every other rank does nothing.
 
@@ -63,16 +72,14 @@ class RunLog:
     def step(self, steps: int, values: dict) -> str:
         """Keep the figures of a step; returns the line for the terminal."""
         if self.main:
-            try:
-                with self.path.open("a") as file:
-                    file.write(json.dumps(values) + "\n")
-            except OSError as error:  # a full disk ends no run
-                print(f"{self.path} could not be written: {error}", file=sys.stderr)
+            with _writing(self.path), self.path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
         if self._tensorboard is not None:
-            for name, value in values.items():
-                if name != "step" and value is not None:
-                    self._tensorboard.add_scalar(name, value, values["step"])
-            self._tensorboard.flush()
+            with _writing("TensorBoard's file"):
+                for name, value in values.items():
+                    if name != "step" and value is not None:
+                        self._tensorboard.add_scalar(name, value, values["step"])
+                self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(values, step=values["step"])
         unit = "clips" if "clips_per_s" in values else "samples"
@@ -84,6 +91,7 @@ class RunLog:
             f"{100 * values['mfu']:.1f} % MFU",
             f"{values['memory_gib']:.2f} GiB",
             f"{values['skipped']} skipped" if values["skipped"] else "",
+            f"{values['broken']} broken" if values["broken"] else "",
             f"{values['minutes_left']:.1f} min left",
         ]
         return "  ".join(filter(None, parts))
@@ -93,9 +101,11 @@ class RunLog:
         if not self.main:
             return
         path = self.path.parent / name / f"step-{step:08d}.png"
-        write_media(path, picture[None], fps=1)
+        with _writing(path):
+            write_media(path, picture[None], fps=1)
         if self._tensorboard is not None:
-            self._tensorboard.add_image(name, picture, step, dataformats="HWC")
+            with _writing("TensorBoard's file"):
+                self._tensorboard.add_image(name, picture, step, dataformats="HWC")
         if self._wandb is not None:
             import wandb as client
 
@@ -106,11 +116,14 @@ class RunLog:
         if not self.main:
             return
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with _writing("TensorBoard's file"):
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
         if self.path.exists() and importlib.util.find_spec("matplotlib") is not None:
-            draw_curve(self.path, self.path.with_name(CURVE_NAME))
+            curve = self.path.with_name(CURVE_NAME)
+            with _writing(curve):
+                draw_curve(self.path, curve)
 
 
 def read_log(path: Path) -> list[dict]:

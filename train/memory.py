@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from gentron_fast.config import PRESETS, GenTronConfig
-from gentron_fast.model import CONFIG_NAME, GenTron, read_json
+from gentron_fast.model import CONFIG_NAME, GenTron
 from gentron_fast.text import MAX_TOKENS
-from gentron_train.config import CHECKPOINTING, Settings
+from gentron_train.config import CHECKPOINTING, Settings, stored_config
 from gentron_train.flops import meta_text, parameter_count
 from gentron_train.objective import attention_operators
 
@@ -24,17 +25,20 @@ REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
 WHOLE_MODEL = 50_000_000  # parameters up to which gathers cost more than the memory they save
 GPUS = (1, 8, 64)
+SMALL_SIZE = (64, 64)  # pixels of the small world
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. gathered: whole parameters in use, and the buckets they travel in."""
+    """Bytes of one rank. gathered: whole parameters in use, and the buckets they travel in;
+    frozen: text encoders and autoencoder."""
 
     parameters: int
     gradients: int
     optimizer: int  # fp32 masters and AdamW's two moments
     ema: int
     gathered: int
+    frozen: int
     activations: int
 
     @property
@@ -155,10 +159,22 @@ class _AttentionOutputs(TorchDispatchMode):
 def model_config(settings: Settings, stage: str) -> GenTronConfig:
     """The model that a run of these settings trains."""
     if settings.init is not None and (path := settings.init / "transformer" / CONFIG_NAME).exists():
-        config = GenTronConfig.from_dict(read_json(path))
+        config = stored_config(path.parent)
     else:
         config = PRESETS[settings.preset]
     return replace(config, temporal=config.temporal or stage == "t2v")
+
+
+def frozen_files(settings: Settings, encoders: tuple[str, ...]) -> dict[str, int | None]:
+    """Bytes of the autoencoder's weights and of each text encoder's, as their files hold them;
+    None where there are none here."""
+    sources = settings.text_sources(encoders)
+    folders = {name: sources[name][0] if name in sources else None for name in encoders}
+    sizes = {}
+    for name, folder in ({"vae": settings.vae} | folders).items():
+        files = [] if folder is None else list(Path(folder).glob("*.safetensors"))
+        sizes[name] = sum(file.stat().st_size for file in files) if files else None
+    return sizes
 
 
 def report(settings: Settings, stage: str) -> list[str]:
@@ -167,34 +183,45 @@ def report(settings: Settings, stage: str) -> list[str]:
     ValueError where the size of the samples is not known before the data is read.
     """
     config = model_config(settings, stage)
-    height, width = settings.pixels() or (64, 64)
+    size = settings.pixels() or (SMALL_SIZE if settings.preset == "small" else None)
+    if size is None:
+        raise ValueError("--dry-run reads no data: wanted --size or --buckets, got neither")
+    height, width = size
     factor = config.pixels_per_latent
     frames = settings.frames if stage == "t2v" else 1
     latents = (config.in_channels, frames, height // factor, width // factor)
     itemsize = {"fp32": 4, "bf16": 2}
     samples = settings.batch * settings.draws
     kept = activations(config, latents, MAX_TOKENS, samples, itemsize[settings.dtype])
+    frozen = frozen_files(settings, config.encoders)
     room, where = _room(settings)
     title = f"{settings.preset}{'-T2V' if stage == 't2v' else ''}"
     lines = [
         f"{title}: {parameter_count(config) / 1e6:.1f} M parameters, latents {latents}, "
         f"{samples} samples a micro-step, texts at their longest; GiB of one GPU",
         f"{'GPUs':>4} {'checkpointing':<14}{'parameters':>11}{'gradients':>10}{'optimizer':>10}"
-        f"{'EMA':>7}{'gathered':>9}{'activations':>12}{'all':>8}  fits in {room:.0f} {where}",
+        f"{'EMA':>7}{'gathered':>9}{'frozen':>7}{'activations':>12}{'all':>8}  "
+        f"fits in {room:.0f} {where}",
     ]
     for ranks in GPUS:
         shared = states(parameter_count(config), ranks, itemsize[settings.parameters])
         for mode in CHECKPOINTING:
-            memory = Memory(**shared, activations=kept[mode])
+            memory = Memory(
+                **shared, frozen=sum(filter(None, frozen.values())), activations=kept[mode]
+            )
             parts = [getattr(memory, item.name) / 2**30 for item in fields(memory)]
             total = memory.total / 2**30
             mark = " ←" if mode == settings.checkpoint_activations else ""
             lines.append(
                 f"{ranks:>4} {mode:<14}{parts[0]:>11.2f}{parts[1]:>10.2f}{parts[2]:>10.2f}"
-                f"{parts[3]:>7.2f}{parts[4]:>9.2f}{parts[5]:>12.2f}{total:>8.2f}  "
+                f"{parts[3]:>7.2f}{parts[4]:>9.2f}{parts[5]:>7.2f}{parts[6]:>12.2f}{total:>8.2f}  "
                 f"{'yes' if total <= room else 'no'}{mark}"
             )
-    lines.append("not counted: the CUDA context, what NCCL takes, fragmentation, frozen encoders")
+    lines.append("frozen: the encoders' files, which shards of embeddings and latents do without")
+    away = [f"{name} (no files here)" for name, size in frozen.items() if size is None]
+    lines.append(
+        "not counted: " + ", ".join(["the CUDA context, what NCCL takes, fragmentation", *away])
+    )
     for ranks in GPUS:
         try:
             lines.append(f"{settings.batch_line(ranks)}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gentron_fast.checkpoint import open_weights
 from gentron_fast.config import GenTronConfig
 from gentron_fast.layers import TemporalAttention
-from gentron_fast.model import CONFIG_NAME, GenTron, read_json
+from gentron_fast.model import GenTron
 from gentron_train.checkpoint import shard_of
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -57,10 +57,6 @@ def stored_weights(folder: Path, config: GenTronConfig, seed: int) -> Source:
     return parts
 
 
-def stored_config(folder: Path) -> GenTronConfig:
-    return GenTronConfig.from_dict(read_json(folder / CONFIG_NAME))
-
-
 def sharded_model(
     config: GenTronConfig, source: Source, zero: dict, dtype: torch.dtype, device: torch.device
 ) -> GenTron:
@@ -82,6 +78,8 @@ def sharded_model(
         if not tensors:
             continue
         deepspeed.zero.Init(module=part, config_dict_or_path=zero, dtype=dtype)
+    if config.final_table:  # read outside its layer's forward, after which ZeRO-3 would release it
+        deepspeed.zero.register_external_parameter(model, model.final.table)
     assert not any(parameter.is_meta for parameter in model.parameters())
     return model
 

@@ -25,6 +25,7 @@ from gentron_train.broken import BrokenSample
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "gentron"
 PRECOMPUTED = "__precomputed__"  # a member of ours; WebDataset skips names of this form
 KEPT = 128  # indexes and open files a process holds
+PAUSES = (1, 3)  # seconds before a shard is fetched once more
 
 
 @dataclass(frozen=True)
@@ -83,21 +84,26 @@ def find_shards(pattern: str, cache: Path = CACHE, room: int | None = None) -> l
 
 
 def fetch(shard: Shard) -> None:
-    """Copy a shard that is no local file, unless the copy is there."""
+    """Copy a shard that is no local file, unless the copy is there; ValueError where that fails
+    three times, with pauses."""
     if shard.path.exists() or not _is_remote(shard.url):
         return
     from webdataset.gopen import gopen
 
     shard.path.parent.mkdir(parents=True, exist_ok=True)
     aside = shard.path.with_name(f".{shard.path.name}.{os.getpid()}.part")
-    try:
-        with gopen(shard.url) as source, open(aside, "wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
-        os.replace(aside, shard.path)
-    except Exception as error:  # each scheme raises its own
-        raise ValueError(f"cannot read the shard {shard.url}: {error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
+    for pause in (*PAUSES, None):
+        try:
+            with gopen(shard.url) as source, open(aside, "wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+            os.replace(aside, shard.path)
+            break
+        except Exception as error:  # each scheme raises its own
+            if pause is None:
+                raise ValueError(f"cannot read the shard {shard.url}: {error}") from error
+            time.sleep(pause)
+        finally:
+            aside.unlink(missing_ok=True)
     if shard.room is not None:
         _make_room(shard)
 
@@ -250,9 +256,13 @@ def _read_at(shard: Shard, offset: int, size: int) -> bytes:
 
 
 def _open(shard: Shard) -> int:
-    """A file descriptor, which outlives the file's removal."""
+    """A file descriptor, which outlives the file's removal; BrokenSample where there is no more
+    copy of a shard and none can be had."""
     while True:
-        fetch(shard)
+        try:
+            fetch(shard)
+        except ValueError as error:
+            raise BrokenSample("unreadable shard", str(error)) from error
         try:
             descriptor = os.open(shard.path, os.O_RDONLY)
         except FileNotFoundError:

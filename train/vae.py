@@ -158,7 +158,7 @@ def train(
     set_scaling(vae.eval(), frames, device)
     aside = out.with_name(f".{out.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
-    vae.cpu().save_pretrained(aside)
+    vae.cpu().half().save_pretrained(aside)  # as pipelines hold it
     shutil.rmtree(out, ignore_errors=True)
     os.replace(aside, out)
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Checkpoints: resumed by as many ranks, by fewer and by more; kept whole; exported."""
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,10 +12,11 @@ from deepspeed import comm as dist
 from safetensors.torch import load_file, save_file
 from training import log_of
 
-from gentron_fast import GenTron
+from gentron_fast import GenTron, GenTronPipeline
 from gentron_train import checkpoint as checkpoint_module
 from gentron_train import engine, export_pipeline
 from gentron_train.checkpoint import latest_checkpoint, read_info, read_sharded, shard_of
+from gentron_train.sources import folder_digest
 
 # Eight samples a step on one rank as on two.
 OPTIONS = ("--global-batch=8", "--batch=2", "--draws=2", "--steps=6", "--save-every=2")
@@ -31,12 +33,16 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in log_of(run)]
 
 
-def averages(run: Path) -> dict:
+def averages(run: Path, weights=export_pipeline.averaged_weights) -> dict:
     """The averaged weights of the last checkpoint, whole."""
     checkpoint = latest_checkpoint(run)
     info = read_info(checkpoint)
-    read = export_pipeline.averaged_weights(checkpoint, info)
+    read = weights(checkpoint, info)
     return {name: read(name) for name in info["parameters"]}
+
+
+def masters(run: Path) -> dict:
+    return averages(run, export_pipeline.master_weights)
 
 
 def distance(weights: dict, reference: dict) -> float:
@@ -70,7 +76,15 @@ def names(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-def test_two_ranks_resume_to_the_bit(ranks, world, tiny_t2i_folder, tmp_path, whole_run):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_ranks_resume_to_the_bit(
+    ranks, world, tiny_t2i_folder, tmp_path, whole_run, monkeypatch, sharded
+):
+    if sharded:  # another run, of a model that is never whole
+        monkeypatch.setattr(engine, "WHOLE_MODEL", 0)
+        whole_run = tmp_path / "whole"
+        pids = ranks.start(2, train, world, tiny_t2i_folder, whole_run)
+        assert ranks.wait(pids) == [0, 0]
     assert names(whole_run) == ["latest", "step-00000002", "step-00000004", "step-00000006"]
     resumed = cut(whole_run, tmp_path / "run")
     shutil.rmtree(resumed / "pipeline")
@@ -84,6 +98,8 @@ def test_two_ranks_resume_to_the_bit(ranks, world, tiny_t2i_folder, tmp_path, wh
         )
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    ours, theirs = masters(resumed), masters(whole_run)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     for path in (whole_run / "pipeline").rglob("*.safetensors"):
         again = resumed / path.relative_to(whole_run)
         assert again.read_bytes() == path.read_bytes(), path
@@ -122,6 +138,36 @@ def test_export_reads_masters_and_averages(tmp_path, whole_run, tiny_t2i_folder)
     gap = max(float((models[()][name] - start[name]).abs().max()) for name in start)
     assert 1e-3 < gap < 6.1e-3
     assert distance(models[()], models["--ema",]) > 1e-6
+
+
+def test_export_copies_what_is_stored_as_wanted(tmp_path, whole_run, world, monkeypatch):
+    """Text encoders of the export's dtype are copied unopened, others loaded; the autoencoder is
+    copied, for the latents that were computed with it."""
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    path = latest_checkpoint(run) / "checkpoint.json"
+    info = json.loads(path.read_text())
+    info["settings"] |= {"init": None, "text": str(world / "text")}
+    path.write_text(json.dumps(info))
+    loaded, load = [], export_pipeline.TextEncoder.from_pretrained
+    monkeypatch.setattr(
+        export_pipeline.TextEncoder,
+        "from_pretrained",
+        lambda **sources: loaded.append(set(sources)) or load(**sources),
+    )
+    assert export_pipeline.main([str(run), str(tmp_path / "fp32"), "--dtype=fp32"]) == 0
+    assert not loaded
+    assert export_pipeline.main([str(run), str(tmp_path / "fp16"), "--dtype=fp16"]) == 0
+    assert loaded == [{"clip", "dtype"}, {"t5", "dtype"}]
+    for kind in ("fp32", "fp16"):
+        assert folder_digest(tmp_path / kind / "vae") == folder_digest(world / "vae")
+        assert GenTronPipeline.from_pretrained(tmp_path / kind).default_size == (64, 64)
+    shutil.rmtree(tmp_path / "fp32")
+    info["settings"] |= {"text": str(tmp_path / "nowhere")}
+    path.write_text(json.dumps(info))
+    line = export_pipeline.export_pipeline(path.parent, tmp_path / "fp32", ema=True)
+    assert "no whole pipeline, no clip text encoder at" in line
+    assert not (tmp_path / "fp32" / "model_index.json").exists()
 
 
 def test_export_of_what_is_no_checkpoint(tmp_path, capsys):

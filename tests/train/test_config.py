@@ -159,6 +159,54 @@ def test_batches_that_cannot_be_made(changes, ranks, message):
         Settings(**changes).on(ranks)
 
 
+def test_parts_of_the_init_folder_count_over_the_file(tmp_path, tiny_t2i_folder, capsys):
+    """A file's encoders and autoencoder give way to those in --init, these to the command line."""
+    config = written(tmp_path, "vae: runs/vae\nclip: a/clip\nt5: a/t5\ntext: runs/text\n")
+    init, bare = f"--init={tiny_t2i_folder}", tmp_path / "bare"
+    both = ("clip", "t5")
+    own = {
+        "clip": (tiny_t2i_folder / "text_encoder", tiny_t2i_folder / "tokenizer"),
+        "t5": (tiny_t2i_folder / "text_encoder_2", tiny_t2i_folder / "tokenizer_2"),
+    }
+    settings = parse_settings("t2v", "", [config, init])
+    assert settings.vae == tiny_t2i_folder / "vae"
+    assert settings.text_sources(both) == own
+    assert settings.text_sources(("t5",)) == {"t5": own["t5"]}  # what is not read is not loaded
+    settings = parse_settings("t2v", "", [config, init, "--vae=v", "--clip=c"])
+    assert settings.vae == Path("v")
+    assert settings.text_sources(both) == own | {"clip": ("c", "c")}
+    settings = parse_settings("t2v", "", [config, init, "--text=words"])
+    assert settings.text_sources(both)["t5"] == (Path("words/t5"), Path("words/t5"))
+    bare.mkdir()
+    settings = parse_settings("t2v", "", [config, f"--init={bare}"])
+    assert settings.vae == Path("runs/vae")
+    assert settings.text_sources(both) == {"clip": ("a/clip",) * 2, "t5": ("a/t5",) * 2}
+    (bare / "text_encoder_2").mkdir()  # as of a PixArt
+    settings = parse_settings("t2v", "", [config, f"--init={bare}"])
+    assert settings.text_sources(both)["t5"] == (bare / "text_encoder_2", bare / "tokenizer_2")
+    assert settings.text_sources(both)["clip"] == ("a/clip", "a/clip")
+    assert parse_settings("t2v", "", [config, init]).preset == "small"  # of the file: no matter
+    error = refused(capsys, "t2v", init, "--preset=XL/2")
+    assert "--preset XL/2 is of depth, width, heads, patch_size [28, 1152, 16, 2]" in error
+    assert f"{tiny_t2i_folder} holds [2, 48, 4, 2]" in error
+
+
+def test_none_and_sizes_on_the_command_line(tmp_path, capsys):
+    config = written(tmp_path, "buckets: 64x64,32x96\nminutes: 3\nclip: none\n")
+    settings = parse_settings("t2i", "", [config])
+    assert settings.pixels() == (64, 64) and settings.clip is None
+    settings = parse_settings("t2i", "", [config, "--buckets=none", "--minutes=none"])
+    assert settings.buckets is settings.minutes is None
+    settings = parse_settings("t2i", "", [config, "--size=96"])
+    assert settings.pixels() == (96, 96) and settings.data_settings("t2i").buckets == ()
+    settings = parse_settings("t2i", "", [config, "--checkpoint-activations=none"])
+    assert settings.checkpoint_activations == "none"
+    assert "invalid float value: 'many'" in refused(capsys, "t2i", "--minutes=many")
+    assert "invalid int value: 'none'" in refused(capsys, "t2i", "--batch=none")
+    both = refused(capsys, "t2i", "--size=64", "--buckets=64x64,32x96")
+    assert "--size 64 and --buckets 64x64,32x96: give one" in both
+
+
 def test_settings_go_to_json_and_back():
     settings = parse_settings("t2v", "", ["--minutes=3", "--no-in-memory", "--buckets=64x64,32x96"])
     assert Settings.from_dict(settings.to_dict()) == settings

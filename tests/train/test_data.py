@@ -2,10 +2,12 @@
 
 import gzip
 import io
+import itertools
 import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -21,6 +23,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load
+from training import log_of
 from webdataset import WebDataset
 
 from gentron_fast import TextCondition
@@ -514,6 +517,29 @@ def texts(encoder, batch) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("ranks", [2, 1, 3])
+def test_broken_counts_go_on_after_a_resume(shards, models, encoder, tmp_path, ranks):
+    """The counts of two ranks are shared out among those that go on, none lost or counted twice."""
+    data = settings(shards, tmp_path, batch=1)
+
+    def loader(rank, ranks):
+        return make_loader(data, models / "vae", encoder.tokenize, rank=rank, ranks=ranks)
+
+    old = [loader(rank, 2) for rank in range(2)]
+    for one in old:
+        [next(one) for _ in range(5)]
+    before = sum((Counter(one.broken()) for one in old), Counter())
+    assert before["shard cut off"] == 1 and before.total() > 3
+    states = json.loads(json.dumps([one.state_dict() for one in old]))
+    new = [loader(rank, ranks) for rank in range(ranks)]
+    for one in new:
+        one.load_state_dict(states)
+    assert sum((Counter(one.broken()) for one in new), Counter()) == before
+    assert sum(one.log.seen for one in new) == sum(one.log.seen for one in old)
+    if ranks == 2:
+        assert [one.broken() for one in new] == [one.broken() for one in old]
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_each_kind_of_broken_sample(broken_samples, name, tmp_path):
     shard = find_shards(str(write_tar(tmp_path / "a.tar", [broken_samples[name]])))[0]
@@ -606,6 +632,41 @@ def test_a_batch_by_hand(shards, models, encoder, tmp_path):
         torch.testing.assert_close(batch.latents, expected, rtol=1e-3, atol=1e-3)
         assert torch.equal(batch.noise, torch.randn(expected.shape, generator=generator))
     assert first_numbers == sorted(first_numbers)
+
+
+def test_a_clip_by_hand(shards, models, encoder, tmp_path):
+    """Frames from the file by PyAV, every sixth of 24 a second from the start that is drawn."""
+    data = settings(shards, tmp_path, kinds=("clips",), draws=2, seed=5, batch=1, starts=2)
+    loader = make_loader(data, models / "vae", encoder.tokenize)
+    vae = VideoVAE.from_pretrained(models / "vae")
+    for _ in range(3):
+        batch = next(loader)
+        number = loader.position.number(loader.position.taken - 1)
+        _, shard, place = loader.reader.order.locate(number)
+        _, files = read(data.shards["clips"][shard], place)
+        generator = torch.Generator().manual_seed((5 * 0x9E3779B1 + number) & 0xFFFFFFFF)
+        kept = torch.rand((), generator=generator) >= data.p_null
+        caption = json.loads(files["json"])["caption"]
+        assert texts(encoder, batch)[0] == (caption if kept else "")
+        window = int(torch.randint(2, (), generator=generator))
+        starts = seeded(0, place, "clips-0")
+        first = [int(torch.randint(6, (), generator=starts)) for _ in range(2)][window]
+        with av.open(io.BytesIO(files["mp4"])) as container:
+            frames = [frame.to_image() for frame in container.decode(video=0)][first::6][:8]
+        images = []
+        for image in frames:
+            side = max(32 / image.width, 32 / image.height)
+            image = image.resize((round(image.width * side), round(image.height * side)), 3)
+            top, left = (image.height - 32) // 2, (image.width - 32) // 2
+            images.append(numpy.array(image)[top : top + 32, left : left + 32])
+        pixels = torch.from_numpy(numpy.stack(images) / 127.5 - 1).permute(3, 0, 1, 2)[None].float()
+        with torch.no_grad():
+            mean, std = (part.half().float() for part in vae.encode(pixels))
+        assert torch.equal(batch.timestep, torch.randint(1000, (2,), generator=generator))
+        expected = mean + std * torch.randn(2, *mean.shape[1:], generator=generator)
+        torch.testing.assert_close(batch.latents, expected, rtol=1e-3, atol=1e-3)
+        assert torch.equal(batch.noise, torch.randn(expected.shape, generator=generator))
+        assert batch.motion_free.tolist() == [False, False]
 
 
 def test_motion_free_image_is_encoded_once_and_repeated(shards, models, encoder, tmp_path):
@@ -703,6 +764,37 @@ assert batch.latents.shape == (2, 4, 8, 4, 4) and batch.text.t5.tokens.shape[2] 
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_run_on_precomputed_shards_needs_no_other_package(precomputed, tiny_t2i_folder, tmp_path):
+    """Two steps to the transformer alone; the text encoders of --init are copied unopened."""
+    code = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("diffusers", "transformers", "av"):
+            raise ModuleNotFoundError(name + " is blocked")
+sys.meta_path.insert(0, Block())
+from gentron_train.engine import run, train
+run(lambda: train("t2i", "", sys.argv[1:]))
+"""
+    run = tmp_path / "run"
+    options = [f"--data={precomputed}", f"--run={run}", f"--init={tiny_t2i_folder}", "--size=32"]
+    options += ["--vae=nowhere", "--steps=2", "--batch=2", "--draws=1", "--max-broken=1"]
+    options += ["--workers=0", "--no-in-memory", "--no-tensorboard", "--log-every=1"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *options]
+    result = subprocess.run(command, env=os.environ | rank, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    told = f"pipeline in {run / 'pipeline'}: no whole pipeline, no autoencoder in nowhere; training"
+    assert told in result.stdout
+    assert [row["step"] for row in log_of(run)] == [1, 2]
+    names = {path.name for path in (run / "pipeline").iterdir()}
+    assert names == {*("transformer", "scheduler"), *itertools.chain(*SUBFOLDERS.values())}
+
+
 def test_latents_alone_leave_the_text_to_the_run(shards, models, encoder, tmp_path):
     command = [f"{shards}/clips-0.tar", str(tmp_path / "new"), f"--vae={models / 'vae'}"]
     options = ["--size=32x32", "--workers=0", "--max-broken=1", "--no-text"]
@@ -788,7 +880,8 @@ def test_help_fits_a_screen(capsys):
     assert stop.value.code == 0 and len(lines) <= 40 and max(map(len, lines)) <= 100
 
 
-def test_shards_by_any_url(shards, tmp_path):
+def test_shards_by_any_url(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "PAUSES", (0, 0))
     pattern = f"pipe:cat {shards}/{{images-0,clips-0}}.tar"
     remote = find_shards(pattern, tmp_path / "cache")
     local = find_shards(f"file:{shards}/{{images-0,clips-0}}.tar")
@@ -803,6 +896,21 @@ def test_shards_by_any_url(shards, tmp_path):
     (tmp_path / "a.tar").write_bytes(gzip.compress(b"a"))
     with pytest.raises(ValueError, match="is compressed"):
         count(find_shards(str(tmp_path / "a.tar"))[0])
+
+
+def test_a_shard_is_fetched_three_times_before_its_samples_are_broken(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "PAUSES", (0, 0))
+    tried, path = tmp_path / "tried", write_tar(tmp_path / "a.tar", [{"txt": b"one"}])
+    command = f"pipe:echo >> {tried}; test $(wc -l < {tried}) -ge 3 && cat {path}"
+    shard = find_shards(command, tmp_path / "cache")[0]
+    assert count(shard) == (1, None) and tried.read_text().count("\n") == 3
+    tried.unlink()
+    path.unlink()
+    shard.path.unlink()  # as it goes to make room
+    with pytest.raises(BrokenSample) as broken:
+        read(shard, 0)
+    assert broken.value.cause == "unreadable shard" and "cannot read" in broken.value.detail
+    assert tried.read_text().count("\n") == 3
 
 
 def test_copies_of_shards_make_room_for_others(tmp_path):

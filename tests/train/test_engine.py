@@ -1,6 +1,7 @@
 """The engine against one plain process: ZeRO-3 on two ranks, bf16, EMA, and bad steps."""
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -93,7 +94,13 @@ def distance(weights: dict, reference: dict) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def test_two_ranks_equal_one_plain_process(ranks, world, tiny_t2i_folder, tmp_path, plain):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_ranks_equal_one_plain_process(
+    ranks, world, tiny_t2i_folder, tmp_path, plain, monkeypatch, sharded
+):
+    """With a model that stays gathered between steps, and with one that is never whole."""
+    if sharded:
+        monkeypatch.setattr(engine, "WHOLE_MODEL", 0)
     results = ranks.call(2, run_steps, settings_of(world, tiny_t2i_folder, tmp_path))
     assert results[0]["losses"] == pytest.approx(plain["losses"], rel=1e-6)
     assert len(set(plain["losses"])) == STEPS
@@ -124,9 +131,10 @@ def test_bf16_stays_near_fp32(ranks, world, tiny_t2i_folder, tmp_path, plain, mo
 
 def masters(settings: Settings) -> dict:
     trainer = trainer_of(settings, "t2v")
-    named = trainer.engine.module.named_parameters()
-    return {name: safe_get_local_fp32_param(p) for name, p in named} | {
-        "whole": max(p.ds_tensor.numel() for p in trainer.engine.module.parameters()),
+    named = dict(trainer.engine.module.named_parameters())
+    return {name: safe_get_local_fp32_param(p) for name, p in named.items()} | {
+        "kept": sum(p.ds_tensor.numel() for p in named.values()),
+        "whole": sum(p.ds_numel for p in named.values()),
     }
 
 
@@ -144,8 +152,68 @@ def test_masters_are_not_rounded(ranks, world, tiny_t2i_folder, tmp_path, monkey
         for rank, shard in enumerate(shards):
             own = shard[f"transformer.{name}"]
             assert torch.equal(own, shard_of(weight.detach(), own.numel(), rank)), name
-    out = "transformer.blocks.1.temporal_attention.out.weight"
-    assert not shards[0][out].any()
+    for shard in shards:  # no rank holds the whole model, padding aside
+        assert shard["kept"] == pytest.approx(shard["whole"] / 2, rel=0.01)
+    for block in range(2):
+        assert not shards[0][f"transformer.blocks.{block}.temporal_attention.out.weight"].any()
+
+
+@pytest.fixture(scope="module")
+def pixart_folder(make_model, tiny_config, tiny_t2i_folder, tmp_path_factory):
+    """What gentron_fast.convert makes of a PixArt, tiny: a T5 alone, and the options it needs."""
+    folder = tmp_path_factory.mktemp("pixart")
+    options = {"pooled_text": False, "caption_projection": True, "cross_norm": False}
+    options |= {"timestep_cos_first": True, "final_table": True, "learned_range": True}
+    config = replace(tiny_config, temporal=False, encoders=("t5",), **options)
+    make_model(config, torch.float32).save_pretrained(folder / "transformer")
+    for part in ("text_encoder_2", "tokenizer_2", "vae"):
+        shutil.copytree(tiny_t2i_folder / part, folder / part)
+    return folder
+
+
+def start_of_t2v(settings: Settings) -> dict:
+    """What the engine predicts of a clip before any step, and T2I of its frames; then two steps."""
+    trainer = trainer_of(settings, "t2v")
+    engine.gather_persistent(trainer.engine)
+    image_model = GenTron.from_pretrained(settings.init / "transformer")
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 3, 8, 8, generator=generator)
+    timestep, motion_free = torch.tensor([3, 700]), torch.tensor([False, True])
+    text = trainer.text_encoder.encode(["a red circle", ""])
+    with torch.no_grad():
+        frames = [image_model(latents[:, :, [t]], timestep, text) for t in range(3)]
+        clip = trainer.engine(latents, timestep, text, motion_free)
+    blocks = trainer.engine.module.transformer.blocks
+    out = [safe_get_full_fp32_param(block.temporal_attention.out.weight) for block in blocks]
+    before = [bool(weight.any()) for weight in out]
+    losses = [float(trainer._step(1e-3)) for _ in range(2)]
+    out = [safe_get_full_fp32_param(block.temporal_attention.out.weight) for block in blocks]
+    after = [bool(weight.any()) for weight in out]
+    frames = torch.cat(frames, 2)
+    return {"clip": clip, "frames": frames, "losses": losses, "before": before, "after": after}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_t2v_starts_as_a_converted_pixart(
+    ranks, world, pixart_folder, tmp_path, monkeypatch, sharded
+):
+    if sharded:
+        monkeypatch.setattr(engine, "WHOLE_MODEL", 0)
+    settings = settings_of(world, pixart_folder, tmp_path, "t2v", draws=1)
+    result = ranks.call(2, start_of_t2v, settings)[0]
+    assert result["clip"].shape == (2, 8, 3, 8, 8)
+    torch.testing.assert_close(result["clip"], result["frames"], rtol=1e-5, atol=1e-5)
+    assert result["before"] == [False, False] and result["after"] == [True, True]
+    assert all(map(math.isfinite, result["losses"]))
+
+
+def test_an_encoder_that_is_missing_is_named(world, pixart_folder, tiny_t2i_folder, tmp_path):
+    settings = settings_of(world, pixart_folder, tmp_path)
+    with pytest.raises(ValueError, match="needs its text encoders, no clip found: --clip"):
+        engine.load_text_encoder(settings, ("clip", "t5"), torch.float32)
+    settings = settings_of(world, tiny_t2i_folder, tmp_path)
+    encoder = engine.load_text_encoder(settings, ("t5",), torch.float32)
+    assert list(encoder.encoders) == ["t5"]
 
 
 def test_fresh_parts_are_a_fresh_model():
@@ -239,6 +307,7 @@ def too_many_broken(settings: Settings) -> None:
 
     def limited(self):
         if next(calls) == 2 and torch.distributed.get_rank() == 1:
+            self.log.causes["unreadable image"] = 6
             raise TooManyBroken("6 of 100 samples are broken: 6 unreadable image")
         return following(self)
 
@@ -251,6 +320,9 @@ def test_too_many_broken_samples_end_with_a_checkpoint(
 ):
     settings = settings_of(world, tiny_t2i_folder, tmp_path / "run")
     assert ranks.wait(ranks.start(2, too_many_broken, settings)) == [2, 2]
-    assert "rank 1: error: 6 of 100 samples are broken" in capfd.readouterr().err
+    captured = capfd.readouterr()
+    assert "rank 1: error: 6 of 100 samples are broken" in captured.err
+    assert "broken samples, skipped: 6 unreadable image; " in captured.out
+    assert "  6 broken  " in captured.out  # in the line of the step
     info = read_info(latest_checkpoint(tmp_path / "run"))
     assert (info["step"], info["skipped"], info["ema_updates"]) == (3, 1, 2)

@@ -1,6 +1,7 @@
-"""Ranks that are killed: everything ends within a minute, and a resumed run loses few steps.
+"""Ranks that are killed or freeze: everything ends within a minute, and a resumed run loses few
+steps; a checkpoint that takes longer than the launcher's patience is written.
 
-`make faults` makes FAULTS trials; the tests make two, one a rank.
+`make faults` makes FAULTS trials, and what takes a minute; the tests make two trials, one a rank.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from gentron_train.checkpoint import latest_checkpoint, read_info
 TRIALS = int(os.environ.get("FAULTS", "2"))
 OPTIONS = ("--batch=1", "--steps=100000", "--save-every=2", "--keep=1", "--no-tensorboard")
 OPTIONS += ("--dtype=fp32",)
+slow = pytest.mark.skipif("FAULTS" not in os.environ, reason="takes a minute: make faults")
 
 
 def wait_for(condition, seconds: float) -> float:
@@ -56,7 +58,7 @@ def rank_process(session: int, rank: int) -> psutil.Process:
 def test_a_killed_rank_ends_the_run(ranks, world, tiny_t2i_folder, tmp_path, trial):
     run, moment = tmp_path / "run", random.Random(trial)
     options = (*OPTIONS, f"--init={tiny_t2i_folder}")
-    process = launch("t2i", world, run, *options)
+    process = launch("train/t2i.py", world, run, *options)
     try:
         wait_for(lambda: latest_checkpoint(run) or process.poll() is not None, 300)
         time.sleep(moment.uniform(0, 5))  # while it computes, or while it saves
@@ -71,6 +73,34 @@ def test_a_killed_rank_ends_the_run(ranks, world, tiny_t2i_folder, tmp_path, tri
     assert done - step <= 3  # the last two, and a checkpoint that was not whole yet
     assert ranks.wait(ranks.start(2, resume, world, tiny_t2i_folder, run, step + 2)) == [0, 0]
     assert [row["step"] for row in log_of(run)] == list(range(1, step + 3))
+
+
+@slow
+def test_a_frozen_rank_ends_the_run(world, tiny_t2i_folder, tmp_path):
+    options = (*OPTIONS, f"--init={tiny_t2i_folder}", "--save-every=100000")
+    process = launch("train/t2i.py", world, tmp_path, *options)
+    try:
+        wait_for(lambda: (tmp_path / "log.jsonl").exists() or process.poll() is not None, 300)
+        rank_process(process.pid, 1).send_signal(signal.SIGSTOP)
+        wait_for(lambda: not members(process.pid), 60)
+    finally:
+        for left in members(process.pid):
+            left.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert process.returncode != 0
+
+
+@slow
+def test_a_signal_waits_for_a_long_save(world, tiny_t2i_folder, tmp_path):
+    """The launcher would kill its ranks after 30 seconds."""
+    options = (*OPTIONS, f"--init={tiny_t2i_folder}", "--save-every=100000")
+    process = launch("tests/train/slow_save.py", world, tmp_path, *options)
+    wait_for(lambda: (tmp_path / "log.jsonl").exists() or process.poll() is not None, 300)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert "go on with --resume" in output, output[-4000:]
+    assert latest_checkpoint(tmp_path).is_dir()
+    assert not members(process.pid)
 
 
 def resume(world: Path, init: Path, run: Path, steps: int) -> None:

@@ -1,5 +1,6 @@
 """What a run tells: its log file, its lines, Weights & Biases, and that other ranks keep silent."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from gentron_train import log as log_module
 from gentron_train.log import RunLog
 
 VALUES = {
@@ -19,6 +21,7 @@ VALUES = {
     "mfu": 0.25,
     "memory_gib": 1.5,
     "skipped": 0,
+    "broken": 0,
     "minutes_left": 2.0,
 }
 
@@ -39,11 +42,35 @@ def test_lines_and_file(tmp_path):
     assert lines[2] == expected.replace("1/9", "3/9") + "1 skipped  2.0 min left"
     none = log.step(9, VALUES | {"step": 4, "loss": None, "grad_norm": None})
     assert none.startswith("step 4/9  loss not finite  3.0 clips/s")
+    some = log.step(9, VALUES | {"step": 5, "broken": 7})
+    assert some.endswith("1.50 GiB  7 broken  2.0 min left")
     log = log_in(tmp_path, resumed_at=2)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     log.picture(2, "samples", np.zeros((4, 6, 3), np.uint8))
     assert (tmp_path / "samples" / "step-00000002.png").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_ends_no_run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log = log_in(tmp_path / "run", tensorboard=True)
+    writer = log._tensorboard.file_writer.event_writer._async_writer._writer
+    monkeypatch.setattr(writer, "write", full)  # in TensorBoard's own thread
+    for name in ("write_media", "draw_curve"):
+        monkeypatch.setattr(log_module, name, full)
+    for step in range(1, 3):
+        assert log.step(9, VALUES | {"step": step}).startswith(f"step {step}/9")
+    log.picture(2, "samples", np.zeros((4, 6, 3), np.uint8))
+    log.close()
+    error = capsys.readouterr().err
+    assert "TensorBoard's file could not be written: [Errno 28]" in error
+    assert "step-00000002.png could not be written" in error
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2
 
 
 def test_other_ranks_write_nothing(tmp_path):

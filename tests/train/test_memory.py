@@ -97,10 +97,26 @@ def test_report():
         (ranks, mode) for ranks in ("1", "8", "64") for mode in CHECKPOINTING
     ]
     for row in rows:
-        assert float(row[8]) == pytest.approx(sum(map(float, row[2:8])), abs=0.05)
-        assert (row[9] == "yes") == (float(row[8]) <= 80)
-    assert rows[0][9] == "no" and rows[-1][9] == "yes"
+        assert float(row[9]) == pytest.approx(sum(map(float, row[2:9])), abs=0.05)
+        assert (row[10] == "yes") == (float(row[9]) <= 80)
+    assert rows[0][10] == "no" and rows[-1][10] == "yes"
     assert "batch 128 = 1 per rank × 2 micro-steps × 64 ranks" in lines
+
+
+def test_report_counts_frozen_encoders_and_wants_a_size(tmp_path):
+    (tmp_path / "vae").mkdir()
+    for name in ("a", "b"):
+        with (tmp_path / "vae" / f"{name}.safetensors").open("wb") as file:
+            file.truncate(2**30)
+    argv = ["--preset=XL/2", "--gpu-memory=80", "--clip=someone/clip", f"--vae={tmp_path / 'vae'}"]
+    argv += [f"--t5={tmp_path / 'nowhere'}", "--batch=1"]
+    with pytest.raises(ValueError, match="--dry-run reads no data: wanted --size or --buckets"):
+        memory.report(parse_settings("t2i", "", argv), "t2i")
+    lines = memory.report(parse_settings("t2i", "", [*argv, "--size=64"]), "t2i")
+    for row in lines[2:11]:
+        assert row.split()[7] == "2.00"
+    assert any("clip (no files here), t5 (no files here)" in line for line in lines)
+    assert memory.report(parse_settings("t2i", "", ["--gpu-memory=1"]), "t2i")  # small: 64 × 64
 
 
 def test_flops_are_three_forward_passes():

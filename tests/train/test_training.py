@@ -26,7 +26,7 @@ T2I = ("--batch=4", "--draws=4", "--lr=1e-3", f"--steps={STEPS}", f"--save-every
 def image_run(world):
     """Twenty T2I steps on two ranks, a checkpoint in the middle and one at the end."""
     run = world / "t2i"
-    finish(launch("t2i", world, run, *T2I, f"--sample-every={STEPS}"))
+    finish(launch("train/t2i.py", world, run, *T2I, f"--sample-every={STEPS}"))
     return run
 
 
@@ -63,7 +63,7 @@ def test_tensorboard(image_run):
 def test_t2v_trains_from_the_t2i_pipeline(world, image_run):
     run = world / "t2v"
     init = image_run / "pipeline"
-    output = finish(launch("t2v", world, run, f"--init={init}", "--batch=3", "--steps=2"))
+    output = finish(launch("train/t2v.py", world, run, f"--init={init}", "--batch=3", "--steps=2"))
     assert "batch 6 = 3 per rank × 1 micro-steps × 2 ranks" in output
     assert "clips/s" in output
     pipeline = GenTronPipeline.from_pretrained(run / "pipeline")
@@ -76,20 +76,25 @@ def test_t2v_trains_from_the_t2i_pipeline(world, image_run):
         assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("whole_group", [True, False], ids=["group", "launcher-alone"])
-def test_sigterm_saves_and_ends(world, tiny_t2i_folder, tmp_path, whole_group):
+@pytest.mark.parametrize(
+    "number, whole_group, ranks",
+    [(signal.SIGTERM, True, 1), (signal.SIGTERM, False, 2), (signal.SIGINT, True, 2)],
+    ids=["group", "launcher-alone", "ctrl-c"],
+)
+def test_a_signal_saves_and_ends(world, tiny_t2i_folder, tmp_path, number, whole_group, ranks):
     options = ("--batch=2", "--steps=100000", f"--init={tiny_t2i_folder}")
-    process = launch("t2i", world, tmp_path, *options, ranks=1)
+    process = launch("train/t2i.py", world, tmp_path, *options, ranks=ranks)
     log = tmp_path / "log.jsonl"
     for _ in range(900):
         if log.exists() or process.poll() is not None:
             break
         time.sleep(0.2)
     if whole_group:
-        os.killpg(process.pid, signal.SIGTERM)
-    else:
-        process.terminate()  # what `kill` of the deepspeed command does: its ranks are orphaned
-    output, _ = process.communicate(timeout=60)
+        os.killpg(process.pid, number)
+    else:  # what `kill` of the deepspeed command does: its ranks are orphaned
+        process.send_signal(number)
+    output, _ = process.communicate(timeout=60)  # until the last rank has closed it
+    assert process.returncode != 0
     assert "go on with --resume" in output, output[-4000:]
     name = (tmp_path / "checkpoints" / "latest").read_text().strip()
     assert (tmp_path / "checkpoints" / name).is_dir()

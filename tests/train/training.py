@@ -24,15 +24,16 @@ def settings_of(world: Path, init: Path, run: Path, stage: str = "t2i", **change
 
 
 def launch(script: str, world: Path, run: Path, *options, ranks: int = 2) -> subprocess.Popen:
-    """The `deepspeed` command, in a session of its own."""
+    """The `deepspeed` command of a script in the repository, in a session of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    command += [f"--num_gpus={ranks}", f"--master_port={port}", f"train/{script}.py"]
+    command += [f"--num_gpus={ranks}", f"--master_port={port}", script]
     command += [f"--data={world / 'data'}", f"--vae={world / 'vae'}", f"--run={run}"]
-    command += [f"--text={world / 'text'}", "--train-text", "--warmup=1", "--log-every=1"]
-    command += ["--starts=1", *map(str, options)]
+    command += ["--train-text", "--warmup=1", "--log-every=1", "--starts=1", *map(str, options)]
+    if not any(str(option).startswith("--init") for option in options):
+        command.append(f"--text={world / 'text'}")
     return subprocess.Popen(
         command,
         cwd=ROOT,
