@@ -21,7 +21,7 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +54,10 @@ MAGIC = b"GENTRON\x01"  # csrc/runtime/package.h describes the file
 WEIGHTS = "weights.safetensors"
 MAX_BATCH = 16
 # The instruction sets that -march=native may choose, as Linux names them.
-CPU_FLAGS = re.compile("avx|amx|s?sse|fma|bmi|adx|v?aes|gfni|f16c|movbe|popcnt|v?pclmul")
+CPU_FLAGS = re.compile(
+    "avx|amx|s?sse|fma|bmi|adx|v?aes|gfni|f16c|movbe|popcnt|v?pclmul"  # x86
+    "|asimd|sve|fphp|bf16|i8mm|atomics"  # Arm
+)
 
 HELP = f"""\
 usage: python -m {NAME} [PIPELINE] --out FILE [options]
@@ -166,7 +169,10 @@ class CompiledSampler:
 
     def _encoded(self, text) -> dict[str, tuple]:
         if isinstance(text, TextCondition):
-            return {name: tuple(own) for name, own in text._asdict().items() if own is not None}
+            encoded = {name: tuple(e) for name, e in text._asdict().items() if e is not None}
+            if not encoded:
+                raise ValueError(f"the text is empty, wanted that of {' and '.join(self.encoders)}")
+            return encoded
         if not self.metadata["whole"]:
             raise ValueError("this compiled sampler has no text encoders: give a TextCondition")
         if self._tokenizers is None:
@@ -175,8 +181,11 @@ class CompiledSampler:
         return self._runtime.encode(self._tokenizers.tokenize(prompts))
 
     def _load_tokenizers(self) -> TextEncoder:
+        own = "|".join(SUBFOLDERS[name][1] for name in self.encoders)
         with tempfile.TemporaryDirectory() as folder:
             for name in self.metadata["tokenizers"]:
+                if not re.fullmatch(rf"({own})/\w[\w.-]*", name):
+                    raise ValueError(f"the compiled sampler names no tokenizer's file: {name!r}")
                 path = Path(folder, name)
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(self._runtime.section(name))
@@ -191,7 +200,8 @@ class CompiledSampler:
 class CompiledPipeline:
     """A compiled sampler, called as a GenTronPipeline is.
 
-    folder: the pipeline folder with the text encoders and the VAE, for a file that has none.
+    folder: the pipeline folder with the text encoders and the VAE, for a file that has none;
+    ValueError where they are others than those the file was made for.
     """
 
     def __init__(
@@ -199,6 +209,13 @@ class CompiledPipeline:
     ):
         self.sampler, self.text_encoder, self.vae = sampler, None, None
         if folder is not None:
+            wanted = sampler.metadata["parts"]
+            for part, digest in part_digests(folder, wanted).items():
+                if digest != wanted[part]:
+                    raise ValueError(
+                        f"{folder / part} is not what the compiled sampler was made for: "
+                        "wanted the pipeline folder that it was exported from"
+                    )
             dtype = getattr(torch, sampler.metadata["dtype"])
             folders = {
                 name: tuple(folder / part for part in SUBFOLDERS[name]) for name in sampler.encoders
@@ -273,6 +290,7 @@ def export_sampler(
     max_tokens: dict[str, int] | None = None,
     factor: int | None = None,
     whole: tuple[TextEncoder, VideoVAE] | None = None,
+    parts: dict[str, str] | None = None,
     on_graph: Callable[[str], None] | None = None,
 ) -> None:
     """Compile the guided sampling of clips of one shape, for the model's device and dtype.
@@ -280,8 +298,9 @@ def export_sampler(
     null_text: the encoded empty prompt; latent_size (h, w); max_tokens: the longest text by
     encoder, 77 of CLIP and 256 of T5 unless told otherwise, at least 8; factor: pixels per latent
     along each side (the model's pixels_per_latent); whole: the text encoder and the VAE, on the
-    same device. on_graph is told the name of each graph before it is compiled. The file is written
-    aside and renamed. ValueError for what does not fit.
+    same device; parts: the `part_digests` of those that a file without them needs. on_graph is told
+    the name of each graph before it is compiled. The file is written aside and renamed. ValueError
+    for what does not fit.
     """
     config, weight = model.config, model.patch_embed.weight
     if not 1 <= frames <= MAX_FRAMES or (frames > 1 and not config.temporal):
@@ -296,7 +315,8 @@ def export_sampler(
     shape = (config.in_channels, frames, *latent_size)
     tensors = _file_tensors(model, null_text)
     max_tokens = {name: (max_tokens or MAX_TOKENS)[name] for name in config.encoders}
-    graphs = list(_sampling_graphs(model, shape, table, max_batch, max_tokens))
+    most = max(max_batch, 3)  # of the graphs, whose examples are 3 clips; the runtime takes fewer
+    graphs = list(_sampling_graphs(model, shape, table, most, max_tokens))
     factor = factor or config.pixels_per_latent
     metadata = {
         "frames": [frames],
@@ -317,6 +337,7 @@ def export_sampler(
         "model": config.to_dict(),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "whole": whole is not None,
+        "parts": parts or {},
     } | _machine(weight.device)
     path = Path(path)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
@@ -324,7 +345,7 @@ def export_sampler(
         sections = {}
         if whole is not None:
             text_encoder, vae = whole
-            graphs += _whole_graphs(text_encoder, vae, shape, max_batch, max_tokens)
+            graphs += _whole_graphs(text_encoder, vae, shape, most, max_tokens)
             metadata["vocabulary"] = {
                 name: text_encoder.encoders[name].get_input_embeddings().num_embeddings
                 for name in config.encoders
@@ -348,8 +369,24 @@ def export_sampler(
         }
         _compile_all(graphs, folder, on_graph)
         sections |= {f"graphs/{graph.name}": folder / f"{graph.name}.pt2" for graph in graphs}
-        _write_package(folder / path.name, metadata, sections | {WEIGHTS: folder / WEIGHTS})
-        os.replace(folder / path.name, path)
+        sections |= {WEIGHTS: folder / WEIGHTS}
+        _write_package(folder / "package", metadata, sections)
+        os.replace(folder / "package", path)
+
+
+def part_digests(folder: Path, parts: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of configuration and weights of parts of a pipeline folder, such as vae."""
+    digests = {}
+    for part in parts:
+        paths = [*(folder / part).glob("config.json"), *(folder / part).glob("*.safetensors")]
+        if not paths:
+            raise FileNotFoundError(f"no {part} in {folder}: it has no config.json and no weights")
+        digest = hashlib.sha256()
+        for path in sorted(paths):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        digests[part] = digest.hexdigest()
+    return digests
 
 
 def _write_package(path: Path, metadata: dict, sections: dict[str, Path]) -> None:
@@ -371,15 +408,19 @@ def _write_package(path: Path, metadata: dict, sections: dict[str, Path]) -> Non
 def _machine(device: torch.device) -> dict:
     """What the code runs on: the runtime refuses another."""
     info = Path("/proc/cpuinfo")
-    flags = re.search(r"^flags\s*:(.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else ()
     return {
         "torch": ".".join(torch.__version__.split(".")[:2]),
         "device": device.type,
         "machine": platform.machine(),
-        "cpu_flags": sorted(filter(CPU_FLAGS.match, flags[1].split() if flags else [])),
+        "cpu_flags": _cpu_flags(info.read_text() if info.exists() else ""),
         "capability": ".".join(map(str, capability)),
     }
+
+
+def _cpu_flags(info: str) -> list[str]:
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", info, re.MULTILINE)
+    return sorted(filter(CPU_FLAGS.match, flags[1].split() if flags else []))
 
 
 def _file_tensors(model: GenTron, null_text: TextCondition) -> dict[str, Tensor]:
@@ -755,7 +796,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def export(args: argparse.Namespace) -> None:
     """Load the pipeline and write the compiled sampler that the arguments ask for."""
-    from gentron_fast.pipeline import GenTronPipeline
+    from gentron_fast.pipeline import ASSETS, GenTronPipeline
 
     silence_libraries()
     device = choose_device(args.device)
@@ -767,6 +808,7 @@ def export(args: argparse.Namespace) -> None:
     size = pipeline.default_size if args.size is None else (args.size * 2)[:2]
     pipeline.vae.check_size(*size, pipeline.transformer.config.patch_size)
     dtype = pipeline.transformer.patch_embed.weight.dtype
+    parts = [*(SUBFOLDERS[name][0] for name in pipeline.transformer.config.encoders), "vae"]
     export_sampler(
         args.out,
         pipeline.transformer,
@@ -782,6 +824,7 @@ def export(args: argparse.Namespace) -> None:
         max_batch=args.batch,
         factor=pipeline.vae.factor,
         whole=(pipeline.text_encoder, pipeline.vae) if args.whole else None,
+        parts=part_digests(args.pipeline or ASSETS, parts),
         on_graph=(lambda name: print(f"compiling    {name}", flush=True)) if args.verbose else None,
     )
     with args.out.open("rb") as file:

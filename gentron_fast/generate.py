@@ -118,14 +118,17 @@ def generate_compiled(args: argparse.Namespace, prompts: list[str], folder: Path
     sampler = CompiledSampler.load(args.compiled, device=args.device, sha256=args.sha256)
     sampler.check_shape(1 if args.image else args.frames, args.size)
     guidance_schedule(1.0, args.steps, *args.guidance_range)
-    args.steps = len(sampler.metadata["timesteps"])
-    args.batch = min(args.batch, sampler.metadata["max_batch"])
-    frames = sampler.metadata["frames"][0]
+    metadata = sampler.metadata
+    if args.model is None and not metadata["whole"] and not metadata["parts"]:
+        raise ValueError(f"{args.compiled} has no text encoders and no VAE: --model names them")
+    args.steps = len(metadata["timesteps"])
+    args.batch = min(args.batch, metadata["max_batch"])
+    frames = metadata["frames"][0]
     clips = clips_to_make(args, plan_clips(args, prompts, is_image=frames == 1))
     if not clips:
         return
-    device = choose_device(args.device or sampler.metadata["device"])
-    pipeline = CompiledPipeline(sampler, None if sampler.metadata["whole"] else folder, device)
+    device = choose_device(args.device or metadata["device"])
+    pipeline = CompiledPipeline(sampler, None if metadata["whole"] else folder, device)
     load_seconds = time.perf_counter() - start
     clip_seconds = make_clips(pipeline, args, clips, frames)
     report(clips, load_seconds, clip_seconds, peak_memory(device))
@@ -169,6 +172,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--fps", type=whole_number(1, 100), default=4)
     parser.add_argument("--verbose", action="store_true")
     args = parser.parse_intermixed_args(argv)
+    if args.image and args.frames not in (None, 1):
+        raise ValueError(f"--image is one frame, --frames asks for {args.frames}")
     given = {word.partition("=")[0] for word in argv}
     if args.compiled is None and args.sha256 is not None:
         raise ValueError("--sha256 is for the file of --compiled, and there is none")
@@ -207,8 +212,6 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 def choose_frames(args: argparse.Namespace, folder: Path) -> int | None:
     """Frames a clip: 1 is an image, None the pipeline's own number."""
     config = read_model_config(folder)
-    if args.image and args.frames not in (None, 1):
-        raise ValueError(f"--image is one frame, --frames asks for {args.frames}")
     if not config.temporal and args.frames not in (None, 1):
         raise ValueError(f"the model in {folder} makes images, --frames asks for {args.frames}")
     return 1 if args.image or not config.temporal else args.frames

@@ -1,14 +1,24 @@
 #include "json.h"
 
-#include <cstdlib>
+#include <charconv>
 #include <stdexcept>
 #include <utility>
 
 namespace gentron {
 
 namespace {
+
 constexpr int kDepth = 64;
+
+// Whether all of the text is one number that fits, in any locale.
+template <class T>
+bool read_number(std::string_view text, T& value) {
+  const char* end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, value);
+  return error == std::errc() && stop == end;
 }
+
+}  // namespace
 
 class JsonParser {
  public:
@@ -103,10 +113,10 @@ class JsonParser {
   }
 
   uint32_t parse_code_unit() {
-    const std::string digits = {next(), next(), next(), next()};
-    char* end = nullptr;
-    const uint32_t unit = std::strtoul(digits.c_str(), &end, 16);
-    if (end != digits.c_str() + 4) fail();
+    const char digits[] = {next(), next(), next(), next()};
+    uint32_t unit = 0;
+    const auto [stop, error] = std::from_chars(digits, digits + 4, unit, 16);
+    if (error != std::errc() || stop != digits + 4) fail();
     return unit;
   }
 
@@ -130,11 +140,10 @@ class JsonParser {
            std::string_view("+-0123456789.eE").find(text_[position_]) != std::string_view::npos) {
       ++position_;
     }
-    std::string text(text_.substr(start, position_ - start));
-    char* end = nullptr;
-    std::strtod(text.c_str(), &end);
-    if (text.empty() || *end != '\0') fail();
-    return text;
+    const std::string_view text = text_.substr(start, position_ - start);
+    double value = 0;
+    if (!read_number(text, value)) fail();
+    return std::string(text);
   }
 
   void parse_word(std::string_view word) {
@@ -184,14 +193,14 @@ bool Json::boolean() const {
 
 double Json::number() const {
   if (kind_ != Kind::kNumber) wrong_kind("number");
-  return std::strtod(text_.c_str(), nullptr);
+  double value = 0;
+  read_number(text_, value);
+  return value;
 }
 
 int64_t Json::integer() const {
-  if (kind_ != Kind::kNumber) wrong_kind("whole number");
-  char* end = nullptr;
-  const int64_t value = std::strtoll(text_.c_str(), &end, 10);
-  if (*end != '\0') wrong_kind("whole number");
+  int64_t value = 0;
+  if (kind_ != Kind::kNumber || !read_number(text_, value)) wrong_kind("whole number");
   return value;
 }
 

@@ -38,11 +38,16 @@ FILE                     compiled sampler of python -m gentron_fast.export
                          latents (B, C, T, h, w) fp32; --latents: those
 )";
 
-// Ctrl-C and SIGTERM end the run between two steps, so that temporary folders are left to nobody.
+// Ctrl-C and SIGTERM end the run between two steps, so that temporary folders are left to nobody;
+// a second one ends it at once. One that is ignored, as in a script's background, stays ignored.
 struct Interrupted {};
 volatile std::sig_atomic_t interrupted = 0;
 void check_interrupted() {
   if (interrupted) throw Interrupted();
+}
+void interrupt(int number) {
+  interrupted = 1;
+  std::signal(number, SIG_DFL);
 }
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
@@ -110,7 +115,9 @@ Arguments parse(const std::vector<std::string>& words) {
       for (const std::string& text : values) {
         const size_t equals = text.find('=');
         if (equals == std::string::npos) refuse(option + ": wanted NAME=ID,ID..., got " + text);
-        auto& ids = tokens[text.substr(0, equals)];
+        const std::string name = text.substr(0, equals);
+        if (tokens.count(name) > 0) refuse(option + " names " + name + " twice");
+        auto& ids = tokens[name];
         for (const std::string& id : split(text.substr(equals + 1))) ids.push_back(whole(id));
       }
     } else if (option == "--seed") {
@@ -134,7 +141,11 @@ Arguments parse(const std::vector<std::string>& words) {
       arguments.device = value;
     } else if (option == "--sha256") {
       arguments.sha256 = value;
-      for (char& digit : arguments.sha256) digit = static_cast<char>(std::tolower(digit));
+      for (char& digit : arguments.sha256) {
+        const auto byte = static_cast<unsigned char>(digit);
+        if (!std::isxdigit(byte)) refuse("--sha256 takes 64 hexadecimal digits, got " + value);
+        digit = static_cast<char>(std::tolower(byte));
+      }
       if (value.size() != 64) refuse("--sha256 takes 64 hexadecimal digits, got " + value);
     } else if (option == "--operators") {
       arguments.operators = value;
@@ -195,6 +206,9 @@ at::Tensor scale(const std::optional<double>& value) {
 }
 
 void run(const Arguments& arguments) {
+  gentron::check_writable(arguments.out);
+  gentron::Tensors tensors;
+  if (!arguments.embeddings.empty()) tensors = gentron::read_safetensors(arguments.embeddings);
   const std::string operators =
       arguments.operators.empty() ? find_operators() : arguments.operators;
   const Sampler sampler =
@@ -227,14 +241,15 @@ void run(const Arguments& arguments) {
       request.null_text = encode(sampler, arguments.null_tokens, 1);
     }
   } else {
-    const gentron::Tensors tensors = gentron::read_safetensors(arguments.embeddings);
     request.text = embeddings(tensors, "", clips);
     request.null_text = embeddings(tensors, "null.", 1);
   }
   const at::Tensor latents = sampler.sample(request);
-  gentron::write_npy(
-      arguments.out,
-      whole && !arguments.latents ? sampler.decode(latents) : latents.cpu().contiguous());
+  check_interrupted();
+  const at::Tensor made =
+      whole && !arguments.latents ? sampler.decode(latents) : latents.cpu().contiguous();
+  check_interrupted();
+  gentron::write_npy(arguments.out, made);
 }
 
 }  // namespace
@@ -245,7 +260,11 @@ int main(int argc, char** argv) {
     std::cout << kHelp;
     return words.empty() ? 2 : 0;
   }
-  for (const int number : {SIGINT, SIGTERM}) std::signal(number, [](int) { interrupted = 1; });
+  for (const int number : {SIGINT, SIGTERM}) {
+    struct sigaction before {};
+    sigaction(number, nullptr, &before);
+    if (before.sa_handler != SIG_IGN) std::signal(number, interrupt);
+  }
   try {
     run(parse(words));
     return 0;

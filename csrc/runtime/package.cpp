@@ -4,6 +4,7 @@
 #include <ATen/ops/from_blob.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <bit>
 #include <cerrno>
 #include <cstdio>
@@ -39,6 +40,8 @@ std::string hex(const std::string& bytes) {
   }
   return digits;
 }
+
+std::string aside_of(const std::string& path) { return path + ".part"; }
 
 std::string sha256(const void* data, size_t size) {
   Sha256 hash;
@@ -112,7 +115,8 @@ Tensors parse_safetensors(const at::Tensor& bytes) {
     const std::vector<int64_t> place = entry["data_offsets"].integers();
     int64_t wanted = static_cast<int64_t>(c10::elementSize(type));
     for (const int64_t side : shape) {
-      if (side < 0 || (side > 0 && wanted > size / side)) refuse("tensor " + name + " is too large");
+      if (side < 1) refuse("tensor " + name + " has a side of " + std::to_string(side));
+      if (wanted > size / side) refuse("tensor " + name + " is too large");
       wanted *= side;
     }
     // In order: no difference is taken of numbers that may be anything.
@@ -120,7 +124,14 @@ Tensors parse_safetensors(const at::Tensor& bytes) {
         place[1] - place[0] != wanted) {
       refuse("tensor " + name + " does not lie in its file");
     }
-    void* start = const_cast<char*>(data) + 8 + header + place[0];
+    if (place[0] % static_cast<int64_t>(c10::elementSize(type)) != 0) {
+      refuse("tensor " + name + " is not aligned");
+    }
+    char* start = const_cast<char*>(data) + 8 + header + place[0];
+    const auto is_bool = [](char byte) { return byte == 0 || byte == 1; };
+    if (type == at::kBool && !std::all_of(start, start + wanted, is_bool)) {
+      refuse("tensor " + name + " holds bytes that are no bool");
+    }
     tensors.emplace(name, at::from_blob(start, shape, [bytes](void*) {}, type));
   }
   return tensors;
@@ -149,28 +160,28 @@ Package Package::read(const std::string& path, const std::string& pinned) {
   package.text_ = header;
   package.header_ = Json::parse(header);
   const Json::Object& entries = package.header_["sections"].object();
-  std::map<int64_t, std::string> in_order;
+  std::vector<std::tuple<int64_t, int64_t, std::string>> in_order;
+  for (const auto& [name, entry] : entries) {
+    in_order.emplace_back(entry["offset"].integer(), entry["size"].integer(), name);
+  }
+  std::sort(in_order.begin(), in_order.end());
   int64_t end = kPrefix + size;
-  for (const auto& [name, entry] : entries) in_order.emplace(entry["offset"].integer(), name);
-  for (const auto& [offset, name] : in_order) {
+  for (const auto& [offset, length, name] : in_order) {
     if (offset != end - kPrefix - size) refuse(path + " is altered: section " + name + " is moved");
-    const int64_t length = entries.at(name)["size"].integer();
     if (length < 0 || length > file.size() - end) {
       refuse(path + " is truncated: section " + name + " does not fit");
     }
     end += length;
   }
-  if (in_order.size() != entries.size()) refuse(path + " is altered: sections overlap");
   if (end < file.size()) refuse(path + " is altered: it is longer than its header says");
 
   Sha256 whole;
   whole.update(prefix.data(), prefix.size());
   whole.update(header.data(), header.size());
-  for (const auto& [offset, name] : in_order) {
-    const Json& entry = entries.at(name);
-    const at::Tensor bytes = file.tensor(kPrefix + size + offset, entry["size"].integer());
+  for (const auto& [offset, length, name] : in_order) {
+    const at::Tensor bytes = file.tensor(kPrefix + size + offset, length);
     const uint8_t* data = bytes.const_data_ptr<uint8_t>();
-    if (sha256(data, bytes.numel()) != entry["sha256"].string()) {
+    if (sha256(data, bytes.numel()) != entries.at(name)["sha256"].string()) {
       refuse(path + " is altered: section " + name + " has another checksum");
     }
     if (!pinned.empty()) whole.update(data, bytes.numel());
@@ -191,6 +202,8 @@ const at::Tensor& Package::section(const std::string& name) const {
 
 Tensors Package::tensors(const std::string& name) const { return parse_safetensors(section(name)); }
 
+void Package::drop(const std::string& name) { sections_.erase(name); }
+
 Tensors read_safetensors(const std::string& path) {
   File file(path);
   try {
@@ -198,6 +211,13 @@ Tensors read_safetensors(const std::string& path) {
   } catch (const std::invalid_argument& error) {
     refuse(path + " is no safetensors file: " + error.what());
   }
+}
+
+void check_writable(const std::string& path) {
+  const std::string aside = aside_of(path);
+  const bool opens = std::ofstream(aside).is_open();
+  if (opens) std::remove(aside.c_str());
+  if (!opens || std::filesystem::is_directory(path)) refuse("cannot write " + path);
 }
 
 void write_npy(const std::string& path, const at::Tensor& tensor) {
@@ -209,7 +229,7 @@ void write_npy(const std::string& path, const at::Tensor& tensor) {
   header.append(kAlignment - (10 + header.size() + 1) % kAlignment, ' ');
   header.push_back('\n');
 
-  const std::string aside = path + ".part";
+  const std::string aside = aside_of(path);
   std::ofstream out(aside, std::ios::binary);
   const auto length = static_cast<uint16_t>(header.size());
   out.write("\x93NUMPY\x01\x00", 8);

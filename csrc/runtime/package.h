@@ -30,11 +30,12 @@ class Package {
   // The header as it is written.
   const std::string& header() const { return text_; }
   const Json& metadata() const { return header_["metadata"]; }
-  bool contains(const std::string& section) const { return sections_.count(section) > 0; }
   // The section's bytes, (size,) uint8.
   const at::Tensor& section(const std::string& name) const;
-  // A section of safetensors; the tensors share its memory.
+  // A section of safetensors; the tensors share its memory, and keep it.
   Tensors tensors(const std::string& name) const;
+  // Forget a section.
+  void drop(const std::string& name);
 
  private:
   std::string text_;
@@ -44,6 +45,9 @@ class Package {
 
 // A safetensors file. std::invalid_argument where it is none.
 Tensors read_safetensors(const std::string& path);
+
+// std::invalid_argument where `write_npy` could not write.
+void check_writable(const std::string& path);
 
 // Write aside, then rename: fp32 or uint8, contiguous.
 void write_npy(const std::string& path, const at::Tensor& tensor);

@@ -40,7 +40,7 @@ std::set<std::string> cpu_flags() {
   std::ifstream info("/proc/cpuinfo");
   std::string line;
   while (std::getline(info, line)) {
-    if (line.rfind("flags", 0) != 0) continue;
+    if (line.rfind("flags", 0) != 0 && line.rfind("Features", 0) != 0) continue;  // x86, Arm
     std::istringstream words(line.substr(line.find(':') + 1));
     return {std::istream_iterator<std::string>(words), {}};
   }
@@ -73,6 +73,10 @@ at::Device choose_device(const Json& metadata, const std::string& asked) {
   if (device.is_cuda()) {
     if (!at::hasCUDA()) refuse("the compiled sampler was made for cuda, and there is none here");
     if (!device.has_index()) device.set_index(0);
+    const auto devices = static_cast<int>(at::getNumGPUs());
+    if (device.index() >= devices) {
+      refuse("there is no " + device.str() + " here: it has " + std::to_string(devices));
+    }
   }
   return device;
 }
@@ -251,6 +255,7 @@ void Sampler::Parts::load(
   }
 
   weights = package.tensors("weights.safetensors");
+  package.drop("weights.safetensors");
   for (auto& [key, tensor] : weights) tensor = tensor.to(device);
   load_graphs();
 }
@@ -263,7 +268,10 @@ void Sampler::Parts::load_graphs() {
     return found->second;
   };
   for (const auto& [name, entry] : package.metadata()["graphs"].object()) {
-    const std::string path = folder.write(name + ".pt2", package.section("graphs/" + name));
+    if (name.find('/') != std::string::npos) refuse("no name for a graph: " + name);
+    const std::string section = "graphs/" + name;
+    const std::string path = folder.write(name + ".pt2", package.section(section));
+    package.drop(section);
     Graph& graph = graphs[name];
     graph.loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(
         path, "model", false, 1, device.is_cuda() ? device.index() : -1);
@@ -527,9 +535,15 @@ struct Run {
 
 TextCondition Sampler::encode(const Tokens& tokens) const {
   const Run run(parts_->busy, parts_->device);
+  const std::vector<std::string>& encoders = parts_->encoders;
+  for (const auto& [name, own] : tokens) {
+    if (std::find(encoders.begin(), encoders.end(), name) == encoders.end()) {
+      refuse("there are tokens of " + name + ", which is no encoder of this model");
+    }
+  }
   TensorList inputs;
   int64_t batch = -1;
-  for (const std::string& encoder : parts_->encoders) {
+  for (const std::string& encoder : encoders) {
     const auto found = tokens.find(encoder);
     if (found == tokens.end()) refuse("there are no " + encoder + " tokens");
     const auto& [ids, mask] = found->second;
@@ -551,10 +565,10 @@ TextCondition Sampler::encode(const Tokens& tokens) const {
   }
   const TensorList made = parts_->graph("encode")(std::move(inputs));
   TextCondition text;
-  for (size_t i = 0; i < parts_->encoders.size(); ++i) {
-    const Tensor& mask = tokens.at(parts_->encoders[i]).second;
+  for (size_t i = 0; i < encoders.size(); ++i) {
+    const Tensor& mask = tokens.at(encoders[i]).second;
     const int64_t extra = made[2 * i].size(1) - mask.size(1);
-    text[parts_->encoders[i]] = {
+    text[encoders[i]] = {
         made[2 * i], at::constant_pad_nd(mask.to(parts_->device, at::kBool), {0, extra}),
         made[2 * i + 1]};
   }
@@ -568,9 +582,18 @@ Tensor Sampler::sample(const Request& request) const {
 
 Tensor Sampler::decode(const Tensor& latents) const {
   const Run run(parts_->busy, parts_->device);
+  const std::vector<int64_t>& shape = parts_->latent_shape;
+  if (latents.scalar_type() != at::kFloat || latents.dim() == 0 ||
+      latents.sizes().slice(1) != at::IntArrayRef(shape)) {
+    refuse(
+        "latents must be Float [B, " + text_of(at::IntArrayRef(shape)).substr(1) + ", got " +
+        c10::toString(latents.scalar_type()) + " " + text_of(latents.sizes()));
+  }
+  parts_->check_batch(latents.size(0));
+  const Graph& decode = parts_->graph("decode");
   TensorList clips;
-  for (const Tensor& clip : latents.split(1)) {
-    clips.push_back(parts_->graph("decode")({clip.contiguous()})[0].cpu());
+  for (const Tensor& clip : latents.to(parts_->device).split(1)) {
+    clips.push_back(decode({clip})[0].cpu());
   }
   return at::stack(clips);
 }

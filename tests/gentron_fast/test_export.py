@@ -6,7 +6,9 @@ The model that ships is exported once; nothing else is compiled.
 import hashlib
 import io
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +34,7 @@ from gentron_fast.solvers import make_table
 PROGRAM = Path(export.__file__).with_name("gentron-sample")
 PROMPT = "a red circle moving left"
 LONG = "a large yellow triangle moving slowly down and to the left on a white background"
+LONGEST = " and then ".join([PROMPT] * 12)  # more than 77 and 256 tokens, and cut
 STEPS = 20
 PREFIX = len(MAGIC) + 8 + 32
 
@@ -48,7 +51,10 @@ def package(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sampler(package):
-    return CompiledSampler.load(package)
+    start = time.perf_counter()
+    sampler = CompiledSampler.load(package)
+    assert time.perf_counter() - start <= 10.0
+    return sampler
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +63,10 @@ def pipeline():
 
 
 def run_program(*arguments):
-    """gentron-sample in an environment with no trace of Python."""
+    """gentron-sample in an environment with no trace of Python, on as many threads as this has."""
     command = [PROGRAM, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={})
+    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def error(a, b):
@@ -102,9 +109,11 @@ def write_package(path, header, body):
         ([PROMPT], 1.0, 1.0),
         ([PROMPT, LONG], 5.0, [1.0, 1.3]),
         ([LONG], 4.0, 4.0),
+        ([PROMPT, LONG, LONGEST], 7.5, 1.2),
     ],
-    ids=["three branches", "two", "one", "two clips", "a branch of weight 0"],
+    ids=["three branches", "two", "one", "two clips", "a branch of weight 0", "the most"],
 )
+@pytest.mark.filterwarnings("ignore:a prompt of .* was cut")
 def test_the_same_as_the_pipeline(pipeline, sampler, prompts, lambda_t, lambda_m):
     seeds = [7 + i for i in range(len(prompts))]
     options = {"seed": seeds, "lambda_t": lambda_t, "lambda_m": lambda_m}
@@ -166,6 +175,7 @@ def image_package(tiny_t2i_folder, tmp_path_factory):
     """The tiny image model without its text encoders and VAE, by a solver that draws noise."""
     path = tmp_path_factory.mktemp("export") / "image.gentron"
     arguments = [str(tiny_t2i_folder), "--out", str(path), "--solver", "ddpm", "--steps", "4"]
+    arguments += ["--size", "64", "32"]
     with inductor_config.patch("aot_inductor.compile_wrapper_opt_level", "O0"):
         assert export.main([*arguments, "--batch", "2"]) == 0
     return path
@@ -175,7 +185,7 @@ def test_a_file_without_encoders_and_with_noise_at_every_step(
     image_package, tiny_t2i_folder, tmp_path
 ):
     pipeline = GenTronPipeline.from_pretrained(tiny_t2i_folder)
-    options = {"seed": [1, 2], "lambda_t": 5.0}
+    options = {"seed": [1, 2], "lambda_t": 5.0, "size": (64, 32)}
     wanted = pipeline([PROMPT, LONG], solver="ddpm", steps=4, progress=False, **options)
     other = pipeline([PROMPT, LONG], solver="ddim", steps=4, progress=False, **options)
     assert error(other.latents, wanted.latents) > 1e-2  # the noise matters
@@ -196,8 +206,62 @@ def test_a_file_without_encoders_and_with_noise_at_every_step(
     assert done.returncode == 2 and "takes --embeddings" in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_an_interrupted_program_leaves_nothing(package, tmp_path, number):
+def test_bfloat16_is_as_near_as_the_pipeline(tiny_t2i_folder, tmp_path):
+    """To fp32, within a fifth; short texts take fewer graphs."""
+    exact, plain = (
+        GenTronPipeline.from_pretrained(tiny_t2i_folder, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    with inductor_config.patch("aot_inductor.compile_wrapper_opt_level", "O0"):
+        export_sampler(
+            tmp_path / "image.gentron",
+            plain.transformer,
+            plain.text_encoder.encode([""]),
+            plain.scheduler,
+            frames=1,
+            latent_size=(8, 4),
+            steps=4,
+            max_batch=2,
+            max_tokens={"clip": 8, "t5": 8},
+        )
+    prompts, options = ["a red", "blue"], {"seed": [1, 2], "lambda_t": 3.0}
+    shape = {"size": (64, 32), "steps": 4, "output_type": "latent", "progress": False}
+    reference, wanted = (p(prompts, **shape, **options).latents for p in (exact, plain))
+    text = plain.text_encoder.encode(prompts)
+    got = CompiledSampler.load(tmp_path / "image.gentron")(text, **options).latents
+    assert error(wanted, reference) > 1e-4
+    assert error(got, reference) <= 1.2 * error(wanted, reference)
+
+
+def test_a_file_of_other_encoders_is_not_run_with_these(image_package, tmp_path, capsys):
+    """Without --model the encoders and the VAE are those that ship."""
+    assert generate.main([PROMPT, "--compiled", str(image_package), "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "text_encoder is not what the compiled sampler was made" in err
+    header, body = read_package(image_package)
+    header["metadata"]["parts"] = {}
+    path = write_package(tmp_path / "of-none.gentron", header, body)
+    assert generate.main([PROMPT, "--compiled", str(path), "--out", str(tmp_path)]) == 2
+    assert "no text encoders and no VAE: --model names them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "vae"])
+def test_a_part_is_known_by_its_configuration_and_weights(tiny_t2i_folder, tmp_path, part):
+    shutil.copytree(tiny_t2i_folder, folder := tmp_path / "pipeline")
+    before = export.part_digests(tiny_t2i_folder, [part])
+    assert export.part_digests(folder, [part]) == before
+    for path in (folder / part / "config.json", *(folder / part).glob("*.safetensors")):
+        content = path.read_bytes()
+        path.write_bytes(content + b" ")
+        assert export.part_digests(folder, [part]) != before
+        path.write_bytes(content)
+    shutil.rmtree(folder / part)
+    with pytest.raises(FileNotFoundError, match=f"no {part} in {folder}"):
+        export.part_digests(folder, [part])
+
+
+def start_loading(package, tmp_path, ignored=False):
+    """gentron-sample while it loads the package, and its folder of temporary files."""
     (temporary := tmp_path / "tmp").mkdir()
     arguments = [package, "--tokens", "clip=1", "t5=1", "--out", tmp_path / "out.npy"]
     process = subprocess.Popen(
@@ -205,13 +269,46 @@ def test_an_interrupted_program_leaves_nothing(package, tmp_path, number):
         stderr=subprocess.PIPE,
         text=True,
         env={"TMPDIR": str(temporary)},
+        # A test run in the background ignores SIGINT, and its children with it.
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL
+        ),
     )
     while not any(temporary.iterdir()) and process.poll() is None:
         time.sleep(0.001)
+    return process, temporary
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_an_interrupted_program_leaves_nothing(package, tmp_path, number):
+    process, temporary = start_loading(package, tmp_path)
     process.send_signal(number)
     told = process.communicate(timeout=60)[1]
     assert (process.returncode, told.count("\n")) == (130, 1) and "interrupted" in told
     assert not any(temporary.iterdir()) and not (tmp_path / "out.npy").exists()
+
+
+def signal_mask(process, name):
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.search(rf"{name}:\s*(\w+)", status)[1], 16)
+
+
+def test_a_second_interrupt_ends_the_program_at_once(package, tmp_path):
+    process, _ = start_loading(package, tmp_path)
+    bit = 1 << signal.SIGINT - 1
+    assert signal_mask(process, "SigCgt") & bit
+    process.send_signal(signal.SIGINT)
+    while signal_mask(process, "SigCgt") & bit:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == -signal.SIGINT
+
+
+def test_an_ignored_interrupt_stays_ignored(package, tmp_path):
+    process, _ = start_loading(package, tmp_path, ignored=True)
+    assert signal_mask(process, "SigIgn") & 1 << signal.SIGINT - 1
+    process.terminate()
+    assert "interrupted" in process.communicate(timeout=60)[1] and process.returncode == 130
 
 
 def test_the_program_links_no_python():
@@ -305,6 +402,24 @@ def test_another_machine_is_refused(package, tmp_path, change, words):
         CompiledSampler.load(path)
 
 
+def test_a_graphs_name_stays_in_its_folder(package, tmp_path):
+    header, body = read_package(package)
+    metadata, sections = header["metadata"], header["sections"]
+    metadata["graphs"]["../outside"] = metadata["graphs"].pop("embed")
+    sections["graphs/../outside"] = sections.pop("graphs/embed")
+    path = write_package(tmp_path / "outside.gentron", header, body)
+    with pytest.raises(ValueError, match=re.escape("no name for a graph: ../outside")):
+        CompiledSampler.load(path)
+
+
+@pytest.mark.parametrize("name", ["/outside", "../outside", "tokenizer/..", "other/outside"])
+def test_a_name_of_a_tokenizers_file_stays_in_its_folder(sampler, name):
+    other = CompiledSampler(sampler._runtime)
+    other.metadata = sampler.metadata | {"tokenizers": [name]}
+    with pytest.raises(ValueError, match=f"no tokenizer's file: '{name}'"):
+        other(PROMPT)
+
+
 def test_a_digest_pins_the_file(package, tmp_path):
     digest = hashlib.sha256(package.read_bytes()).hexdigest()
     CompiledSampler.load(package, sha256=digest.upper())
@@ -328,6 +443,8 @@ def test_what_the_file_was_not_made_for_is_refused(pipeline, sampler):
         (lambda: sampler(narrow), r"clip tokens must be \(1, S, 128\)"),
         (lambda: sampler(long), "78 clip tokens, 77 are the most"),
         (lambda: sampler(TextCondition(text.clip, None)), "lacks the encoder t5"),
+        (lambda: sampler(TextCondition()), "the text is empty, wanted that of clip and t5"),
+        (lambda: sampler(text, negative=TextCondition()), "the text is empty"),
         (lambda: sampler(text, negative=text.repeat(2)), "null text's clip tokens must be"),
         (lambda: sampler([PROMPT] * 4), "1 to 3 clips at once, not 4"),
         (lambda: sampler([PROMPT] * 2, seed=[1]), "1 seeds for 2 clips"),
@@ -338,6 +455,57 @@ def test_what_the_file_was_not_made_for_is_refused(pipeline, sampler):
         with pytest.raises(ValueError, match=words) as refusal:
             refused()
         assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "latents, words",
+    [
+        (torch.zeros(4, 8, 8, 8), r"latents must be Float \[B, 4, 8, 8, 8\], got Float \[4, 8"),
+        (torch.zeros(1, 4, 8, 8, 4), "got Float"),
+        (torch.zeros(()), "got Float"),
+        (torch.zeros(1, 4, 8, 8, 8, dtype=torch.float64), "got Double"),
+        (torch.zeros(4, 4, 8, 8, 8), "1 to 3 clips at once, not 4"),
+        (torch.zeros(0, 4, 8, 8, 8), "1 to 3 clips at once, not 0"),
+    ],
+    ids=["rank", "shape", "number", "dtype", "batch", "none"],
+)
+def test_latents_that_are_none_are_refused(sampler, latents, words):
+    with pytest.raises(ValueError, match=words):
+        sampler._runtime.decode(latents)
+
+
+@pytest.mark.parametrize(
+    "entry, words",
+    [
+        ({"data_offsets": [2**63 - 512, -(2**63)]}, "does not lie in its file"),
+        ({"data_offsets": [2, 514]}, "is not aligned"),
+        ({"shape": [1, 0, 128], "data_offsets": [0, 0]}, "has a side of 0"),
+        ({"shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}, "has a side of 0"),
+        ({"shape": [2**32, 2**32, 128]}, "is too large"),
+        ({"shape": [2**64, 1, 128]}, "no whole number"),
+        ({"dtype": "BOOL", "shape": [1, 512]}, "holds bytes that are no bool"),
+        ({"dtype": "F8"}, "unknown dtype F8"),
+    ],
+    ids=["wrapped", "misaligned", "empty", "no_elements", "large", "huge", "bool", "dtype"],
+)
+def test_a_safetensors_file_is_not_trusted(tmp_path, entry, words):
+    entry = {"dtype": "F32", "shape": [1, 1, 128], "data_offsets": [0, 512]} | entry
+    header = json.dumps({"clip.tokens": entry}).encode()
+    path = tmp_path / "text.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(range(256)) * 4)
+    done = run_program("nowhere", "--embeddings", path, "--out", tmp_path / "out.npy")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"{path} is no safetensors file: " in done.stderr and words in done.stderr
+
+
+def test_an_empty_section_may_share_a_place(package, tmp_path):
+    header, body = read_package(package)
+    empty = {"offset": 0, "size": 0, "sha256": hashlib.sha256().hexdigest()}
+    header["sections"] |= {"an empty one": empty, "zero": empty}
+    header["metadata"]["device"] = "none"  # refused behind the sections
+    path = write_package(tmp_path / "empty.gentron", header, body)
+    with pytest.raises(ValueError, match="made for none"):
+        CompiledSampler.load(path, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -354,24 +522,28 @@ def test_what_the_file_was_not_made_for_is_refused(pipeline, sampler):
         (["FILE", "--tokens", "clip=1", "t5=1", "--device", "cuda"], "made for cpu, not for cuda"),
         (["FILE", "--shiny", "1"], "unknown option --shiny"),
         (["FILE", "--embeddings", "nowhere"], "no file nowhere"),
-        (["FILE", "--embeddings", "WRAPPED"], "does not lie in its file"),
         (["FILE", "--tokens", "clip=1", "t5=1", "--sha256", ""], "64 hexadecimal digits"),
+        (["FILE", "--tokens", "clip=1", "--sha256", "é" * 32], "64 hexadecimal digits"),
+        (["FILE", "--tokens", "clip=1", "clip=2"], "--tokens names clip twice"),
+        (["FILE", "--tokens", "clip=1", "t5=1", "--tokens", "t6=1"], "of t6, which is no encoder"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_program_refuses_in_one_line(package, tmp_path, arguments, words):
-    # Offsets whose difference wraps around to the tensor's size.
-    offsets = [2**63 - 512, -(2**63)]
-    entry = {"dtype": "F32", "shape": [1, 1, 128], "data_offsets": offsets}
-    header = json.dumps({"clip.tokens": entry}).encode()
-    wrapped = tmp_path / "wrapped.safetensors"
-    wrapped.write_bytes(len(header).to_bytes(8, "little") + header + bytes(1024))
-    named = {"FILE": package, "WRAPPED": wrapped}
-    arguments = [named.get(argument, argument) for argument in arguments]
+    arguments = [package if argument == "FILE" else argument for argument in arguments]
     done = run_program(*arguments, "--out", tmp_path / "out.npy")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("gentron-sample: error: ") and done.stderr.count("\n") == 1
     assert words in done.stderr
+
+
+@pytest.mark.parametrize("name", ["missing/out.npy", "folder.npy"])
+def test_the_program_refuses_what_cannot_be_written_first(tmp_path, name):
+    (tmp_path / "folder.npy").mkdir()
+    done = run_program("nowhere", "--tokens", "clip=1", "--out", tmp_path / name)
+    assert done.returncode == 2
+    assert done.stderr == f"gentron-sample: error: cannot write {tmp_path / name}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.npy"]
 
 
 def test_generate_takes_a_compiled_sampler(package, pipeline, tmp_path, capsys):
@@ -383,6 +555,7 @@ def test_generate_takes_a_compiled_sampler(package, pipeline, tmp_path, capsys):
     for refused, words in (
         (["--steps", "20"], "--steps is fixed in a compiled sampler"),
         (["--frames", "4"], "made for frames 8, not 4"),
+        (["--image", "--frames", "8"], "--image is one frame, --frames asks for 8"),
         (["--sha256", "0" * 64], "wanted 000"),
         (["--sha256", ""], "64 hexadecimal digits"),
         (["--device", "abacus"], "abacus"),
@@ -448,6 +621,40 @@ def test_a_failed_export_leaves_the_old_file(pipeline, tmp_path, monkeypatch):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", ["weights.safetensors", "embed.pt2", "package"])
+def test_the_files_name_is_free(make_model, make_text, tiny_config, tmp_path, monkeypatch, name):
+    """Though the parts are written aside in one folder with it."""
+
+    def compile_none(graphs, folder, _):
+        for graph in graphs:
+            (folder / f"{graph.name}.pt2").write_text(graph.name)
+
+    monkeypatch.setattr(export, "_compile_all", compile_none)
+    model = make_model(tiny_config, torch.float32)
+    null_text = make_text(tiny_config, batch=1, dtype=torch.float32)
+    shape = {"frames": 2, "latent_size": (4, 4)}
+    export_sampler(tmp_path / name, model, null_text, SCHEDULER_CONFIG, **shape)
+    header, body = read_package(tmp_path / name)
+    for section, entry in header["sections"].items():
+        content = body[entry["offset"] :][: entry["size"]]
+        assert hashlib.sha256(content).hexdigest() == entry["sha256"]
+        assert section == "weights.safetensors" or section == f"graphs/{content.decode()}"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    "line, flags",
+    [
+        ("flags\t\t: fpu sse2 smep avx512f", ["avx512f", "sse2"]),
+        ("Features\t: fp asimd sve bf16 crc32", ["asimd", "bf16", "sve"]),
+        ("", []),
+    ],
+    ids=["x86", "Arm", "none"],
+)
+def test_instruction_sets_are_read(line, flags):
+    assert export._cpu_flags(f"processor\t: 0\n{line}\nbugs\t: none\n") == flags
+
+
 def test_help_fits_one_screen_and_names_every_option(capsys):
     with pytest.raises(SystemExit) as stop:
         export.main(["--help"])
@@ -492,12 +699,29 @@ def test_a_learned_range_takes_the_same_step(make_model, make_text, tiny_config,
     assert all(error(a, b) <= 1e-6 for a, b in zip(got, wanted, strict=True))
 
 
-def test_loading_compiles_nothing(package):
-    """It imports neither Inductor's compiler nor transformers or diffusers."""
+def test_loading_and_the_first_call_compile_nothing(package, pipeline, tmp_path):
+    """They import neither Inductor's compiler nor transformers or diffusers, and find no g++."""
+    text = pipeline.text_encoder.encode([PROMPT])
+    save_file(embeddings(text), tmp_path / "text.safetensors")
     code = (
-        "import sys; from gentron_fast.export import CompiledSampler;"
-        f"CompiledSampler.load({str(package)!r});"
+        "import sys; from safetensors.torch import load_file\n"
+        "from gentron_fast import EncodedText, TextCondition\n"
+        "from gentron_fast.export import CompiledSampler\n"
+        f"sampler, t = CompiledSampler.load({str(package)!r}), load_file('text.safetensors')\n"
+        "parts = 'tokens', 'mask', 'pooled'\n"
+        "encoded = [EncodedText(*(t[f'{e}.{p}'] for p in parts)) for e in ('clip', 't5')]\n"
+        "assert sampler(TextCondition(*encoded), seed=5).frames.any()\n"
         "sys.exit(bool({'torch._inductor.compile_fx', 'transformers', 'diffusers'}"
         "& set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
+    environment = {name: value for name, value in os.environ.items() if name not in ("PATH", "CXX")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, timeout=300)
+    assert done.returncode == 0
+
+
+def test_what_is_loaded_is_there_once(sampler):
+    """The bytes of graphs and weights are let go of, those of the tokenizers are not."""
+    assert sampler._runtime.section("tokenizer/tokenizer.json")
+    for name in ("weights.safetensors", "graphs/embed"):
+        with pytest.raises(ValueError, match=f"no section {name}"):
+            sampler._runtime.section(name)
