@@ -218,7 +218,8 @@ class GenTron(nn.Module):
         c = time
         for name, mlp in self.pooled_embed.items():
             pooled = mlp(getattr(text, name).pooled)
-            c = (c.view(len(pooled), -1, c.shape[1]) + pooled[:, None]).flatten(0, 1)
+            # shape, not len: torch.export takes len for a constant.
+            c = (c.view(pooled.shape[0], -1, c.shape[1]) + pooled[:, None]).flatten(0, 1)
         return c, time
 
     def project_captions(self, text: TextCondition) -> TextCondition:
