@@ -24,6 +24,7 @@ from gentron_train.broken import BrokenSample
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "gentron"
 PRECOMPUTED = "__precomputed__"  # a member of ours; WebDataset skips names of this form
+DIGITS = 16  # of a copy's name
 KEPT = 128  # indexes and open files a process holds
 PAUSES = (1, 3)  # seconds before a shard is fetched once more
 
@@ -69,7 +70,7 @@ def find_shards(pattern: str, cache: Path = CACHE, room: int | None = None) -> l
     shards = []
     for name in expand_urls(pattern):
         if _is_remote(name):
-            digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+            digest = hashlib.sha256(name.encode()).hexdigest()[:DIGITS]
             shards.append(Shard(name, cache / f"{digest}.tar", room))
             continue
         path = name.removeprefix("file:")
@@ -109,9 +110,12 @@ def fetch(shard: Shard) -> None:
 
 
 def _make_room(shard: Shard) -> None:
-    """Remove copies beside a shard's, the longest not opened first, until they fit its room."""
+    """Remove copies beside a shard's, the longest not opened first, until they fit its room.
+
+    What has not the name of a copy, the user's own shards among it, is left alone.
+    """
     copies = []
-    for path in shard.path.parent.glob("*.tar"):
+    for path in shard.path.parent.glob("[0-9a-f]" * DIGITS + ".tar"):
         with contextlib.suppress(FileNotFoundError):  # other processes make room too
             copies.append((path.stat().st_atime_ns, path.stat().st_size, path))
     surplus = sum(size for _, size, _ in copies) - shard.room

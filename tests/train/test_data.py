@@ -930,11 +930,14 @@ def test_copies_of_shards_make_room_for_others(tmp_path):
         return fetched.read_text().count("\n")
 
     a, b, c = zip(shards, names, strict=True)
+    (tmp_path / "cache").mkdir()
+    own = write_tar(tmp_path / "cache" / "images-0.tar", [{"txt": b"the user's own"}])
     assert fetches([a, b, a]) == 2
     assert fetches([c]) == 3  # b was longest not opened
     assert [shard.path.exists() for shard in shards] == [True, False, True]
     assert [count(shard) for shard in shards] == [(1, None)] * 3
     assert fetches([a]) == 3 and fetches([b]) == 4
+    assert own.exists()
 
 
 def test_index_follows_the_shard(tmp_path):
