@@ -30,8 +30,8 @@ def test_small_is_the_default():
     images, clips = (parse_settings(stage, "", []) for stage in ("t2i", "t2v"))
     assert images == parse_settings("t2i", "", ["--config", str(CONFIGS / "small.yaml")])
     assert (images.preset, images.run, images.init) == ("small", Path("runs/t2i"), None)
-    assert (images.batch, images.draws, images.steps, images.lr) == (32, 4, 1500, 1e-3)
-    assert (clips.batch, clips.draws, clips.steps) == (16, 1, 2800)
+    assert (images.batch, images.draws, images.steps, images.lr) == (16, 4, 8300, 1e-3)
+    assert (clips.batch, clips.draws, clips.steps) == (16, 1, 4000)
     assert clips.init == Path("runs/t2i/pipeline")
 
 
