@@ -38,7 +38,7 @@ from gentron_train.shapes import (
     vocabulary,
 )
 from gentron_train.small import TEXT_WIDTH, small_text_encoder
-from gentron_train.vae import STATE_NAME, load_state, save_state
+from gentron_train.vae import STATE_NAME, learning_rate, load_state, save_state
 
 # Shapes: B captions, L tokens, D width, K facts.
 _OBJECT = {"shape": SHAPES, "colour": COLOURS, "fill": FILLS, "size": RADII}
@@ -156,13 +156,6 @@ def batches(training: TextTraining, first: int):
             rows = order[part * size : (part + 1) * size]
             if first <= step < training.steps:
                 yield [captions[row] for row in rows], facts[rows]
-
-
-def learning_rate(step: int, training: TextTraining) -> float:
-    """Linear warm-up, then half a cosine down to a hundredth."""
-    rate = training.lr * min(1.0, (step + 1) / max(training.warmup, 1))
-    done = max(0, step - training.warmup) / max(training.steps - training.warmup, 1)
-    return rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def train(out: Path, training: TextTraining, device: str, resume: bool) -> dict:

@@ -82,8 +82,8 @@ def vae_loss(vae: VideoVAE, pixels: Tensor, noise: Tensor) -> tuple[Tensor, dict
     return loss, {"loss": loss, "square": error.square().mean(), "kl": kl}
 
 
-def learning_rate(step: int, training: VaeTraining) -> float:
-    """Linear warm-up, then half a cosine down to a hundredth."""
+def learning_rate(step: int, training) -> float:
+    """Linear warm-up, then half a cosine down to a hundredth, by training's lr, warmup and steps."""
     if step < training.warmup:
         return training.lr * (step + 1) / training.warmup
     done = (step - training.warmup) / max(training.steps - training.warmup, 1)
