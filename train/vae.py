@@ -83,7 +83,7 @@ def vae_loss(vae: VideoVAE, pixels: Tensor, noise: Tensor) -> tuple[Tensor, dict
 
 
 def learning_rate(step: int, training) -> float:
-    """Linear warm-up, then half a cosine down to a hundredth, by training's lr, warmup and steps."""
+    """Linear warm-up, then half a cosine to a hundredth; training has lr, warmup and steps."""
     if step < training.warmup:
         return training.lr * (step + 1) / training.warmup
     done = (step - training.warmup) / max(training.steps - training.warmup, 1)
