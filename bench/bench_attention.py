@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gentron_fast import PRESETS
 from gentron_kernels.attention import attention
+from gentron_kernels.spatial_attention import spatial_attention
 
 TEXT = 77  # tokens of a prompt with its padding, of which REAL are kept
 REAL = 20
@@ -90,6 +91,40 @@ def test_spatial_attention(measure, contest, clip, preset, dtype, backward):
         flops=(5 if backward else 2) * 2 * elements * clip.tokens,
         backward=backward,
         preset=preset,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_few_tokens(measure, contest, dtype, backward):
+    """The frames of the small model: 16 tokens, from the packed projection."""
+    config = PRESETS["small-T2V"]
+    shape = 3, 8, 16, 3, config.heads, config.head_size
+    elements = math.prod(shape)
+
+    def from_packed(attend):
+        def run(qkv):
+            q, k, v = (part.flatten(0, 1) for part in qkv.unbind(3))
+            return attend(q, k, v).view(*qkv.shape[:3], -1)
+
+        return run
+
+    backends = sdpa_backends(contest.device).items()
+    measure(
+        "attention among few tokens",
+        shape,
+        dtype,
+        make=lambda randn: (randn(*shape),),
+        definition=from_packed(definition),
+        contenders=[
+            Contender(OURS, spatial_attention),
+            *(Contender(name, from_packed(forced(run))) for name, run in backends),
+        ],
+        # I/O: forward read qkv + write a third; backward read qkv, dout + write dqkv.
+        nbytes=elements * (7 if backward else 4) // 3 * dtype.itemsize,
+        flops=(5 if backward else 2) * 2 * elements // 3 * shape[2],
+        backward=backward,
+        preset="small-T2V",
     )
 
 

@@ -46,7 +46,14 @@ def plain_linear(x, weight, bias, gelu=False):
     return F.gelu(out, approximate="tanh") if gelu else out
 
 
+def plain_spatial(qkv):
+    """From the packed projection, as a user would write it."""
+    q, k, v = (part.flatten(0, 1).transpose(1, 2) for part in qkv.unbind(3))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*qkv.shape[:3], -1)
+
+
 PLAIN = {
+    "spatial_attention": plain_spatial,
     "residual_layernorm_modulate": plain_chain,
     "temporal_attention": temporal_attention_ref,
     "linear": plain_linear,

@@ -14,6 +14,7 @@ from gentron_fast.config import MAX_FRAMES, GenTronConfig
 from gentron_kernels.attention import attention
 from gentron_kernels.layernorm_modulate import add_residual_ref, residual_layernorm_modulate
 from gentron_kernels.linear import linear
+from gentron_kernels.spatial_attention import spatial_attention
 from gentron_kernels.temporal_attention import (
     merge_values,
     temporal_attention,
@@ -112,11 +113,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, N, D) → (B, T, N, D)."""
-        frames = x.shape[1]
-        qkv = rearrange(
-            self.qkv(x), "b t n (three h d) -> three (b t) n h d", three=3, h=self.heads
-        )
-        return self.out(rearrange(attention(*qkv), "(b t) n d -> b t n d", t=frames))
+        return self.out(spatial_attention(self.qkv(x).unflatten(-1, (3, self.heads, -1))))
 
 
 class CrossContext(NamedTuple):

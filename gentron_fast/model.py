@@ -32,22 +32,28 @@ COMPILED_KINDS = 64  # of blocks, before torch.compile gives up
 class EncodedText(NamedTuple):
     """One encoder's view of the text.
 
-    tokens (B, S, W); mask (B, S) bool, True on real tokens; pooled (B, P) or None.
+    tokens (B, S, W); mask (B, S) bool, True on real tokens, or None where all are; pooled (B, P) or
+    None.
     """
 
     tokens: Tensor
-    mask: Tensor
+    mask: Tensor | None
     pooled: Tensor | None = None
 
     def pad(self, length: int) -> "EncodedText":
         """The same text in `length` token places; the mask covers the new ones."""
         extra = length - self.tokens.shape[1]
+        mask = self.mask
+        if mask is None:
+            mask = self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.bool)
         return self._replace(
-            tokens=F.pad(self.tokens, (0, 0, 0, extra)), mask=F.pad(self.mask, (0, extra))
+            tokens=F.pad(self.tokens, (0, 0, 0, extra)), mask=F.pad(mask, (0, extra))
         )
 
     def trim(self) -> "EncodedText":
         """The same text without the token places that are padding in every row."""
+        if self.mask is None:
+            return self
         length = int(self.mask.sum(1).max())
         return self._replace(tokens=self.tokens[:, :length], mask=self.mask[:, :length])
 

@@ -58,7 +58,7 @@ def test_gradients_are_those_of_torch():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_one_call_where_nobody_else_fuses(monkeypatch, dtype):
-    """oneDNN is called in eager inference alone, and in fp32 only for the GELU's sake."""
+    """oneDNN is called in eager inference alone."""
     calls = []
     real = torch.ops.mkldnn._linear_pointwise
     spy = lambda *arguments: calls.append(arguments[3]) or real(*arguments)  # noqa: E731
@@ -66,12 +66,11 @@ def test_one_call_where_nobody_else_fuses(monkeypatch, dtype):
     x, weight, bias = inputs(3, dtype=dtype)
     linear(x, weight, bias, gelu=True)
     linear(x, weight, bias)
-    expected = ["gelu"] if dtype == torch.float32 else ["gelu", "none"]
-    assert calls == expected
+    assert calls == ["gelu", "none"]
     with torch.enable_grad():
         linear(x, weight, bias, gelu=True)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x.float(), weight.float(), bias.float(), True).dtype == torch.bfloat16
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not module._one_call(x, weight, gelu=True)
-    assert calls == expected
+    assert not module._one_call(x, weight)
+    assert calls == ["gelu", "none"]

@@ -1,0 +1,29 @@
+"""Attention among the tokens of a frame, read from the packed projection."""
+
+# Shapes: B batch, T frames, N tokens of a frame, H heads, Dh head size.
+
+from einops import rearrange
+from torch import Tensor
+
+from gentron_kernels import attention as backends
+from gentron_kernels import launch
+from gentron_kernels.attention import attention
+from gentron_kernels.temporal_attention import temporal_attention
+
+# On the CPU the operator for few frames is faster than sdpa for few tokens, with its gradient
+# too: 1.1 to 2.4 × at 16 to 32 tokens, heads of 48 and 72 (bench_attention.py, "few tokens").
+FEW = 32
+
+
+def spatial_attention(qkv: Tensor) -> Tensor:
+    """Attention along N for every (sample, frame).
+
+    qkv (B, T, N, 3, H, Dh), the packed projection; returns (B, T, N, H · Dh). Which backend runs is
+    `attention`'s choice, and of few tokens on the CPU `temporal_attention`'s operator, unless
+    GENTRON_ATTENTION forces one.
+    """
+    if qkv.shape[2] <= FEW and launch.backend(qkv) == "cpu" and not backends.FORCED:
+        # A frame is a clip of one token a frame: N frames long.
+        return temporal_attention(qkv.flatten(0, 1).unsqueeze(2)).view(*qkv.shape[:3], -1)
+    q, k, v = rearrange(qkv, "b t n three h d -> three (b t) n h d")
+    return rearrange(attention(q, k, v), "(b t) n d -> b t n d", t=qkv.shape[1])
