@@ -235,6 +235,8 @@ def plan_clips(args: argparse.Namespace, prompts: list[str], is_image: bool) -> 
     """Every clip with its seed and its files: --clips of each prompt, in the folder --out or in
     the one file --out."""
     out, ending = Path(args.out), Path(args.out).suffix.lower()
+    if args.seed + args.clips > 2**64:
+        raise ValueError(f"--seed {args.seed} with --clips {args.clips} goes beyond 2**64 - 1")
     wanted = [(prompt, args.seed + i) for prompt in prompts for i in range(args.clips)]
     if args.out.endswith(("/", os.sep)) or not ending or out.is_dir():
         endings = IMAGE_ENDINGS if is_image else CLIP_ENDINGS

@@ -73,6 +73,12 @@ class GenTronPipeline:
                 f"the VAE makes {vae.latent_channels} latent channels, "
                 f"the transformer takes {transformer.config.in_channels}"
             )
+        told = transformer.config.pixels_per_latent
+        if transformer.config.size_embedding and told != vae.factor:
+            raise ValueError(
+                f"the transformer's size embedding counts {told} pixels a latent, "
+                f"the VAE makes a latent of {vae.factor}"
+            )
         for name in transformer.config.encoders:
             if text_encoder.width(name) != (wanted := transformer.config.text_width(name)):
                 raise ValueError(

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 from tqdm import tqdm
 
-from gentron_fast.config import PRESETS, GenTronConfig
+from gentron_fast.config import GenTronConfig
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule, portable_noise
 from gentron_fast.guidance import guided_prediction
 from gentron_fast.media import contact_sheet
@@ -46,7 +46,7 @@ from gentron_train.ema import ShardedEMA
 from gentron_train.export_pipeline import DTYPES, export_pipeline
 from gentron_train.flops import parameter_count, peak_flops, training_flops
 from gentron_train.log import RunLog, memory_gib
-from gentron_train.memory import WHOLE_MODEL, report
+from gentron_train.memory import WHOLE_MODEL, model_config, report
 from gentron_train.objective import Objective, checkpoint_activations
 from gentron_train.shapes import ensure_shards, vocabulary
 from gentron_train.sharding import (
@@ -162,17 +162,23 @@ def make_missing(settings: Settings, data: DataSettings) -> None:
     torch.distributed.barrier(patient)
 
 
-def load_text_encoder(
-    settings: Settings, encoders: tuple[str, ...], dtype: torch.dtype
-) -> TextEncoder:
-    """The text encoders that a model reads; ValueError where the settings do not name one."""
-    sources = settings.text_sources(encoders)
-    if missing := [name for name in encoders if name not in sources]:
+def load_text_encoder(settings: Settings, config: GenTronConfig, dtype: torch.dtype) -> TextEncoder:
+    """The text encoders that a model reads; ValueError where the settings do not name one, or one
+    that does not fit."""
+    sources = settings.text_sources(config.encoders)
+    if missing := [name for name in config.encoders if name not in sources]:
         raise ValueError(
             f"the model needs its text encoders, no {' and no '.join(missing)} found: "
             "--clip, --t5, --text or a whole pipeline as --init"
         )
-    return TextEncoder.from_pretrained(**sources, dtype=dtype)
+    encoder = TextEncoder.from_pretrained(**sources, dtype=dtype)
+    for name in config.encoders:
+        if (width := encoder.width(name)) != (wanted := config.text_width(name)):
+            raise ValueError(
+                f"{sources[name][0]} is {width} wide, the model takes {name} text {wanted} wide: "
+                f"--{name} names another"
+            )
+    return encoder
 
 
 def learning_rate(settings: Settings, step: int, progress: float) -> float:
@@ -254,13 +260,18 @@ class Parts:
     train_text: bool
 
 
+def check_start(settings: Settings, stage: str) -> None:
+    """ValueError or FileNotFoundError where a stage has no model to start from."""
+    if settings.init is not None:
+        stored_config(settings.init / "transformer")
+    elif stage == "t2v":
+        raise ValueError("T2V starts from a T2I pipeline: --init T2I_FOLDER")
+
+
 def build_parts(settings: Settings, stage: str, data: DataSettings, device: torch.device) -> Parts:
     """The model of a stage, fresh or from --init, and its text encoder."""
     folder = None if settings.init is None else settings.init / "transformer"
-    if stage == "t2v" and folder is None:
-        raise ValueError("T2V starts from a T2I pipeline: --init T2I_FOLDER")
-    config = PRESETS[settings.preset] if folder is None else stored_config(folder)
-    config = replace(config, temporal=config.temporal or stage == "t2v")
+    config = model_config(settings, stage)
     torch.manual_seed(settings.seed)
     if (parameters := parameter_count(config)) > WHOLE_MODEL:
         source = fresh_weights(config, settings.seed)
@@ -287,7 +298,7 @@ def build_parts(settings: Settings, stage: str, data: DataSettings, device: torc
         text_encoder = small_text_encoder(vocabulary())
     elif not data.has_text:
         dtype = torch.float32 if train_text else DTYPES[settings.parameters]
-        text_encoder = load_text_encoder(settings, config.encoders, dtype)
+        text_encoder = load_text_encoder(settings, config, dtype)
     return Parts(transformer, source, text_encoder, train_text)
 
 
@@ -661,6 +672,7 @@ def trainer_of(settings: Settings, stage: str) -> Trainer:
     device = start_distributed(settings.timeout)
     settings = settings.on(dist.get_world_size())
     data = settings.data_settings(stage)
+    check_start(settings, stage)  # before data are made for it
     make_missing(settings, data)
     parts = build_parts(settings, stage, data, device)
     loader = make_loader(

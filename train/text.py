@@ -175,7 +175,7 @@ def train(out: Path, training: TextTraining, device: str, resume: bool) -> dict:
         for step, (captions, facts) in enumerate(batches(training, first), first):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, training)
-            with torch.autocast(device, torch.bfloat16):
+            with torch.autocast(torch.device(device).type, torch.bfloat16):
                 answers = lesson(captions)
             loss = lesson_loss(answers, facts.to(device))
             loss.backward()

@@ -138,7 +138,7 @@ def train(
             pixels = frames[rows].movedim(-1, 1)[:, :, None].to(device).float() / 127.5 - 1
             side = pixels.shape[-1] // vae.factor
             noise = torch.randn(len(rows), vae.latent_channels, 1, side, side, generator=generator)
-            with torch.autocast(device, torch.bfloat16):
+            with torch.autocast(torch.device(device).type, torch.bfloat16):
                 loss, parts = vae_loss(vae, pixels, noise.to(device))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

@@ -140,6 +140,7 @@ def test_reading_the_arguments_loads_no_torch():
         ([PROMPT, "--eta", 0.5], ["eta", "ddim"]),
         ([PROMPT, "--eta", 2, "--solver", "ddim"], ["eta", "0 to 1"]),
         ([PROMPT, "--seed", -1], ["--seed", "'-1'"]),
+        ([PROMPT, "--seed", 2**64 - 1, "--clips", 2], ["--seed", "--clips 2", "2**64 - 1"]),
         ([PROMPT, "--clips", 0], ["--clips", "'0'"]),
         ([PROMPT, "--dtype", "int8"], ["--dtype", "int8", "bfloat16"]),
         ([PROMPT, "--device", "abacus"], ["abacus", "cuda"]),

@@ -154,6 +154,14 @@ def test_an_encoder_of_another_width_is_named(pipeline, make_model, tiny_config)
         GenTronPipeline(model, pipeline.text_encoder, pipeline.vae)
 
 
+def test_a_size_embedding_of_another_autoencoder_is_named(pipeline, make_model, tiny_config):
+    config = replace(tiny_config, size_embedding=True, pixels_per_latent=pipeline.vae.factor)
+    assert GenTronPipeline(make_model(config, torch.float32), pipeline.text_encoder, pipeline.vae)
+    model = make_model(replace(config, pixels_per_latent=16), torch.float32)
+    with pytest.raises(ValueError, match="counts 16 pixels a latent, the VAE makes a latent of"):
+        GenTronPipeline(model, pipeline.text_encoder, pipeline.vae)
+
+
 @pytest.mark.parametrize("name", ["model_index.json", "scheduler/scheduler_config.json"])
 def test_json_that_is_no_object_is_named(name, tiny_pipeline_folder, tmp_path):
     shutil.copytree(tiny_pipeline_folder, tmp_path, dirs_exist_ok=True)

@@ -9,7 +9,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 from training import STEPS, log_of, settings_of
 
-from gentron_fast import GenTron
+from gentron_fast import PRESETS, GenTron
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
 from gentron_train import engine, sharding
 from gentron_train.checkpoint import (
@@ -210,15 +210,28 @@ def test_t2v_starts_as_a_converted_pixart(
 def test_an_encoder_that_is_missing_is_named(world, pixart_folder, tiny_t2i_folder, tmp_path):
     settings = settings_of(world, pixart_folder, tmp_path)
     with pytest.raises(ValueError, match="needs its text encoders, no clip found: --clip"):
-        engine.load_text_encoder(settings, ("clip", "t5"), torch.float32)
+        engine.load_text_encoder(settings, PRESETS["small"], torch.float32)
     settings = settings_of(world, tiny_t2i_folder, tmp_path)
-    encoder = engine.load_text_encoder(settings, ("t5",), torch.float32)
+    only_t5 = replace(PRESETS["small"], encoders=("t5",))
+    encoder = engine.load_text_encoder(settings, only_t5, torch.float32)
     assert list(encoder.encoders) == ["t5"]
+    with pytest.raises(ValueError, match="is 128 wide, the model takes t5 text 4096 wide: --t5"):
+        engine.load_text_encoder(settings, PRESETS["XL/2-T5"], torch.float32)
+
+
+@pytest.mark.parametrize("init, message", [(None, "--init T2I_FOLDER"), ("none/such", "none/such")])
+def test_nothing_is_made_for_a_run_that_cannot_start(world, tmp_path, monkeypatch, init, message):
+    monkeypatch.setattr(engine, "start_distributed", lambda timeout: torch.device("cpu"))
+    monkeypatch.setattr(engine.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(engine, "make_missing", lambda *_: pytest.fail("made data"))
+    settings = replace(settings_of(world, tmp_path, tmp_path), init=init and tmp_path / init)
+    with pytest.raises((ValueError, OSError), match=message):
+        trainer_of(settings, "t2v")
 
 
 def test_fresh_parts_are_a_fresh_model():
     """Made part by part, a model has the shapes, zeros and spreads of one made whole."""
-    config = replace(engine.PRESETS["small-T2V"], depth=5)
+    config = replace(PRESETS["small-T2V"], depth=5)
     whole = GenTron(config).state_dict()
     parts = sharding.fresh_weights(config, 3)
     made = {f"{part}.{key}": value for part, tensors in parts() for key, value in tensors.items()}
