@@ -64,6 +64,8 @@ class Settings:
     p_null: float = option(0.1, "probability of the empty caption")
     p_motion_free: float = option(0.2, "share of image-text pairs in T2V training")
     draws: int = option(1, "noises and timesteps per sample; they share its text encoding")
+    min_timestep: int = option(0, "timesteps are drawn from here")
+    max_timestep: int = option(999, "to here")
     weight_cap: float = option(1.0, "weight of a timestep: 1 / ᾱ up to this; 1: the plain ε loss")
 
     steps: int = option(500_000, "optimizer steps")
@@ -123,6 +125,11 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{_flag(name)} is {value}, must be above 0")
+        if not 0 <= self.min_timestep <= self.max_timestep <= 999:
+            raise ValueError(
+                f"--min-timestep {self.min_timestep} and --max-timestep {self.max_timestep} "
+                "must be a range within 0 … 999"
+            )
         if not self.weight_cap >= 1:
             raise ValueError(f"--weight-cap is {self.weight_cap}, must be at least 1")
         if not 0 <= self.ema < 1:
@@ -229,7 +236,7 @@ def stored_encoders(pipeline: Path) -> dict[str, tuple[Path, Path]]:
 
 _DATA_FIELDS = (
     *("frames", "fps", "starts", "crop", "batch", "draws", "p_null", "p_motion_free", "seed"),
-    *("workers", "cache", "cache_gib", "in_memory", "max_broken"),
+    *("min_timestep", "max_timestep", "workers", "cache", "cache_gib", "in_memory", "max_broken"),
 )
 
 

@@ -58,6 +58,8 @@ class DataSettings:
     crop: str = "center"  # or "random"
     batch: int = 32  # captions per rank and micro-step
     draws: int = 1  # noises and timesteps of each caption
+    min_timestep: int = 0
+    max_timestep: int = TIMESTEPS - 1
     p_null: float = 0.1
     p_motion_free: float = 0.2
     seed: int = 0
@@ -80,6 +82,11 @@ class DataSettings:
         for name in ("p_null", "p_motion_free", "max_broken"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be between 0 and 1")
+        if not 0 <= self.min_timestep <= self.max_timestep < TIMESTEPS:
+            raise ValueError(
+                f"timesteps are {self.min_timestep} to {self.max_timestep}, "
+                f"must be within 0 to {TIMESTEPS - 1}"
+            )
         if not self.fps > 0:
             raise ValueError(f"fps is {self.fps}, must be above 0")
         if self.crop not in ("center", "random"):
@@ -389,8 +396,10 @@ class Loader:
         posteriors = self.source.posteriors(samples)
         for (number, _), (mean, std) in zip(bucket, posteriors, strict=True):
             generator, keep, _ = self.reader.draw(number)
-            timesteps.append(torch.randint(TIMESTEPS, (self.data.draws,), generator=generator))
-            shape = self.data.draws, *mean.shape
+            draws = self.data.draws
+            between = self.data.min_timestep, self.data.max_timestep + 1
+            timesteps.append(torch.randint(*between, (draws,), generator=generator))
+            shape = draws, *mean.shape
             noise = torch.randn(shape, generator=generator).to(mean.device)
             drawn = mean.float() + std.float() * noise
             still = self.reader.order.locate(number)[0] == "images"

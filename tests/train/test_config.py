@@ -112,6 +112,7 @@ def test_wrong_files(tmp_path, capsys, text, message):
     [
         (["--batch", "0"], "--batch is 0, must be at least 1"),
         (["--p-null", "1.5"], "--p-null is 1.5, must be in 0 … 1"),
+        (["--min-timestep", "900", "--max-timestep", "1"], "must be a range within 0 … 999"),
         (["--preset", "huge"], "invalid choice: 'huge'"),
         (["--no-such-option"], "unrecognized arguments"),
         (["--config", "nothing.yaml"], "no such configuration: nothing.yaml"),

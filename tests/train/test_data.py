@@ -349,6 +349,19 @@ def test_epoch_sees_each_sample_once_and_text_fits():
         assert (latents == float(text - 1 if text <= 40 else text - 41)).all()
 
 
+def test_timesteps_within_their_range():
+    loader = in_memory(replace(BOTH, batch=100, min_timestep=500, max_timestep=503))
+    steps = torch.cat([next(loader).timestep for _ in range(2)])
+    assert set(steps.tolist()) == {500, 501, 502, 503}
+    for wrong in (
+        {"min_timestep": -1},
+        {"max_timestep": 1000},
+        {"min_timestep": 999, "max_timestep": 9},
+    ):
+        with pytest.raises(ValueError, match="must be within 0 to 999"):
+            replace(BOTH, **wrong)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.37, 1.0])
 def test_shares(share):
     settings = replace(BOTH, p_motion_free=share, batch=100)
