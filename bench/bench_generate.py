@@ -3,12 +3,15 @@
 pytest bench/bench_generate.py --benchmark-only
 """
 
+from copy import deepcopy
+
 import pytest
 import torch
 from bench_step import Step, plainly
 from contest import OURS, Contender, absent
 
 from gentron_fast import GenTronPipeline
+from gentron_fast.fp8 import use_fp8
 from gentron_fast.solvers import make_table
 
 PROMPT = "a red circle moving left"
@@ -33,7 +36,7 @@ def sampled(step):
 
 
 def test_clip(measure, contest, pipeline):
-    """Ten steps at the paper's guidance; the error of reuse=2 is that of the whole clip."""
+    """Ten steps at the paper's guidance; the errors of reuse=2 and of fp8 are of the whole clip."""
     model = pipeline.to(contest.device).transformer
     texts = [pipeline.text_encoder.encode([prompt]) for prompt in (PROMPT, "")]
     texts = [text.to(contest.device) for text in texts]
@@ -47,6 +50,10 @@ def test_clip(measure, contest, pipeline):
         Contender("one batched forward", plainly(sampled(step.batched))),
         Contender("ours, reuse=2", sampled(step.ours(reuse=2)), exact=False),
     ]
+    rounded = deepcopy(model)
+    use_fp8(rounded, emulate=True)
+    emulated = Step(rounded.config, shape, torch.float32, contest.device, rounded, texts, table)
+    contenders.append(Contender("ours, fp8 emulated", sampled(emulated.ours()), exact=False))
     if contest.smoke:
         contenders.append(absent("batched, torch.compile", "not compiled in a dry run"))
         contenders.append(absent("ours, compiled", "not compiled in a dry run"))
@@ -63,9 +70,11 @@ def test_clip(measure, contest, pipeline):
         contenders=contenders,
         preset=None,
     )
-    print(
-        f"\nreuse=2: {row['contenders']['ours, reuse=2']['error']:.1%} off the definition's latents"
-    )
+    errors = {
+        name: row["contenders"][f"ours, {name}"]["error"] for name in ("reuse=2", "fp8 emulated")
+    }
+    told = ", ".join(f"{name} {error:.1%}" for name, error in errors.items())
+    print(f"\noff the definition's latents: {told}")
 
 
 def test_decode_clip(benchmark, pipeline):

@@ -32,6 +32,7 @@ FIXED = (
     "--eta",
     "--dtype",
     "--compile",
+    "--fp8",
     "--offload",
 )  # in a compiled sampler
 NAME_LENGTH = 48  # letters of the prompt in a file name: 4 bytes each stay below the usual 255
@@ -55,12 +56,12 @@ PROMPT...               one or many prompts, each in quotes
 --guidance-range A B    guide in this part of the steps alone (0 1)
 --eta X                 noise of ddim, 0 to 1 (0)
 --device D --dtype T    cpu, cuda, cuda:1; float32, bfloat16, float16
---batch N --compile     clips made at once (1); with torch.compile
+--batch N               clips made at once (1)
+--compile --fp8         torch.compile; fp8 products, by torchao on a GPU
 --offload               encode first; each part on the device while it runs
 --out PATH              a folder (outputs/), or one .mp4, .gif or .png file
 --grid                  also one .png of all frames
---fps N                 frames a second (4)
---verbose               tell the work shared and each file; tracebacks
+--fps N --verbose       frames a second (4); tell the work shared, each file
 """
 
 
@@ -166,6 +167,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--batch", type=whole_number(1), default=1)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--fp8", action="store_true")
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--out", default="outputs/")
     parser.add_argument("--grid", action="store_true")
@@ -177,6 +179,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     given = {word.partition("=")[0] for word in argv}
     if args.compiled is None and args.sha256 is not None:
         raise ValueError("--sha256 is for the file of --compiled, and there is none")
+    if args.fp8 and args.offload:
+        raise ValueError("--fp8 keeps the transformer on the GPU, --offload does not: give one")
     if args.compiled is not None:
         if fixed := sorted(given & set(FIXED)):
             raise ValueError(f"{fixed[0]} is fixed in a compiled sampler: leave it out")
@@ -308,6 +312,10 @@ def load_pipeline(args: argparse.Namespace, folder: Path, device):
         pipeline = GenTronPipeline.from_pretrained(folder, dtype, start_device)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load {folder}: {error}") from error
+    if args.fp8:
+        from gentron_fast.fp8 import use_fp8
+
+        use_fp8(pipeline.transformer)
     if args.offload:
         pipeline.enable_offload(device)
     if args.compile:
