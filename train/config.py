@@ -66,6 +66,7 @@ class Settings:
     draws: int = option(1, "noises and timesteps per sample; they share its text encoding")
     min_timestep: int = option(0, "timesteps are drawn from here")
     max_timestep: int = option(999, "to here")
+    narrow_first: float = option(1.0, "share of the run that does so; then from 0 to 999")
     weight_cap: float = option(1.0, "weight of a timestep: 1 / ᾱ up to this; 1: the plain ε loss")
 
     steps: int = option(500_000, "optimizer steps")
@@ -118,7 +119,7 @@ class Settings:
         for name in ("size", "buckets"):
             if getattr(self, name) is not None:
                 _sizes(f"--{name}", getattr(self, name))
-        for name in ("decay_last", "p_null", "p_motion_free", "max_broken"):
+        for name in ("decay_last", "narrow_first", "p_null", "p_motion_free", "max_broken"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{_flag(name)} is {getattr(self, name)}, must be in 0 … 1")
         for name in ("lr", "fps", "timeout", "clip_norm", "minutes", "gpu_memory", "cache_gib"):

@@ -273,7 +273,8 @@ class Loader:
     Texts are dropped with probability p_null. Each sample comes with `draws` pairs of timestep and
     noise, and as many draws of its posterior; with clips, images are repeated to T frames. Samples
     of one size make a batch: until there are enough, they wait. Broken ones are skipped, counted
-    and logged; more than the share max_broken raise TooManyBroken.
+    and logged; more than the share max_broken raise TooManyBroken. Timesteps come from min_timestep
+    … max_timestep, and once `narrow` is False from all.
     """
 
     def __init__(
@@ -291,6 +292,7 @@ class Loader:
         self.log = BrokenLog(data.log, data.max_broken, samples, rank)
         self._buckets: dict[tuple[int, int], list[tuple[int, Sample]]] = {}
         self._incoming: Iterator | None = None
+        self.narrow = True
 
     def __iter__(self):
         return self
@@ -396,8 +398,8 @@ class Loader:
         posteriors = self.source.posteriors(samples)
         for (number, _), (mean, std) in zip(bucket, posteriors, strict=True):
             generator, keep, _ = self.reader.draw(number)
-            draws = self.data.draws
-            between = self.data.min_timestep, self.data.max_timestep + 1
+            data, draws = self.data, self.data.draws
+            between = (data.min_timestep, data.max_timestep + 1) if self.narrow else (0, TIMESTEPS)
             timesteps.append(torch.randint(*between, (draws,), generator=generator))
             shape = draws, *mean.shape
             noise = torch.randn(shape, generator=generator).to(mean.device)

@@ -388,6 +388,7 @@ class Trainer:
         ) as bar:
             while self.step < settings.steps and progress < 1 and not interrupted:
                 rate = learning_rate(settings, self.step, progress)
+                self.loader.narrow = progress < settings.narrow_first
                 loss = self._step(rate)
                 progress = self.step / settings.steps
                 if settings.minutes:

@@ -353,6 +353,8 @@ def test_timesteps_within_their_range():
     loader = in_memory(replace(BOTH, batch=100, min_timestep=500, max_timestep=503))
     steps = torch.cat([next(loader).timestep for _ in range(2)])
     assert set(steps.tolist()) == {500, 501, 502, 503}
+    loader.narrow = False
+    assert next(loader).timestep.unique().numel() > 50
     for wrong in (
         {"min_timestep": -1},
         {"max_timestep": 1000},

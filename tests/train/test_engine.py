@@ -339,3 +339,19 @@ def test_too_many_broken_samples_end_with_a_checkpoint(
     assert "  6 broken  " in captured.out  # in the line of the step
     info = read_info(latest_checkpoint(tmp_path / "run"))
     assert (info["step"], info["skipped"], info["ema_updates"]) == (3, 1, 2)
+
+
+def drawn_timesteps(settings: Settings) -> list:
+    trainer = trainer_of(settings, "t2v")
+    drawn = []
+    trainer.engine.register_forward_pre_hook(lambda _, inputs: drawn.append(inputs[1].tolist()))
+    trainer.train()
+    return drawn
+
+
+def test_the_first_share_of_a_run_draws_narrow_timesteps(ranks, world, tiny_t2i_folder, tmp_path):
+    narrow = {"min_timestep": 500, "max_timestep": 501, "narrow_first": 0.5, "steps": 4}
+    settings = settings_of(world, tiny_t2i_folder, tmp_path, "t2v", batch=8, **narrow)
+    drawn = ranks.call(1, drawn_timesteps, settings)[0]
+    assert {t for step in drawn[:2] for t in step} == {500, 501}
+    assert len({t for step in drawn[2:] for t in step}) > 8
