@@ -232,13 +232,24 @@ def flops_of(run, *inputs) -> int:
     return counter.get_total_flops()
 
 
-def latte_depth(counted: Step, flops: int, inputs) -> tuple[int, int]:
-    """Layers of Latte that come nearest to these FLOPs, and their count; 0, 0 without diffusers."""
+def latte_depths(counted: Step, flops: int, inputs) -> dict[int, int]:
+    """Layers of Latte and their FLOPs, those just below `flops` and just above; nothing without
+    diffusers."""
     if counted.latte(1).run is None:
-        return 0, 0
+        return {}
     one, two = (flops_of(counted.latte(depth).run, *inputs) for depth in (1, 2))
-    depth = max(1, 1 + round((flops - one) / (two - one)))
-    return depth, one + (depth - 1) * (two - one)
+    below = max(1, 1 + (flops - one) // (two - one))
+    return {depth: one + (depth - 1) * (two - one) for depth in (below, below + 1)}
+
+
+def at_equal_flops(row: dict, flops: int) -> float | None:
+    """How many times as long as ours Latte would take with these FLOPs, along the line through its
+    two depths; None where it was absent."""
+    entries = [e for name, e in row["contenders"].items() if name.startswith("Latte") and "ms" in e]
+    if len(entries) < 2:
+        return None
+    (x0, y0), (x1, y1) = ((entry["flops"], entry["ms"]) for entry in entries)
+    return (y0 + (flops - x0) * (y1 - y0) / (x1 - x0)) / row["contenders"][OURS]["ms"]
 
 
 def compete(measure, contest, name, config, shape, dtype):
@@ -249,7 +260,7 @@ def compete(measure, contest, name, config, shape, dtype):
     with plain_operators():
         plain, shared = flops_of(counted.separate, *inputs), flops_of(ours, *inputs)
         batched = flops_of(counted.batched, *inputs)
-    depth, latte_flops = latte_depth(counted, plain, inputs)
+    depths = latte_depths(counted, plain, inputs)
 
     step = Step(config, shape, dtype, contest.device)
     contenders = [
@@ -266,7 +277,11 @@ def compete(measure, contest, name, config, shape, dtype):
         contenders.append(Contender("ours, compiled", step.ours_compiled()))
     if contest.device == "cuda":
         contenders.append(Contender("ours, CUDA graph", step.ours(cuda_graph=True)))
-    contenders.append(replace(step.latte(depth), flops=latte_flops))
+    for depth, latte_flops in depths.items():
+        label = f"Latte, {latte_flops / plain:.2f} × the FLOPs"
+        contenders.append(replace(step.latte(depth), name=label, flops=latte_flops))
+    if not depths:
+        contenders.append(step.latte(1))
     row = measure(
         name,
         shape,
@@ -277,14 +292,15 @@ def compete(measure, contest, name, config, shape, dtype):
         flops=shared,
         preset=None,
         plain_flops=plain,
-        latte_flops=latte_flops,
+        latte_flops=list(depths.values()),
         amdahl_ceiling=plain / shared,
         work=step.denoiser().describe(),
     )
+    latte = at_equal_flops(row, plain)
     print(
-        f"\n{name}: {plain / 1e9:.1f} GFLOP plain, {shared / 1e9:.1f} ours, "
-        f"{latte_flops / 1e9:.1f} Latte ({depth} layers for {config.depth}); "
-        f"ceiling {row['amdahl_ceiling']:.3f}\n{row['work']}"
+        f"\n{name}: {plain / 1e9:.1f} GFLOP plain, {shared / 1e9:.1f} ours; "
+        f"ceiling {row['amdahl_ceiling']:.3f}; Latte at equal FLOPs, between its depths: "
+        f"{'absent' if latte is None else f'{latte:.2f} x'}\n{row['work']}"
     )
 
 

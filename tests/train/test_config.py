@@ -31,7 +31,7 @@ def test_small_is_the_default():
     assert images == parse_settings("t2i", "", ["--config", str(CONFIGS / "small.yaml")])
     assert (images.preset, images.run, images.init) == ("small", Path("runs/t2i"), None)
     assert (images.batch, images.draws, images.steps, images.lr) == (16, 4, 8300, 1e-3)
-    assert (clips.batch, clips.draws, clips.steps) == (16, 1, 4000)
+    assert (clips.batch, clips.draws, clips.steps) == (16, 1, 8000)
     assert clips.init == Path("runs/t2i/pipeline")
 
 
