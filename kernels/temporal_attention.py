@@ -55,6 +55,8 @@ def temporal_values(
     x (..., D); weights (D, D) and biases (D,) of nn.Linear; merged: (weight, bias) of
     `merge_values`, which replace all four and make one product of the two. Returns x's shape.
     """
+    weights = (value_weight, value_bias, out_weight, out_bias) if merged is None else merged
+    _check_values(x, weights)
     if merged is not None:
         return linear(x, *merged)
     return linear(linear(x, value_weight, value_bias), out_weight, out_bias)
@@ -350,6 +352,19 @@ if launch.cpu_library():
     @torch.library.register_fake("gentron::temporal_attention_backward_cpu")
     def _(d_out, qkv, motion_free):
         return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _check_values(x: Tensor, weights: tuple[Tensor, ...]) -> None:
+    names = ("value_weight", "value_bias", "out_weight", "out_bias")
+    names = names if len(weights) == 4 else ("merged weight", "merged bias")
+    for name, weight in zip(names, weights, strict=True):
+        wanted = x.shape[-1:] * (2 if name.endswith("weight") else 1)
+        if weight.shape != wanted:
+            raise ValueError(
+                f"{name} must be {tuple(wanted)} for x {tuple(x.shape)}, got {tuple(weight.shape)}"
+            )
+        if weight.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} like x, got {weight.device}")
 
 
 def _check(qkv: Tensor, motion_free: Tensor | bool | None) -> None:

@@ -65,6 +65,20 @@ def test_values(dtype, tolerance, shape, masked):
     assert (out - reference).norm() / reference.norm() < tolerance
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(FP32, 1e-5), (FP16, 2e-3), (BF16, 1e-2)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_parts_of_a_packed_projection(dtype, tolerance, masked):
+    """Strided inputs; what a mask hides may be anything finite."""
+    q, k, v = rand(2, 9, 3, 2, 72, dtype=dtype).unbind(2)
+    mask = torch.arange(9) < torch.tensor([[4], [9]]) if masked else None
+    wanted = expected(q, k, v, mask)
+    if masked:
+        k[0, 4:], v[0, 4:] = 100.0, -100.0
+    assert not q.is_contiguous()
+    out = attention(q, k, v, mask)
+    assert (out - wanted).norm() / wanted.norm() < tolerance
+
+
 @pytest.mark.parametrize(
     "capability, installed, chosen",
     [

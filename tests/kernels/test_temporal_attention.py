@@ -354,6 +354,20 @@ def test_temporal_values(dtype):
         assert torch.autograd.gradcheck(temporal_values, (x[:1, :1, :1], *weights))
 
 
+def test_wrong_projections_are_named():
+    x, square, row = rand(2, 4, 3, 8), rand(8, 8), rand(8)
+    with pytest.raises(
+        ValueError, match=r"out_bias must be \(8,\) for x \(2, 4, 3, 8\), got \(9,\)"
+    ):
+        temporal_values(x, square, row, square, rand(9))
+    with pytest.raises(ValueError, match=r"value_weight must be \(8, 8\)"):
+        temporal_values(x, rand(8, 9), row, square, row)
+    with pytest.raises(ValueError, match=r"merged weight must be \(8, 8\)"):
+        temporal_values(x, square, row, square, row, (row, row))
+    with pytest.raises(ValueError, match="merged bias must be on cpu like x, got meta"):
+        temporal_values(x, square, row, square, row, (square, row.to("meta")))
+
+
 def test_kernels_compile_without_spills():
     pytest.importorskip("triton")
     command = [sys.executable, Path(__file__).with_name("aot.py"), "--json", "temporal_attention"]
