@@ -131,13 +131,28 @@ def count(shard: Shard) -> tuple[int, str | None]:
     if kept.exists():
         with open(kept) as file:
             head = json.loads(file.readline())
-        was_removed = _is_remote(shard.url) and not shard.path.exists()  # to make room
-        if was_removed or head["stamp"] == _stamp(shard.path):
+        stamp = head["stamp"]
+        with _may_be_removed(shard):
+            stamp = _stamp(shard.path)
+        if stamp == head["stamp"]:
             return head["count"], head["cut"]
-    fetch(shard)
-    index = _read_headers(shard.path)
-    _keep(index, shard.path)
+    index = None
+    while index is None:
+        fetch(shard)
+        with _may_be_removed(shard):
+            index = _read_headers(shard.path)
+            _keep(index, shard.path)
     return len(index.samples), index.cut
+
+
+@contextlib.contextmanager
+def _may_be_removed(shard: Shard):
+    """Goes on where a copy of a shard is gone: another process may have made room with it."""
+    try:
+        yield
+    except FileNotFoundError:
+        if not _is_remote(shard.url):
+            raise
 
 
 @lru_cache(maxsize=KEPT)
