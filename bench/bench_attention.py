@@ -94,12 +94,14 @@ def test_spatial_attention(measure, contest, clip, preset, dtype, backward):
     )
 
 
+@pytest.mark.parametrize("tokens", [16, 32])
+@pytest.mark.parametrize("preset", ["small", "XL/2"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.full)])
-def test_few_tokens(measure, contest, dtype, backward):
-    """The frames of the small model: 16 tokens, from the packed projection."""
-    config = PRESETS["small-T2V"]
-    shape = 3, 8, 16, 3, config.heads, config.head_size
+def test_few_tokens(measure, contest, preset, tokens, dtype, backward):
+    """Frames of 16 tokens, as the small model has them, and of 32, from the packed projection."""
+    config = PRESETS[preset]
+    shape = 3, 8, tokens, 3, config.heads, config.head_size
     elements = math.prod(shape)
 
     def from_packed(attend):
@@ -124,7 +126,7 @@ def test_few_tokens(measure, contest, dtype, backward):
         nbytes=elements * (7 if backward else 4) // 3 * dtype.itemsize,
         flops=(5 if backward else 2) * 2 * elements // 3 * shape[2],
         backward=backward,
-        preset="small-T2V",
+        preset=preset,
     )
 
 

@@ -94,14 +94,19 @@ def test_guided_step(measure, contest, models, dtype, compiled):
         theirs = torch.compile(theirs)
         ours.compile_blocks()
     blocks = len(models[1].blocks)
-    measure(
+    # Through 28 random blocks bf16 strays by 5 % for both: they are compared with each other.
+    is_exact = dtype == torch.float32
+    row = measure(
         f"guided step of PixArt-α XL/2, {'compiled' if compiled else 'eager'}, {blocks} blocks",
         (1, CHANNELS, SIDE, SIDE),
         dtype,
         make=lambda randn: (randn(1, CHANNELS, SIDE, SIDE),),
         definition=lambda latents: guided_by_diffusers(exact, tokens)(latents.float()),
         contenders=[
-            Contender(OURS, guided_by_us(ours, tokens)),
-            Contender("diffusers", guided_by_diffusers(theirs, tokens)),
+            Contender(OURS, guided_by_us(ours, tokens), exact=is_exact),
+            Contender("diffusers", guided_by_diffusers(theirs, tokens), exact=is_exact),
         ],
     )
+    errors = [row["contenders"][name]["error"] for name in (OURS, "diffusers")]
+    print(f"\nerrors, relative: ours {errors[0]:.2e}, diffusers {errors[1]:.2e}")
+    assert is_exact or errors[0] <= 1.1 * errors[1]

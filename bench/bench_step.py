@@ -233,8 +233,8 @@ def flops_of(run, *inputs) -> int:
 
 
 def latte_depths(counted: Step, flops: int, inputs) -> dict[int, int]:
-    """Layers of Latte and their FLOPs, those just below `flops` and just above; nothing without
-    diffusers."""
+    """Layers of Latte and their FLOPs, those just below `flops`, or one, and one more; nothing
+    without diffusers."""
     if counted.latte(1).run is None:
         return {}
     one, two = (flops_of(counted.latte(depth).run, *inputs) for depth in (1, 2))
@@ -243,8 +243,8 @@ def latte_depths(counted: Step, flops: int, inputs) -> dict[int, int]:
 
 
 def at_equal_flops(row: dict, flops: int) -> float | None:
-    """How many times as long as ours Latte would take with these FLOPs, along the line through its
-    two depths; None where it was absent."""
+    """How many times as long as ours Latte would take with these FLOPs, on the line through its two
+    depths; None where it was absent."""
     entries = [e for name, e in row["contenders"].items() if name.startswith("Latte") and "ms" in e]
     if len(entries) < 2:
         return None
@@ -278,7 +278,7 @@ def compete(measure, contest, name, config, shape, dtype):
     if contest.device == "cuda":
         contenders.append(Contender("ours, CUDA graph", step.ours(cuda_graph=True)))
     for depth, latte_flops in depths.items():
-        label = f"Latte, {latte_flops / plain:.2f} × the FLOPs"
+        label = f"Latte, {latte_flops / plain:.2f} × three forwards' FLOPs"
         contenders.append(replace(step.latte(depth), name=label, flops=latte_flops))
     if not depths:
         contenders.append(step.latte(1))
@@ -299,7 +299,7 @@ def compete(measure, contest, name, config, shape, dtype):
     latte = at_equal_flops(row, plain)
     print(
         f"\n{name}: {plain / 1e9:.1f} GFLOP plain, {shared / 1e9:.1f} ours; "
-        f"ceiling {row['amdahl_ceiling']:.3f}; Latte at equal FLOPs, between its depths: "
+        f"ceiling {row['amdahl_ceiling']:.3f}; Latte at equal FLOPs, by its two depths: "
         f"{'absent' if latte is None else f'{latte:.2f} x'}\n{row['work']}"
     )
 

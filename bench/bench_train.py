@@ -192,7 +192,8 @@ def compete(measure, contest, name, config, shape, dtype, modes=(), compiles=Fal
     if compiles and not contest.smoke:
         contenders.append(Contender("plain AdamW loop, torch.compile", step.compiled()))
     depth, latte_flops = latte_depth(config, shape, flops)
-    contenders.append(step.latte(depth))
+    latte = f"Latte, {latte_flops / flops:.2f} × the FLOPs"
+    contenders.append(replace(step.latte(depth), name=latte))
     roof = peak_flops(torch.device(contest.device), dtype) / 1e12
     row = measure(
         name,
@@ -208,7 +209,7 @@ def compete(measure, contest, name, config, shape, dtype, modes=(), compiles=Fal
     )
     for contender, entry in row["contenders"].items():
         if "ms" in entry:
-            own = latte_flops if contender == "Latte" else flops
+            own = latte_flops if contender == latte else flops
             rate, mfu = 1e3 * shape[0] / entry["ms"], own / entry["ms"] / 1e9 / roof
             print(f"{name}: {contender:<32}{rate:9.2f} samples/s  {mfu:6.1%} MFU")
     print(f"{name}: {flops / 1e9:.1f} GFLOP, Latte {latte_flops / 1e9:.1f}; ours {peak:.2f} GiB")

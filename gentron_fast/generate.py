@@ -179,6 +179,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     given = {word.partition("=")[0] for word in argv}
     if args.compiled is None and args.sha256 is not None:
         raise ValueError("--sha256 is for the file of --compiled, and there is none")
+    if args.fp8 and args.dtype != "bfloat16":
+        raise ValueError(f"--fp8 goes with --dtype bfloat16, not {args.dtype}")
     if args.fp8 and args.offload:
         raise ValueError("--fp8 keeps the transformer on the GPU, --offload does not: give one")
     if args.compiled is not None:

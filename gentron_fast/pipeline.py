@@ -79,12 +79,7 @@ class GenTronPipeline:
                 f"the transformer's size embedding counts {told} pixels a latent, "
                 f"the VAE makes a latent of {vae.factor}"
             )
-        for name in transformer.config.encoders:
-            if text_encoder.width(name) != (wanted := transformer.config.text_width(name)):
-                raise ValueError(
-                    f"the {name} text encoder is {text_encoder.width(name)} wide, "
-                    f"the transformer takes {wanted}"
-                )
+        text_encoder.check_widths(transformer.config)
 
     @classmethod
     def from_pretrained(

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from gentron_fast.config import GenTronConfig
 from gentron_fast.model import EncodedText, TextCondition, read_json
 
 MAX_TOKENS = {"clip": 77, "t5": 256}
@@ -98,6 +99,14 @@ class TextEncoder(nn.Module):
             return None
         config = self.encoders[name].config
         return config.hidden_size if name == "clip" else config.d_model
+
+    def check_widths(self, config: GenTronConfig) -> None:
+        """ValueError where an encoder is not as wide as the text that a model takes."""
+        for name in config.encoders:
+            if (width := self.width(name)) != (wanted := config.text_width(name)):
+                raise ValueError(
+                    f"the {name} text encoder is {width} wide, the transformer takes {wanted}"
+                )
 
     def tokenize(self, prompts: list[str]) -> Tokens:
         """Token ids (B, L) and mask (B, L), True on real tokens, for each encoder.

@@ -11,7 +11,7 @@ from gentron_kernels.attention import attention
 from gentron_kernels.temporal_attention import temporal_attention
 
 # On the CPU the operator for few frames is faster than sdpa for few tokens, with its gradient
-# too: 1.1 to 2.4 × at 16 to 32 tokens, heads of 48 and 72 (bench_attention.py, "few tokens").
+# too (bench_attention.py, test_few_tokens).
 FEW = 32
 
 
@@ -24,6 +24,8 @@ def spatial_attention(qkv: Tensor) -> Tensor:
     """
     if qkv.shape[2] <= FEW and launch.backend(qkv) == "cpu" and not backends.FORCED:
         # A frame is a clip of one token a frame: N frames long.
-        return temporal_attention(qkv.flatten(0, 1).unsqueeze(2)).view(*qkv.shape[:3], -1)
+        return temporal_attention(qkv.flatten(0, 1).unsqueeze(2)).view(
+            *qkv.shape[:3], qkv.shape[4] * qkv.shape[5]
+        )
     q, k, v = rearrange(qkv, "b t n three h d -> three (b t) n h d")
     return rearrange(attention(q, k, v), "(b t) n d -> b t n d", t=qkv.shape[1])

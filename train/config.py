@@ -12,7 +12,7 @@ import yaml
 from gentron_fast.config import PRESETS, GenTronConfig
 from gentron_fast.model import CONFIG_NAME, read_json
 from gentron_fast.text import SUBFOLDERS
-from gentron_train.data import DataSettings
+from gentron_train.data import TIMESTEPS, DataSettings
 from gentron_train.shards import CACHE
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -64,9 +64,9 @@ class Settings:
     p_null: float = option(0.1, "probability of the empty caption")
     p_motion_free: float = option(0.2, "share of image-text pairs in T2V training")
     draws: int = option(1, "noises and timesteps per sample; they share its text encoding")
-    min_timestep: int = option(0, "timesteps are drawn from here")
-    max_timestep: int = option(999, "to here")
-    narrow_first: float = option(1.0, "share of the run that does so; then from 0 to 999")
+    min_timestep: int = option(0, "smallest timestep drawn")
+    max_timestep: int = option(TIMESTEPS - 1, "largest timestep drawn")
+    narrow_first: float = option(1.0, "first share of the run within them; then all are drawn")
     weight_cap: float = option(1.0, "weight of a timestep: 1 / ᾱ up to this; 1: the plain ε loss")
 
     steps: int = option(500_000, "optimizer steps")
@@ -126,10 +126,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{_flag(name)} is {value}, must be above 0")
-        if not 0 <= self.min_timestep <= self.max_timestep <= 999:
+        if not 0 <= self.min_timestep <= self.max_timestep < TIMESTEPS:
             raise ValueError(
                 f"--min-timestep {self.min_timestep} and --max-timestep {self.max_timestep} "
-                "must be a range within 0 … 999"
+                f"must be a range within 0 … {TIMESTEPS - 1}"
             )
         if not self.weight_cap >= 1:
             raise ValueError(f"--weight-cap is {self.weight_cap}, must be at least 1")

@@ -172,12 +172,7 @@ def load_text_encoder(settings: Settings, config: GenTronConfig, dtype: torch.dt
             "--clip, --t5, --text or a whole pipeline as --init"
         )
     encoder = TextEncoder.from_pretrained(**sources, dtype=dtype)
-    for name in config.encoders:
-        if (width := encoder.width(name)) != (wanted := config.text_width(name)):
-            raise ValueError(
-                f"{sources[name][0]} is {width} wide, the model takes {name} text {wanted} wide: "
-                f"--{name} names another"
-            )
+    encoder.check_widths(config)
     return encoder
 
 
@@ -381,7 +376,15 @@ class Trainer:
         settings, stop = self.settings, StopRequest(self.launcher)
         first, start = self.step, time.monotonic() - self.seconds
         logged, logged_step = time.monotonic(), self.step
-        progress, losses, interrupted, bad = self.step / settings.steps, [], False, 0
+        losses, interrupted, bad = [], False, 0
+
+        def progress_now() -> float:
+            share = self.step / settings.steps
+            if settings.minutes:
+                share = max(share, (time.monotonic() - start) / (60 * settings.minutes))
+            return share
+
+        progress = self._agree(torch.zeros(()), progress_now(), stop=False)[1]
         self._say(settings.batch_line(dist.get_world_size()))
         with tqdm(
             total=settings.steps, initial=first, unit="step", disable=not self.is_main
@@ -390,10 +393,8 @@ class Trainer:
                 rate = learning_rate(settings, self.step, progress)
                 self.loader.narrow = progress < settings.narrow_first
                 loss = self._step(rate)
-                progress = self.step / settings.steps
-                if settings.minutes:
-                    progress = max(progress, (time.monotonic() - start) / (60 * settings.minutes))
-                loss, progress, interrupted, broken = self._agree(loss, progress, bool(stop))
+                agreed = self._agree(loss, progress_now(), bool(stop))
+                loss, progress, interrupted, broken = agreed
                 if self.engine.was_step_applied():
                     losses.append(loss)
                     bad = 0

@@ -136,13 +136,17 @@ def count(shard: Shard) -> tuple[int, str | None]:
             stamp = _stamp(shard.path)
         if stamp == head["stamp"]:
             return head["count"], head["cut"]
-    index = None
-    while index is None:
+    index = _make_index(shard)
+    return len(index.samples), index.cut
+
+
+def _make_index(shard: Shard) -> Index:
+    while True:
         fetch(shard)
         with _may_be_removed(shard):
             index = _read_headers(shard.path)
             _keep(index, shard.path)
-    return len(index.samples), index.cut
+            return index
 
 
 @contextlib.contextmanager
@@ -166,7 +170,7 @@ def index(shard: Shard) -> Index:
             (key, {e: tuple(place) for e, place in files.items()}) for key, files in body["samples"]
         ]
         return Index(samples, head["cut"], body["facts"])
-    return _read_headers(shard.path)
+    return _make_index(shard)
 
 
 def read(shard: Shard, number: int) -> tuple[str, dict[str, bytes]]:

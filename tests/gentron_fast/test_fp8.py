@@ -49,7 +49,9 @@ def test_the_cpu_is_refused(make_model, tiny_config):
 
 
 def test_the_command_line_refuses_in_one_line(capsys):
-    assert main(["a star", "--fp8", "--offload"]) == 2
+    assert main(["a star", "--fp8", "--dtype", "bfloat16", "--offload"]) == 2
     assert "--fp8 keeps the transformer on the GPU" in capsys.readouterr().err
+    assert main(["a star", "--fp8"]) == 2
+    assert "--fp8 goes with --dtype bfloat16, not float32" in capsys.readouterr().err
     assert main(["a star", "--fp8", "--dtype", "bfloat16", "--device", "cpu"]) == 2
     assert "fp8 needs a GPU" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file, save_file
 
-from gentron_fast import PRESETS, GenTron, GenTronConfig, TextCondition
+from gentron_fast import PRESETS, EncodedText, GenTron, GenTronConfig, TextCondition
 from gentron_fast.layers import patch_positions, sincos
 
 BLOCK_KEYS = [
@@ -433,3 +433,11 @@ def test_damaged_checkpoints_are_named(tiny_config, make_model, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         GenTron.from_pretrained(tmp_path)
+
+
+def test_a_text_without_a_mask_is_real_everywhere():
+    short, long = (EncodedText(torch.ones(1, length, 4), None) for length in (2, 3))
+    assert short.trim() is short
+    joined = TextCondition.cat([TextCondition(t5=short), TextCondition(t5=long)]).t5
+    assert joined.mask.tolist() == [[True, True, False], [True, True, True]]
+    assert joined.tokens.shape == (2, 3, 4) and joined.tokens[0, 2].eq(0).all()

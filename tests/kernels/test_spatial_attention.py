@@ -38,6 +38,10 @@ def test_values_and_gradient(tokens, frames, heads, size, dtype, tolerance):
     torch.testing.assert_close(qkv.grad.double(), exact.grad, rtol=tolerance, atol=tolerance)
 
 
+def test_an_empty_batch():
+    assert spatial_attention(packed(0, 3, 16, 2, 8, FP32)).shape == (0, 3, 16, 16)
+
+
 @pytest.mark.parametrize("tokens, forced", [(FEW, None), (FEW + 1, None), (FEW, "sdpa")])
 def test_few_tokens_take_our_operator_unless_one_is_forced(monkeypatch, tokens, forced):
     if not launch.cpu_library():

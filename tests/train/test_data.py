@@ -928,6 +928,22 @@ def test_a_shard_is_fetched_three_times_before_its_samples_are_broken(tmp_path, 
     assert tried.read_text().count("\n") == 3
 
 
+@pytest.mark.parametrize("name", ["_read_headers", "_keep"])
+def test_a_copy_that_goes_while_it_is_counted_is_made_again(tmp_path, monkeypatch, name):
+    path = write_tar(tmp_path / "a.tar", [{"txt": b"one"}, {"txt": b"two"}])
+    shard = find_shards(f"pipe:cat {path}", tmp_path / "cache")[0]
+    function, gone = getattr(shards_module, name), []
+
+    def removed_once(*arguments):
+        if not gone:
+            gone.append(shard.path.unlink())
+        return function(*arguments)
+
+    monkeypatch.setattr(shards_module, name, removed_once)
+    assert count(shard) == (2, None) and gone == [None]
+    assert read(shard, 1)[1] == {"txt": b"two"}
+
+
 def test_copies_of_shards_make_room_for_others(tmp_path):
     """Two of three copies fit; what was removed is counted without it, and copied again to read."""
     names, fetched = "abc", tmp_path / "fetched"

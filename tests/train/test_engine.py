@@ -215,7 +215,7 @@ def test_an_encoder_that_is_missing_is_named(world, pixart_folder, tiny_t2i_fold
     only_t5 = replace(PRESETS["small"], encoders=("t5",))
     encoder = engine.load_text_encoder(settings, only_t5, torch.float32)
     assert list(encoder.encoders) == ["t5"]
-    with pytest.raises(ValueError, match="is 128 wide, the model takes t5 text 4096 wide: --t5"):
+    with pytest.raises(ValueError, match="t5 text encoder is 128 wide, the transformer takes 4096"):
         engine.load_text_encoder(settings, PRESETS["XL/2-T5"], torch.float32)
 
 
