@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -216,13 +217,25 @@ def _deepspeed_files(engine, folder: Path, name: str) -> list[tuple[dict, str]]:
     among its writes, at which ranks would wait for one whose disk is full."""
     files, writer = [], engine.checkpoint_engine
     save, recovery = writer.save, engine._copy_recovery_script
-    writer.save = lambda state_dict, path: files.append((state_dict, path))
+    writer.save = lambda state_dict, path: files.append((_without_enums(state_dict), path))
     engine._copy_recovery_script = lambda path: None
     try:
         engine.save_checkpoint(str(folder), tag=name, save_latest=False)
     finally:
         writer.save, engine._copy_recovery_script = save, recovery
     return files
+
+
+def _without_enums(value):
+    """The same with the values of enumerations in their place: Python before 3.11.4 pickles one as
+    a call of getattr, which no weights_only reading allows."""
+    if isinstance(value, Enum):
+        return value.value
+    if type(value) is dict:
+        return {key: _without_enums(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_enums, value))
+    return value
 
 
 def _convert(checkpoint: Path, universal: Path) -> None:
