@@ -94,8 +94,9 @@ def test_guided_step(measure, contest, models, dtype, compiled):
         theirs = torch.compile(theirs)
         ours.compile_blocks()
     blocks = len(models[1].blocks)
-    # Through 28 random blocks bf16 strays by 5 % for both: they are compared with each other.
-    is_exact = dtype == torch.float32
+    # Through 28 random blocks bf16 strays by 5 % for both, past what a row may: there ours is held
+    # against theirs alone.
+    is_exact = dtype == torch.float32 or blocks == 2
     row = measure(
         f"guided step of PixArt-α XL/2, {'compiled' if compiled else 'eager'}, {blocks} blocks",
         (1, CHANNELS, SIDE, SIDE),
@@ -109,4 +110,4 @@ def test_guided_step(measure, contest, models, dtype, compiled):
     )
     errors = [row["contenders"][name]["error"] for name in (OURS, "diffusers")]
     print(f"\nerrors, relative: ours {errors[0]:.2e}, diffusers {errors[1]:.2e}")
-    assert is_exact or errors[0] <= 1.1 * errors[1]
+    assert dtype == torch.float32 or errors[0] <= 1.1 * errors[1]

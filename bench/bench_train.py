@@ -17,9 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_step import latte_model, plain_operators, random_model, text_of
+from bench_step import latte_depths, latte_model, plain_operators, random_model, text_of
 from contest import DTYPES, OURS, Contender, absent, memory_bytes
-from torch.utils.flop_counter import FlopCounterMode
 
 from gentron_fast import PRESETS
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule, diffusion_loss
@@ -161,22 +160,14 @@ class TrainingStep:
         return Contender("Latte", run, f"{depth} layers for {self.config.depth}", checked=False)
 
 
-def latte_depth(config, shape, flops: int) -> tuple[int, int]:
-    """Layers of Latte whose step comes nearest to these FLOPs, and their count."""
+def nearest_latte(config, shape, flops: int) -> tuple[int, int]:
+    """Layers of Latte whose step comes nearest to these FLOPs, and their count; 0, 0 without
+    diffusers."""
     counted = TrainingStep(config, shape, torch.float32, "meta")
     counted.timestep = counted.timestep.to("meta")
     inputs = [torch.empty(shape, device="meta") for _ in range(2)]
-    counts = []
-    for depth in (1, 2):
-        contender = counted.latte(depth)
-        if contender.run is None:
-            return 0, 0
-        with FlopCounterMode(display=False) as counter:
-            contender.run(*inputs)
-        counts.append(counter.get_total_flops())
-    one, two = counts
-    depth = max(1, 1 + round((flops - one) / (two - one)))
-    return depth, one + (depth - 1) * (two - one)
+    depths = latte_depths(counted, flops, inputs) or {0: 0}
+    return min(depths.items(), key=lambda item: abs(item[1] - flops))
 
 
 def compete(measure, contest, name, config, shape, dtype, modes=(), compiles=False):
@@ -191,9 +182,9 @@ def compete(measure, contest, name, config, shape, dtype, modes=(), compiles=Fal
         contenders.append(Contender(f"ours, checkpointing {mode}", step.checkpointed(mode)))
     if compiles and not contest.smoke:
         contenders.append(Contender("plain AdamW loop, torch.compile", step.compiled()))
-    depth, latte_flops = latte_depth(config, shape, flops)
+    depth, latte_flops = nearest_latte(config, shape, flops)
     latte = f"Latte, {latte_flops / flops:.2f} × the FLOPs"
-    contenders.append(replace(step.latte(depth), name=latte))
+    contenders.append(replace(step.latte(max(depth, 1)), name=latte))
     roof = peak_flops(torch.device(contest.device), dtype) / 1e12
     row = measure(
         name,

@@ -54,6 +54,13 @@ def rank_process(session: int, rank: int) -> psutil.Process:
     raise AssertionError(f"no process of rank {rank} in session {session}")
 
 
+def end_all(process) -> None:
+    """Kill what is left of a launched run."""
+    for left in members(process.pid):
+        left.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
 @pytest.mark.parametrize("trial", range(TRIALS))
 def test_a_killed_rank_ends_the_run(ranks, world, tiny_t2i_folder, tmp_path, trial):
     run, moment = tmp_path / "run", random.Random(trial)
@@ -65,9 +72,7 @@ def test_a_killed_rank_ends_the_run(ranks, world, tiny_t2i_folder, tmp_path, tri
         rank_process(process.pid, trial % 2).kill()
         wait_for(lambda: not members(process.pid), 60)
     finally:
-        for left in members(process.pid):
-            left.send_signal(signal.SIGKILL)
-        process.communicate()
+        end_all(process)
     assert process.returncode != 0
     step, done = read_info(latest_checkpoint(run))["step"], log_of(run)[-1]["step"]
     assert done - step <= 3  # the last two, and a checkpoint that was not whole yet
@@ -84,9 +89,7 @@ def test_a_frozen_rank_ends_the_run(world, tiny_t2i_folder, tmp_path):
         rank_process(process.pid, 1).send_signal(signal.SIGSTOP)
         wait_for(lambda: not members(process.pid), 60)
     finally:
-        for left in members(process.pid):
-            left.send_signal(signal.SIGKILL)
-        process.communicate()
+        end_all(process)
     assert process.returncode != 0
 
 
