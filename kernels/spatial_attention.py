@@ -18,14 +18,27 @@ FEW = 32
 def spatial_attention(qkv: Tensor) -> Tensor:
     """Attention along N for every (sample, frame).
 
-    qkv (B, T, N, 3, H, Dh), the packed projection; returns (B, T, N, H · Dh). Which backend runs is
-    `attention`'s choice, and of few tokens on the CPU `temporal_attention`'s operator, unless
-    GENTRON_ATTENTION forces one.
+    qkv (B, T, N, 3, H, Dh), the packed projection; returns (B, T, N, H · Dh).
     """
-    if qkv.shape[2] <= FEW and launch.backend(qkv) == "cpu" and not backends.FORCED:
+    if _takes_frames_operator(qkv):
         # A frame is a clip of one token a frame: N frames long.
         return temporal_attention(qkv.flatten(0, 1).unsqueeze(2)).view(
             *qkv.shape[:3], qkv.shape[4] * qkv.shape[5]
         )
-    q, k, v = rearrange(qkv, "b t n three h d -> three (b t) n h d")
-    return rearrange(attention(q, k, v), "(b t) n d -> b t n d", t=qkv.shape[1])
+    return rearrange(attention(*_parts(qkv)), "(b t) n d -> b t n d", t=qkv.shape[1])
+
+
+def chosen_backend(qkv: Tensor) -> str:
+    """What `spatial_attention` takes for this input: "temporal", the operator for frames, of few
+    tokens on the CPU unless GENTRON_ATTENTION forces another; else `attention`'s choice."""
+    if _takes_frames_operator(qkv):
+        return "temporal"
+    return backends.chosen_backend(*_parts(qkv))
+
+
+def _takes_frames_operator(qkv: Tensor) -> bool:
+    return qkv.shape[2] <= FEW and launch.backend(qkv) == "cpu" and not backends.FORCED
+
+
+def _parts(qkv: Tensor) -> Tensor:
+    return rearrange(qkv, "b t n three h d -> three (b t) n h d")

@@ -6,7 +6,7 @@ from einops import rearrange
 
 from gentron_kernels import attention as backends
 from gentron_kernels import launch
-from gentron_kernels.spatial_attention import FEW, spatial_attention
+from gentron_kernels.spatial_attention import FEW, chosen_backend, spatial_attention
 
 FP64, FP32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
@@ -52,8 +52,11 @@ def test_few_tokens_take_our_operator_unless_one_is_forced(monkeypatch, tokens, 
         "gentron_kernels.spatial_attention.temporal_attention",
         lambda qkv: called.append(qkv.shape) or qkv[:, :, :, 2].flatten(3),
     )
-    spatial_attention(packed(2, 3, tokens, 2, 8))
-    assert called == ([(6, tokens, 1, 3, 2, 8)] if tokens <= FEW and forced is None else [])
+    qkv = packed(2, 3, tokens, 2, 8)
+    ours = tokens <= FEW and forced is None
+    assert chosen_backend(qkv) == ("temporal" if ours else "sdpa")
+    spatial_attention(qkv)
+    assert called == ([(6, tokens, 1, 3, 2, 8)] if ours else [])
 
 
 def test_it_compiles_whole():
