@@ -211,8 +211,7 @@ GENTRON_AVX512_INLINE float load_token(const T* __restrict x, const T* __restric
                                        const float* __restrict gate, T* __restrict residual,
                                        float* __restrict stream, int64_t width) {
   __m512 sum_a = _mm512_setzero_ps(), sum_b = _mm512_setzero_ps();
-  int64_t i = 0;
-  for (; i + avx512::STEP <= width; i += avx512::STEP) {
+  for (int64_t i = 0; i < width; i += avx512::STEP) {
     __m512 a = avx512::load(x + i), b = avx512::load(x + i + 16);
     if constexpr (update == Update::TOKENS) {
       a = _mm512_fmadd_ps(avx512::load(gate + i), avx512::load(y + i), a);
@@ -227,17 +226,7 @@ GENTRON_AVX512_INLINE float load_token(const T* __restrict x, const T* __restric
     sum_a = _mm512_add_ps(sum_a, a);
     sum_b = _mm512_add_ps(sum_b, b);
   }
-  float total = _mm512_reduce_add_ps(_mm512_add_ps(sum_a, sum_b));
-  for (; i < width; ++i) {
-    T value = x[i];
-    if constexpr (update != Update::NONE) {
-      float updated = widen(x[i]) + gate[i];
-      if constexpr (update == Update::TOKENS) updated = widen(x[i]) + gate[i] * widen(y[i]);
-      residual[i] = value = narrow<T>(updated);
-    }
-    total += stream[i] = widen(value);
-  }
-  return total;
+  return _mm512_reduce_add_ps(_mm512_add_ps(sum_a, sum_b));
 }
 
 template <class T, bool streamed>
@@ -250,12 +239,10 @@ GENTRON_AVX512_INLINE void modulate_token(const float* __restrict stream, float 
     const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(avx512::load(stream + i), means), rstds);
     return _mm512_fmadd_ps(normed, avx512::load(scale + i), avx512::load(shift + i));
   };
-  int64_t i = 0;
-  for (; i + avx512::STEP <= width; i += avx512::STEP) {
+  for (int64_t i = 0; i < width; i += avx512::STEP) {
     __m512 a = modulated(i), b = modulated(i + 16);
     avx512::store<streamed>(out + i, a, b);
   }
-  for (; i < width; ++i) out[i] = narrow<T>((stream[i] - mean) * rstd * scale[i] + shift[i]);
 }
 
 // forward_tokens in fewer passes, each of which fetches a third of the token after the next.
@@ -288,12 +275,22 @@ GENTRON_AVX512 void forward_tokens_avx512(const T* __restrict x, const T* __rest
 }
 #endif
 
+// Whether tokens of T and this width go to the kernels of avx512.h, which take whole steps.
+template <class T>
+bool takes_avx512([[maybe_unused]] int64_t width) {
+#ifdef GENTRON_HAS_AVX512
+  return !std::is_same_v<T, double> && width % avx512::STEP == 0 && avx512::available();
+#else
+  return false;
+#endif
+}
+
 // The forward of the CPU at hand; `streamed` where the results are too large for the caches.
 template <class T, Update update>
-auto forward_kernel([[maybe_unused]] bool streamed) {
+auto forward_kernel(int64_t width, [[maybe_unused]] bool streamed) {
 #ifdef GENTRON_HAS_AVX512
   if constexpr (!std::is_same_v<T, double>) {
-    if (avx512::available())
+    if (takes_avx512<T>(width))
       return streamed ? forward_tokens_avx512<T, update, true>
                       : forward_tokens_avx512<T, update, false>;
   }
@@ -362,6 +359,96 @@ GENTRON_CLONES void backward_tokens(const T* __restrict d_residual, const T* __r
   }
 }
 
+#ifdef GENTRON_HAS_AVX512
+// backward_tokens in three passes: the sums, the sums about the mean, every gradient.
+template <class T, bool streamed>
+GENTRON_AVX512 void backward_tokens_avx512(const T* __restrict d_residual,
+                                           const T* __restrict d_out, const T* __restrict residual,
+                                           const T* __restrict y, int64_t y_stride,
+                                           const float* __restrict gate,
+                                           const float* __restrict scale, Gradients<T> grad,
+                                           float* __restrict /*normed*/,
+                                           float* __restrict /*d_stream*/, int64_t tokens,
+                                           int64_t width, double eps) {
+  using avx512::load;
+  constexpr int64_t HALF = avx512::STEP / 2;
+  const auto add = [](float* to, __m512 value) GENTRON_AVX512 {
+    _mm512_storeu_ps(to, _mm512_add_ps(load(to), value));
+  };
+  for (int64_t token = 0; token < tokens; ++token) {
+    const auto d_normed = [&](int64_t i) GENTRON_AVX512 {
+      return _mm512_mul_ps(load(d_out + i), load(scale + i));
+    };
+    __m512 sum_a = _mm512_setzero_ps(), sum_b = sum_a, d_sum_a = sum_a, d_sum_b = sum_a;
+    for (int64_t i = 0; i < width; i += avx512::STEP) {
+      sum_a = _mm512_add_ps(sum_a, load(residual + i));
+      sum_b = _mm512_add_ps(sum_b, load(residual + i + HALF));
+      d_sum_a = _mm512_add_ps(d_sum_a, d_normed(i));
+      d_sum_b = _mm512_add_ps(d_sum_b, d_normed(i + HALF));
+    }
+    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_add_ps(sum_a, sum_b)) / width);
+    const __m512 d_mean =
+        _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_add_ps(d_sum_a, d_sum_b)) / width);
+
+    __m512 square_a = _mm512_setzero_ps(), square_b = square_a, dot_a = square_a, dot_b = square_a;
+    for (int64_t i = 0; i < width; i += avx512::STEP) {
+      const __m512 a = _mm512_sub_ps(load(residual + i), mean);
+      const __m512 b = _mm512_sub_ps(load(residual + i + HALF), mean);
+      square_a = _mm512_fmadd_ps(a, a, square_a);
+      square_b = _mm512_fmadd_ps(b, b, square_b);
+      dot_a = _mm512_fmadd_ps(a, d_normed(i), dot_a);
+      dot_b = _mm512_fmadd_ps(b, d_normed(i + HALF), dot_b);
+    }
+    const float variance = _mm512_reduce_add_ps(_mm512_add_ps(square_a, square_b)) / width;
+    const float inverse = 1 / std::sqrt(variance + static_cast<float>(eps));
+    const __m512 rstd = _mm512_set1_ps(inverse);
+    const __m512 slope = _mm512_set1_ps(
+        _mm512_reduce_add_ps(_mm512_add_ps(dot_a, dot_b)) / width * inverse);
+
+    // x's gradient at one half of a step; the rows' gradients on the way.
+    const auto gradient = [&](int64_t i) GENTRON_AVX512 {
+      const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(load(residual + i), mean), rstd);
+      __m512 d = _mm512_sub_ps(d_normed(i), d_mean);
+      d = _mm512_mul_ps(rstd, _mm512_fnmadd_ps(normed, slope, d));
+      if (d_residual) d = _mm512_add_ps(d, load(d_residual + i));
+      if (grad.y_row) add(grad.y_row + i, _mm512_mul_ps(load(gate + i), d));
+      if (grad.gate) add(grad.gate + i, _mm512_mul_ps(load(y + i), d));
+      if (grad.shift) add(grad.shift + i, load(d_out + i));
+      if (grad.scale) add(grad.scale + i, _mm512_mul_ps(load(d_out + i), normed));
+      return d;
+    };
+    for (int64_t i = 0; i < width; i += avx512::STEP) {
+      __m512 a = gradient(i), b = gradient(i + HALF);
+      if (grad.y) {
+        __m512 y_a = _mm512_mul_ps(load(gate + i), a);
+        __m512 y_b = _mm512_mul_ps(load(gate + i + HALF), b);
+        avx512::store<streamed>(grad.y + i, y_a, y_b);
+      }
+      if (grad.x) avx512::store<streamed>(grad.x + i, a, b);
+    }
+    residual += width;
+    d_out += width;
+    if (d_residual) d_residual += width;
+    if (grad.x) grad.x += width;
+    if (grad.y) grad.y += width;
+    if (grad.gate) y += y_stride;
+  }
+  if constexpr (streamed) avx512::fence();
+}
+#endif
+
+// The backward of the CPU at hand; `streamed` as for the forward.
+template <class T>
+auto backward_kernel(int64_t width, [[maybe_unused]] bool streamed) {
+#ifdef GENTRON_HAS_AVX512
+  if constexpr (!std::is_same_v<T, double>) {
+    if (takes_avx512<T>(width))
+      return streamed ? backward_tokens_avx512<T, true> : backward_tokens_avx512<T, false>;
+  }
+#endif
+  return backward_tokens<T>;
+}
+
 int64_t token_count(const Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) > 0, "x must be (..., D), got ", x.sizes());
   return x.numel() / x.size(-1);
@@ -374,7 +461,11 @@ void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
                     tensor.scalar_type(), " ", tensor.sizes());
 }
 
-bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 64 == 0; }
+// Whether results of this size are stored past the caches, in whole lines.
+bool streams(const Tensor& like, const void* first, const void* second) {
+  const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 64 == 0; };
+  return static_cast<int64_t>(like.nbytes()) >= STREAMED && aligned(first) && aligned(second);
+}
 
 template <class T>
 void forward(const Tensor& x, const OptionalTensor& y, const Rows<T>& gate, const Rows<T>& shift,
@@ -386,9 +477,7 @@ void forward(const Tensor& x, const OptionalTensor& y, const Rows<T>& gate, cons
   const T* y_data = tokenwise ? y->const_data_ptr<T>() : nullptr;
   T* residual_data = y ? residual.mutable_data_ptr<T>() : nullptr;
   T* out_data = out.mutable_data_ptr<T>();
-  // Streamed stores write whole lines.
-  const bool streamed = static_cast<int64_t>(out.nbytes()) >= STREAMED &&
-                        width * sizeof(T) % 64 == 0 && aligned(out_data) && aligned(residual_data);
+  const bool streamed = streams(out, out_data, residual_data);
   at::parallel_for(0, tokens, grain(width), [&](int64_t begin, int64_t stop) {
     std::vector<wide_t<T>> stream(width), update(width);
     Cursor<T> gates(gate, width), shifts(shift, width), scales(scale, width), ys(y_rows, width);
@@ -404,15 +493,15 @@ void forward(const Tensor& x, const OptionalTensor& y, const Rows<T>& gate, cons
                end - token, width, eps);
       };
       if (!y) {
-        run(forward_kernel<T, Update::NONE>(streamed), nullptr);
+        run(forward_kernel<T, Update::NONE>(width, streamed), nullptr);
       } else if (tokenwise) {
-        run(forward_kernel<T, Update::TOKENS>(streamed), gates.row());
+        run(forward_kernel<T, Update::TOKENS>(width, streamed), gates.row());
       } else {
         if (moved) {
           std::copy_n(ys.row(), width, update.data());
           multiply_row(gates.row(), update.data(), width);
         }
-        run(forward_kernel<T, Update::ROW>(streamed), update.data());
+        run(forward_kernel<T, Update::ROW>(width, streamed), update.data());
       }
     }
   });
@@ -550,6 +639,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const T* y_data = y ? y->const_data_ptr<T>() : nullptr;
     T* dx_data = dx ? dx_out.mutable_data_ptr<T>() : nullptr;
     T* dy_data = dy_tokenwise ? dy_out.mutable_data_ptr<T>() : nullptr;
+    const auto kernel = backward_kernel<T>(width, streams(residual, dx_data, dy_data));
 
     at::parallel_for(0, chunks, grain(length * width), [&](int64_t begin, int64_t stop) {
       std::vector<W> normed(width), d_stream(width);
@@ -569,10 +659,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         scale_cursor.move(token);
         const T* y_at = nullptr;
         if (y) y_at = y_data + (y_tokenwise ? token : token / y_rows.span()) * width;
-        backward_tokens<T>(d_residual_data ? d_residual_data + token * width : nullptr,
-                           d_out_data + token * width, residual_data + token * width, y_at,
-                           y_tokenwise ? width : 0, gate_cursor.row(), scale_cursor.row(), grad,
-                           normed.data(), d_stream.data(), count, width, eps);
+        kernel(d_residual_data ? d_residual_data + token * width : nullptr,
+               d_out_data + token * width, residual_data + token * width, y_at,
+               y_tokenwise ? width : 0, gate_cursor.row(), scale_cursor.row(), grad,
+               normed.data(), d_stream.data(), count, width, eps);
       }
     });
     if (!dy_tokenwise) dy_out = y_sum.sum();

@@ -268,12 +268,7 @@ def test_width_beyond_one_warp_a_token(backend, device):
 def test_results_beyond_the_caches(backend, device, dtype, width):
     """They are stored past the caches where whole lines can be, from 16 MB on."""
     tokens = -(-(17 << 20) // (width * dtype.itemsize))
-    tensors = [rand(1, 1, tokens, width, seed=seed, dtype=dtype).to(device) for seed in (0, 1)]
-    row = rand(1, width, dtype=dtype).to(device)
-    outputs = residual_layernorm_modulate(*tensors, row, row, row)
-    exact = residual_layernorm_modulate_ref(*(t.double() for t in (*tensors, row, row, row)))
-    for value, reference in zip(outputs, exact, strict=True):
-        assert error(value, reference) < (1e-5 if dtype == torch.float32 else 3e-3)
+    check(Case((1, 1, tokens, width), dtype, gate="one", shift="one", scale="one"), device)
 
 
 def test_rows_of_another_dtype_are_widened(backend, device):
