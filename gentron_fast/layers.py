@@ -160,7 +160,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads, self.head_size = config.heads, config.head_size
         self.q = Linear(config.width, config.width)
-        self.kv = nn.Linear(text_width, 2 * config.width)  # rows k | v, then heads
+        self.kv = Linear(text_width, 2 * config.width)  # rows k | v, then heads
         self.out = Linear(config.width, config.width)
 
     def project(self, tokens: Tensor, mask: Tensor | None) -> CrossContext:
@@ -175,7 +175,7 @@ class CrossAttention(nn.Module):
         """
         dtype = self.q.weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        k, v = self._split(F.linear(tokens.to(wide), *(p.to(wide) for p in self.kv.parameters())))
+        k, v = self._split(linear(tokens.to(wide), *(p.to(wide) for p in self.kv.parameters())))
         q_weight, q_bias = (
             rearrange(p.to(wide) * self.head_size**-0.5, "(h d) ... -> h d ...", h=self.heads)
             for p in (self.q.weight, self.q.bias)

@@ -50,15 +50,43 @@ def test_no_rows():
     assert linear(*inputs(0, dtype=torch.bfloat16), True).shape == (0, 40)
 
 
-def test_gradients_are_those_of_torch():
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gradients_are_those_of_torch(gelu):
     tensors = [t.requires_grad_() for t in inputs(4)]
-    assert torch.autograd.gradcheck(lambda *t: linear(*t, True), tensors)
+    assert torch.autograd.gradcheck(lambda *t: linear(*t, gelu), tensors)
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (0,), (1, 2), (2,)], ids=str)
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_in_fp32(leading, transposed, wanted):
+    tensors = inputs(*leading, dtype=torch.float32, transposed=transposed)
+    exact = [t.double() for t in tensors]
+    gradients = []
+    for group in tensors, exact:
+        operands = [group[i].requires_grad_() for i in wanted]
+        out = linear(*group)
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        gradients.append(torch.autograd.grad((out.sin() * weights).sum(), operands))
+    for found, reference, i in zip(*gradients, wanted, strict=True):
+        assert found.shape == tensors[i].shape and found.dtype == torch.float32
+        assert error(found, reference) < 1e-5
+
+
+def test_gradients_of_gradients_in_fp32():
+    second = []
+    for dtype in torch.float32, torch.float64:
+        x, weight, bias = (t.requires_grad_() for t in inputs(4, dtype=dtype))
+        (first,) = torch.autograd.grad(linear(x, weight, bias).sin().sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(first.square().sum(), (x, weight)))
+    for found, reference in zip(*second, strict=True):
+        assert error(found, reference) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_one_call_where_nobody_else_fuses(monkeypatch, dtype):
-    """oneDNN is called in eager inference alone."""
+def test_takes_onednn_where_nobody_else_fuses(monkeypatch, dtype):
+    """oneDNN is called in eager inference, and in eager training in fp32."""
     calls = []
     real = torch.ops.mkldnn._linear_pointwise
     spy = lambda *arguments: calls.append(arguments[3]) or real(*arguments)  # noqa: E731
@@ -69,8 +97,10 @@ def test_one_call_where_nobody_else_fuses(monkeypatch, dtype):
     assert calls == ["gelu", "none"]
     with torch.enable_grad():
         linear(x, weight, bias, gelu=True)
+    if dtype == torch.float32:
+        assert calls.pop() == "none" and len(calls) == 2
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x.float(), weight.float(), bias.float(), True).dtype == torch.bfloat16
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not module._one_call(x, weight)
+    assert not module._takes_onednn(x, weight)
     assert calls == ["gelu", "none"]
