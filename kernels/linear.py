@@ -6,21 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gentron_kernels import launch
+
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
     """x·Wᵀ + b, and its tanh-GELU where asked: x (..., K), weight (M, K), bias (M,) → (..., M).
 
-    On the CPU oneDNN is called: torch's own linear takes MKL for fp32, which leaves an AMD
-    processor's AVX-512 idle, and without gradients one call does it all, where torch copies the
-    bias first and reads and writes the whole result again for the GELU. Compilers fuse both
-    themselves.
+    On the CPU oneDNN is called, eager and compiled: torch's own linear takes MKL for fp32, which
+    leaves an AMD processor's AVX-512 idle, and without gradients one call does it all, where torch
+    copies the bias first and reads and writes the whole result again for the GELU.
     """
     if _takes_onednn(x, weight):
         if not torch.is_grad_enabled():
-            return _onednn(x, weight, bias, gelu)
-        if x.dtype == torch.float32:  # torch takes oneDNN for bf16 itself
+            return torch.ops.gentron.linear_cpu(x, weight, bias, gelu)
+        # torch takes oneDNN for bf16 itself, and a compiler needs a formula for the gradient.
+        if x.dtype == torch.float32 and not torch.compiler.is_compiling():
             out = _Linear.apply(x, weight, bias)
             return F.gelu(out, approximate="tanh") if gelu else out
     out = F.linear(x, weight, bias)
@@ -31,7 +33,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _onednn(x, weight, bias)
+        return torch.ops.gentron.linear_cpu(x, weight, bias, False)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -39,9 +41,10 @@ class _Linear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            # A gradient of the gradient, if one is wanted, goes through torch's product.
-            twice = torch.is_grad_enabled()
-            dx = grad @ weight if twice else _onednn(grad, weight.T, None)
+            if torch.is_grad_enabled():  # its own gradient is wanted, which oneDNN's has not
+                dx = grad @ weight
+            else:
+                dx = torch.ops.gentron.linear_cpu(grad, weight.T, None, False)
         if ctx.needs_input_grad[1]:
             dweight = rows.T @ x.reshape(-1, x.shape[-1])  # where MKL is the faster of the two
         if ctx.needs_input_grad[2]:
@@ -49,14 +52,14 @@ class _Linear(torch.autograd.Function):
         return dx, dweight, dbias
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *activation)
-
-
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.dtype != weight.dtype or x.dtype not in ONEDNN_DTYPES:
         return False
-    if x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
-        return False
-    return x.dtype in ONEDNN_DTYPES and x.numel() > 0
+    return launch.backend(x) == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
+if launch.cpu_library():
+
+    @torch.library.register_fake("gentron::linear_cpu")
+    def _(x, weight, bias, gelu):
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))

@@ -18,6 +18,7 @@ TORCH_LIBRARY(gentron, m) {
   m.def("temporal_attention_cpu(Tensor qkv, Tensor? motion_free) -> Tensor");
   m.def(
       "temporal_attention_backward_cpu(Tensor d_out, Tensor qkv, Tensor? motion_free) -> Tensor");
+  m.def("linear_cpu(Tensor x, Tensor weight, Tensor? bias, bool gelu) -> Tensor");
   m.def(
       "guided_step_cpu(Tensor latents, Tensor? null_still, Tensor? null_motion, Tensor? text, "
       "Tensor weights, Tensor row, Tensor? x0_previous, Tensor? noise, Tensor? d) "

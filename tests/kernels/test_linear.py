@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gentron_kernels import linear as module
 from gentron_kernels.linear import linear
 
 
@@ -83,24 +82,52 @@ def test_gradients_of_gradients_in_fp32():
         assert error(found, reference) < 1e-5
 
 
+def onednn_calls(function, *arguments) -> int:
+    with torch.profiler.profile() as profile:
+        function(*arguments)
+    return sum(event.name == "mkldnn::_linear_pointwise" for event in profile.events())
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@torch.no_grad()
-def test_takes_onednn_where_nobody_else_fuses(monkeypatch, dtype):
-    """oneDNN is called in eager inference, and in eager training in fp32."""
-    calls = []
-    real = torch.ops.mkldnn._linear_pointwise
-    spy = lambda *arguments: calls.append(arguments[3]) or real(*arguments)  # noqa: E731
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", spy)
+def test_one_call_of_onednn(dtype):
     x, weight, bias = inputs(3, dtype=dtype)
-    linear(x, weight, bias, gelu=True)
-    linear(x, weight, bias)
-    assert calls == ["gelu", "none"]
-    with torch.enable_grad():
-        linear(x, weight, bias, gelu=True)
-    if dtype == torch.float32:
-        assert calls.pop() == "none" and len(calls) == 2
-    with torch.autocast("cpu", torch.bfloat16):
-        assert linear(x.float(), weight.float(), bias.float(), True).dtype == torch.bfloat16
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not module._takes_onednn(x, weight)
-    assert calls == ["gelu", "none"]
+    with torch.no_grad():
+        assert onednn_calls(linear, x, weight, bias, True) == 1
+        compiled = torch.compile(linear, fullgraph=True)
+        torch.testing.assert_close(compiled(x, weight, bias, True), linear(x, weight, bias, True))
+        assert onednn_calls(compiled, x, weight, bias, True) == 1
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(x.float(), weight.float(), bias.float(), True).dtype == torch.bfloat16
+
+    def trained():
+        operands = x.requires_grad_(), weight.requires_grad_()
+        return torch.autograd.grad(linear(*operands, bias).sum(), operands)
+
+    assert onednn_calls(trained) == (2 if dtype == torch.float32 else 0)
+
+
+def test_trained_under_a_compiler():
+    tensors = [t.requires_grad_() for t in inputs(4, dtype=torch.float32)]
+    gradients = [
+        torch.autograd.grad(function(*tensors, True).sum(), tensors)
+        for function in (linear, torch.compile(linear, fullgraph=True))
+    ]
+    for found, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gelu", [False, True])
+def test_opcheck(dtype, gelu):
+    x, weight, bias = inputs(2, 3, dtype=dtype)
+    for arguments in (x, weight, bias, gelu), (x, weight, None, gelu):
+        torch.library.opcheck(torch.ops.gentron.linear_cpu, arguments)
+
+
+def test_the_operator_refuses_what_does_not_fit():
+    x, weight, bias = inputs(3)
+    with pytest.raises(ValueError, match=r"weight \(M, K\), got \[3, 72\] and \[40, 71\]"):
+        torch.ops.gentron.linear_cpu(x, weight[:, 1:], bias, False)
+    with pytest.raises(TypeError, match="weight must have x's dtype Double, got Float"):
+        torch.ops.gentron.linear_cpu(x, weight.float(), bias, False)
