@@ -1,6 +1,7 @@
 """The training engine: DeepSpeed ZeRO-3 on CUDA or the CPU, for T2I and T2V alike."""
 
 import contextlib
+import ctypes
 import math
 import os
 import shutil
@@ -57,6 +58,7 @@ from gentron_train.sharding import (
     stored_weights,
 )
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 BAD_STEPS = 10  # without a finite loss, one after the other, end the run
 SAMPLE_STEPS, LAMBDA_T, LAMBDA_M = 20, 7.5, 1.2
 PROMPTS = ("a red circle moving left", "a large blue star", "a green square above a yellow cross")
@@ -135,11 +137,26 @@ def start_distributed(timeout: float) -> torch.device:
         torch.cuda.set_device(device)
         deepspeed.init_distributed("nccl", timeout=limit)
         return device
+    keep_freed_memory()
     deepspeed.ops.__compatible_ops__ = {}  # or it builds an operator of its own for minutes
     deepspeed.init_distributed("gloo", timeout=limit)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_SIZE"])))
     return torch.device("cpu")
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next allocation; elsewhere nothing changes.
+
+    By default it returns a large buffer to the system, which hands out every page of the next one
+    anew and zeroed: of a step with 60 million parameters on a CPU that took a fifth.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def make_missing(settings: Settings, data: DataSettings) -> None:

@@ -1,7 +1,10 @@
 """The engine against one plain process: ZeRO-3 on two ranks, bf16, EMA, and bad steps."""
 
 import math
+import platform
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -355,3 +358,21 @@ def test_the_first_share_of_a_run_draws_narrow_timesteps(ranks, world, tiny_t2i_
     drawn = ranks.call(1, drawn_timesteps, settings)[0]
     assert {t for step in drawn[:2] for t in step} == {500, 501}
     assert len({t for step in drawn[2:] for t in step}) > 8
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_freed_memory_is_kept_for_the_next_allocation():
+    """Pages that the system hands out anew in a second round of large buffers."""
+    script = """
+import resource, torch
+from gentron_train.engine import keep_freed_memory
+keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        torch.ones(50 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first, second = faults(), faults()
+assert first > 1000 > 100 > second, (first, second)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
