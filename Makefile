@@ -46,7 +46,7 @@ kernels: .venv/dev
 # What throws must find libstdc++ loaded when the sanitizers start. -s: pytest would swallow what
 # they report before they end the process.
 SANITIZERS := $(shell g++ -print-file-name=libasan.so):$(shell g++ -print-file-name=libstdc++.so)
-OPERATOR_TESTS := $(foreach name,layernorm_modulate temporal_attention guided_step,tests/kernels/test_$(name).py)
+OPERATOR_TESTS := $(foreach name,layernorm_modulate temporal_attention guided_step linear,tests/kernels/test_$(name).py)
 sanitize: .venv/dev
 	GENTRON_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
 	GENTRON_LIBRARY=build/sanitize/gentron_kernels/libgentron.so LD_PRELOAD=$(SANITIZERS) \

@@ -14,9 +14,10 @@ ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
     """x·Wᵀ + b, and its tanh-GELU where asked: x (..., K), weight (M, K), bias (M,) → (..., M).
 
-    On the CPU oneDNN is called, eager and compiled: torch's own linear takes MKL for fp32, which
-    leaves an AMD processor's AVX-512 idle, and without gradients one call does it all, where torch
-    copies the bias first and reads and writes the whole result again for the GELU.
+    On the CPU oneDNN is called, in inference and, unless compiled, in fp32 training: torch's linear
+    takes MKL for fp32, which leaves an AMD processor's AVX-512 idle. Without gradients one call
+    does it all, where torch copies the bias first and reads and writes the whole result again for
+    the GELU. Needs the C++ operators; without them it is torch's.
     """
     if _takes_onednn(x, weight):
         if not torch.is_grad_enabled():
@@ -30,6 +31,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tenso
 
 
 class _Linear(torch.autograd.Function):
+    """linear_cpu with its gradient. Registered on the operator, it would cost every call of
+    inference a turn through Python."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)

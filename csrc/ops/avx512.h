@@ -17,12 +17,16 @@
 namespace gentron::avx512 {
 
 constexpr int64_t STEP = 32;  // elements: one line of bf16, two of fp32
+constexpr int64_t HALF = STEP / 2;  // of one register
 
 inline bool available() {
   static const bool yes =
       __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16");
   return yes;
 }
+
+// Whether rows of this width, whole steps, are computed here.
+inline bool takes(int64_t width) { return width % STEP == 0 && available(); }
 
 GENTRON_AVX512_INLINE __m512 load(const float* x) { return _mm512_loadu_ps(x); }
 GENTRON_AVX512_INLINE __m512 widen(__m256i bits) {

@@ -212,17 +212,17 @@ GENTRON_AVX512_INLINE float load_token(const T* __restrict x, const T* __restric
                                        float* __restrict stream, int64_t width) {
   __m512 sum_a = _mm512_setzero_ps(), sum_b = _mm512_setzero_ps();
   for (int64_t i = 0; i < width; i += avx512::STEP) {
-    __m512 a = avx512::load(x + i), b = avx512::load(x + i + 16);
+    __m512 a = avx512::load(x + i), b = avx512::load(x + i + avx512::HALF);
     if constexpr (update == Update::TOKENS) {
       a = _mm512_fmadd_ps(avx512::load(gate + i), avx512::load(y + i), a);
-      b = _mm512_fmadd_ps(avx512::load(gate + i + 16), avx512::load(y + i + 16), b);
+      b = _mm512_fmadd_ps(avx512::load(gate + i + avx512::HALF), avx512::load(y + i + avx512::HALF), b);
     } else if constexpr (update == Update::ROW) {
       a = _mm512_add_ps(avx512::load(gate + i), a);
-      b = _mm512_add_ps(avx512::load(gate + i + 16), b);
+      b = _mm512_add_ps(avx512::load(gate + i + avx512::HALF), b);
     }
     if constexpr (update != Update::NONE) avx512::store<streamed>(residual + i, a, b);
     _mm512_storeu_ps(stream + i, a);
-    _mm512_storeu_ps(stream + i + 16, b);
+    _mm512_storeu_ps(stream + i + avx512::HALF, b);
     sum_a = _mm512_add_ps(sum_a, a);
     sum_b = _mm512_add_ps(sum_b, b);
   }
@@ -240,7 +240,7 @@ GENTRON_AVX512_INLINE void modulate_token(const float* __restrict stream, float 
     return _mm512_fmadd_ps(normed, avx512::load(scale + i), avx512::load(shift + i));
   };
   for (int64_t i = 0; i < width; i += avx512::STEP) {
-    __m512 a = modulated(i), b = modulated(i + 16);
+    __m512 a = modulated(i), b = modulated(i + avx512::HALF);
     avx512::store<streamed>(out + i, a, b);
   }
 }
@@ -275,22 +275,12 @@ GENTRON_AVX512 void forward_tokens_avx512(const T* __restrict x, const T* __rest
 }
 #endif
 
-// Whether tokens of T and this width go to the kernels of avx512.h, which take whole steps.
-template <class T>
-bool takes_avx512([[maybe_unused]] int64_t width) {
-#ifdef GENTRON_HAS_AVX512
-  return !std::is_same_v<T, double> && width % avx512::STEP == 0 && avx512::available();
-#else
-  return false;
-#endif
-}
-
 // The forward of the CPU at hand; `streamed` where the results are too large for the caches.
 template <class T, Update update>
-auto forward_kernel(int64_t width, [[maybe_unused]] bool streamed) {
+auto forward_kernel([[maybe_unused]] int64_t width, [[maybe_unused]] bool streamed) {
 #ifdef GENTRON_HAS_AVX512
   if constexpr (!std::is_same_v<T, double>) {
-    if (takes_avx512<T>(width))
+    if (avx512::takes(width))
       return streamed ? forward_tokens_avx512<T, update, true>
                       : forward_tokens_avx512<T, update, false>;
   }
@@ -370,8 +360,8 @@ GENTRON_AVX512 void backward_tokens_avx512(const T* __restrict d_residual,
                                            float* __restrict /*normed*/,
                                            float* __restrict /*d_stream*/, int64_t tokens,
                                            int64_t width, double eps) {
+  using avx512::HALF;
   using avx512::load;
-  constexpr int64_t HALF = avx512::STEP / 2;
   const auto add = [](float* to, __m512 value) GENTRON_AVX512 {
     _mm512_storeu_ps(to, _mm512_add_ps(load(to), value));
   };
@@ -439,10 +429,10 @@ GENTRON_AVX512 void backward_tokens_avx512(const T* __restrict d_residual,
 
 // The backward of the CPU at hand; `streamed` as for the forward.
 template <class T>
-auto backward_kernel(int64_t width, [[maybe_unused]] bool streamed) {
+auto backward_kernel([[maybe_unused]] int64_t width, [[maybe_unused]] bool streamed) {
 #ifdef GENTRON_HAS_AVX512
   if constexpr (!std::is_same_v<T, double>) {
-    if (takes_avx512<T>(width))
+    if (avx512::takes(width))
       return streamed ? backward_tokens_avx512<T, true> : backward_tokens_avx512<T, false>;
   }
 #endif

@@ -17,20 +17,41 @@ using Scalars = c10::List<std::optional<at::Scalar>>;
 using Onednn = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view,
                       Scalars, std::optional<std::string_view>);
 
+std::optional<c10::OperatorHandle> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchema({name, ""});
+}
+
+// oneDNN's linear layer, where PyTorch has it and the CPU computes in x's dtype.
+const c10::TypedOperatorHandle<Onednn>* onednn(at::ScalarType dtype) {
+  using Typed = c10::TypedOperatorHandle<Onednn>;
+  static const auto layer = [] {
+    const auto found = find("mkldnn::_linear_pointwise");
+    return found ? std::optional<Typed>(found->typed<Onednn>()) : std::nullopt;
+  }();
+  static const bool bfloat16 = [] {
+    const auto supported = find("mkldnn::_is_mkldnn_bf16_supported");
+    return supported && supported->typed<bool()>().call();
+  }();
+  const bool known = dtype == at::kFloat || (dtype == at::kBFloat16 && bfloat16);
+  return layer && known ? &*layer : nullptr;
+}
+
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool gelu) {
-  static const auto onednn =
-      c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
   TORCH_CHECK_VALUE(x.dim() >= 1 && weight.dim() == 2 && x.size(-1) == weight.size(1),
                     "x must be (..., K) and weight (M, K), got ", x.sizes(), " and ",
                     weight.sizes());
   TORCH_CHECK_TYPE(x.scalar_type() == weight.scalar_type(), "weight must have x's dtype ",
                    x.scalar_type(), ", got ", weight.scalar_type());
-  const bool known = x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16;
-  if (onednn && known && x.numel() > 0) {
-    static const auto typed = onednn->typed<Onednn>();
-    return typed.call(x, weight, bias, gelu ? "gelu" : "none", Scalars(),
-                      gelu ? std::optional<std::string_view>("tanh") : std::nullopt);
+  if (bias) {
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias must be (",
+                      weight.size(0), ",), got ", bias->sizes());
+    TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(), "bias must have x's dtype ",
+                     x.scalar_type(), ", got ", bias->scalar_type());
   }
+  const auto* layer = onednn(x.scalar_type());
+  if (layer && x.numel() > 0)
+    return layer->call(x, weight, bias, gelu ? "gelu" : "none", Scalars(),
+                       gelu ? std::optional<std::string_view>("tanh") : std::nullopt);
   const Tensor out = at::linear(x, weight, bias);
   return gelu ? at::gelu(out, "tanh") : out;
 }

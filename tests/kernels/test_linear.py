@@ -1,5 +1,9 @@
 """Linear layers and their GELU: the same function whoever computes it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,20 +60,24 @@ def test_gradients_are_those_of_torch(gelu):
 
 
 @pytest.mark.parametrize("wanted", [(0, 1, 2), (0,), (1, 2), (2,)], ids=str)
-@pytest.mark.parametrize("leading", [(), (3,), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("leading", [(), (0,), (3,), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_gradients_in_fp32(leading, transposed, wanted):
+def test_gradients_in_fp32(leading, gelu, transposed, wanted):
     tensors = inputs(*leading, dtype=torch.float32, transposed=transposed)
     exact = [t.double() for t in tensors]
     gradients = []
     for group in tensors, exact:
         operands = [group[i].requires_grad_() for i in wanted]
-        out = linear(*group)
+        out = linear(*group, gelu)
         weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
         gradients.append(torch.autograd.grad((out.sin() * weights).sum(), operands))
     for found, reference, i in zip(*gradients, wanted, strict=True):
         assert found.shape == tensors[i].shape and found.dtype == torch.float32
-        assert error(found, reference) < 1e-5
+        if any(leading) or not leading:
+            assert error(found, reference) < 1e-5
+        else:
+            assert not found.any()
 
 
 def test_gradients_of_gradients_in_fp32():
@@ -91,6 +99,8 @@ def onednn_calls(function, *arguments) -> int:
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_call_of_onednn(dtype):
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bf16 on this CPU")
     x, weight, bias = inputs(3, dtype=dtype)
     with torch.no_grad():
         assert onednn_calls(linear, x, weight, bias, True) == 1
@@ -125,9 +135,26 @@ def test_opcheck(dtype, gelu):
         torch.library.opcheck(torch.ops.gentron.linear_cpu, arguments)
 
 
+def test_a_cpu_on_which_onednn_has_no_bfloat16():
+    script = """
+import torch
+from gentron_kernels.linear import linear
+torch.set_grad_enabled(False)
+for dtype in torch.float32, torch.bfloat16:
+    x, weight, bias = (torch.ones(*shape, dtype=dtype) for shape in ((3, 8), (5, 8), (5,)))
+    assert linear(x, weight, bias).eq(9).all() and linear(x, weight, bias, True).eq(9).all()
+"""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+
+
 def test_the_operator_refuses_what_does_not_fit():
     x, weight, bias = inputs(3)
     with pytest.raises(ValueError, match=r"weight \(M, K\), got \[3, 72\] and \[40, 71\]"):
         torch.ops.gentron.linear_cpu(x, weight[:, 1:], bias, False)
     with pytest.raises(TypeError, match="weight must have x's dtype Double, got Float"):
         torch.ops.gentron.linear_cpu(x, weight.float(), bias, False)
+    with pytest.raises(ValueError, match=r"bias must be \(40,\), got \[39\]"):
+        torch.ops.gentron.linear_cpu(x, weight, bias[1:], False)
+    with pytest.raises(TypeError, match="bias must have x's dtype Double, got Float"):
+        torch.ops.gentron.linear_cpu(x, weight, bias.float(), False)
