@@ -5,6 +5,7 @@ pytest bench/bench_train.py --benchmark-only
 Ours runs under DeepSpeed ZeRO-3 on one rank; where DeepSpeed is not installed, or its states do not
 fit beside the others', ours takes the plain AdamW step, and its note says so. All contenders but
 DeepSpeed's and Latte share one model and one optimizer, with a learning rate too small to move it.
+On the CPU all of them gain what the trainer sets for its process: freed memory is kept.
 """
 
 import gc

@@ -19,14 +19,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tenso
     does it all, where torch copies the bias first and reads and writes the whole result again for
     the GELU. Needs the C++ operators; without them it is torch's.
     """
+    layer = F.linear
     if _takes_onednn(x, weight):
         if not torch.is_grad_enabled():
             return torch.ops.gentron.linear_cpu(x, weight, bias, gelu)
         # torch takes oneDNN for bf16 itself, and a compiler needs a formula for the gradient.
         if x.dtype == torch.float32 and not torch.compiler.is_compiling():
-            out = _Linear.apply(x, weight, bias)
-            return F.gelu(out, approximate="tanh") if gelu else out
-    out = F.linear(x, weight, bias)
+            layer = _Linear.apply
+    out = layer(x, weight, bias)
     return F.gelu(out, approximate="tanh") if gelu else out
 
 

@@ -210,19 +210,21 @@ template <class T, Update update, bool streamed>
 GENTRON_AVX512_INLINE float load_token(const T* __restrict x, const T* __restrict y,
                                        const float* __restrict gate, T* __restrict residual,
                                        float* __restrict stream, int64_t width) {
+  using avx512::HALF;
+  using avx512::load;
   __m512 sum_a = _mm512_setzero_ps(), sum_b = _mm512_setzero_ps();
   for (int64_t i = 0; i < width; i += avx512::STEP) {
-    __m512 a = avx512::load(x + i), b = avx512::load(x + i + avx512::HALF);
+    __m512 a = load(x + i), b = load(x + i + HALF);
     if constexpr (update == Update::TOKENS) {
-      a = _mm512_fmadd_ps(avx512::load(gate + i), avx512::load(y + i), a);
-      b = _mm512_fmadd_ps(avx512::load(gate + i + avx512::HALF), avx512::load(y + i + avx512::HALF), b);
+      a = _mm512_fmadd_ps(load(gate + i), load(y + i), a);
+      b = _mm512_fmadd_ps(load(gate + i + HALF), load(y + i + HALF), b);
     } else if constexpr (update == Update::ROW) {
-      a = _mm512_add_ps(avx512::load(gate + i), a);
-      b = _mm512_add_ps(avx512::load(gate + i + avx512::HALF), b);
+      a = _mm512_add_ps(load(gate + i), a);
+      b = _mm512_add_ps(load(gate + i + HALF), b);
     }
     if constexpr (update != Update::NONE) avx512::store<streamed>(residual + i, a, b);
     _mm512_storeu_ps(stream + i, a);
-    _mm512_storeu_ps(stream + i + avx512::HALF, b);
+    _mm512_storeu_ps(stream + i + HALF, b);
     sum_a = _mm512_add_ps(sum_a, a);
     sum_b = _mm512_add_ps(sum_b, b);
   }
@@ -234,13 +236,15 @@ GENTRON_AVX512_INLINE void modulate_token(const float* __restrict stream, float 
                                           const float* __restrict scale,
                                           const float* __restrict shift, T* __restrict out,
                                           int64_t width) {
+  using avx512::HALF;
+  using avx512::load;
   const __m512 means = _mm512_set1_ps(mean), rstds = _mm512_set1_ps(rstd);
   const auto modulated = [&](int64_t i) GENTRON_AVX512 {
-    const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(avx512::load(stream + i), means), rstds);
-    return _mm512_fmadd_ps(normed, avx512::load(scale + i), avx512::load(shift + i));
+    const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(load(stream + i), means), rstds);
+    return _mm512_fmadd_ps(normed, load(scale + i), load(shift + i));
   };
   for (int64_t i = 0; i < width; i += avx512::STEP) {
-    __m512 a = modulated(i), b = modulated(i + avx512::HALF);
+    __m512 a = modulated(i), b = modulated(i + HALF);
     avx512::store<streamed>(out + i, a, b);
   }
 }

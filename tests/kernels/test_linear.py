@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from gentron_kernels.linear import linear
 
 
-def inputs(*leading, channels=(72, 40), dtype=torch.float64, transposed=False):
+def inputs(*leading, channels=(72, 40), dtype=torch.float64, transposed=False, device="cpu"):
     generator = torch.Generator().manual_seed(0)
     width_in, width_out = channels
     weight = torch.randn(width_out, width_in, generator=generator, dtype=torch.float64)
@@ -19,7 +19,7 @@ def inputs(*leading, channels=(72, 40), dtype=torch.float64, transposed=False):
         weight = weight.T.contiguous().T
     x = torch.randn(*leading, width_in, generator=generator, dtype=torch.float64)
     bias = torch.randn(width_out, generator=generator, dtype=torch.float64)
-    return [t.to(dtype) for t in (x, weight / width_in**0.5, bias)]
+    return [t.to(device, dtype) for t in (x, weight / width_in**0.5, bias)]
 
 
 def definition(x, weight, bias, gelu):
@@ -37,8 +37,8 @@ def error(value, exact):
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3, 5)], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 @torch.no_grad()
-def test_values(leading, dtype, gelu, transposed):
-    tensors = inputs(*leading, dtype=dtype, transposed=transposed)
+def test_values(backend, device, leading, dtype, gelu, transposed):
+    tensors = inputs(*leading, dtype=dtype, transposed=transposed, device=device)
     exact = definition(*(t.double() for t in tensors), gelu)
     plain = F.linear(*tensors)
     plain = F.gelu(plain, approximate="tanh") if gelu else plain
@@ -63,8 +63,8 @@ def test_gradients_are_those_of_torch(gelu):
 @pytest.mark.parametrize("leading", [(), (0,), (3,), (2, 3, 5)], ids=str)
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_gradients_in_fp32(leading, gelu, transposed, wanted):
-    tensors = inputs(*leading, dtype=torch.float32, transposed=transposed)
+def test_gradients_in_fp32(backend, device, leading, gelu, transposed, wanted):
+    tensors = inputs(*leading, dtype=torch.float32, transposed=transposed, device=device)
     exact = [t.double() for t in tensors]
     gradients = []
     for group in tensors, exact:
