@@ -18,6 +18,7 @@ namespace gentron::avx512 {
 
 constexpr int64_t STEP = 32;  // elements: one line of bf16, two of fp32
 constexpr int64_t HALF = STEP / 2;  // of one register
+constexpr int64_t LINE = 64;  // bytes
 
 inline bool available() {
   static const bool yes =
@@ -59,11 +60,21 @@ GENTRON_AVX512_INLINE void store(BFloat16* out, __m512& a, __m512& b) {
   b = widen(_mm512_extracti64x4_epi64(line, 1));
 }
 
-// The lines of row[begin, end) on their way to the first-level cache.
+// Has the STEP elements AHEAD rows further on their way to the second-level cache. The first level
+// holds too few lines under way: fetched into it, they wait for one another. Past the end of the
+// memory nothing happens.
+constexpr int64_t AHEAD = 4;
 template <class T>
-GENTRON_INLINE void fetch(const T* row, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += 64 / static_cast<int64_t>(sizeof(T)))
-    __builtin_prefetch(row + i);
+GENTRON_INLINE void fetch(const T* row, int64_t width) {
+  __builtin_prefetch(row + AHEAD * width, 0, 2);
+  if constexpr (sizeof(T) == 4) __builtin_prefetch(row + AHEAD * width + HALF, 0, 2);
+}
+
+// Stores whole lines past the caches.
+template <class T>
+GENTRON_AVX512 void stream(const T* from, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i += LINE / static_cast<int64_t>(sizeof(T)))
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
 }
 
 // Streamed stores are seen by other threads after this.

@@ -3,8 +3,10 @@
 
 #include <c10/util/BFloat16.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <type_traits>
 
 // One source, one machine-code version an instruction set; the loader picks when the library opens.
@@ -47,6 +49,15 @@ GENTRON_INLINE T narrow(wide_t<T> x) {
   } else {
     return x;
   }
+}
+
+// Whether results of so many bytes are stored past the caches, which they would leave before they are
+// read, and in whole lines.
+inline bool streams(int64_t bytes, std::initializer_list<const void*> results) {
+  constexpr int64_t STREAMED = 16 << 20;
+  return bytes >= STREAMED && std::all_of(results.begin(), results.end(), [](const void* result) {
+    return reinterpret_cast<uintptr_t>(result) % 64 == 0;
+  });
 }
 
 }  // namespace gentron

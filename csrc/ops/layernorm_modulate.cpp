@@ -25,8 +25,6 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t GRAIN = 32768;
 // Tokens whose row gradients are summed before they are stored, whatever the number of threads.
 constexpr int64_t CHUNK = 128;
-// Bytes from which on a result is taken to leave the caches before it is read.
-constexpr int64_t STREAMED = 16 << 20;
 
 int64_t grain(int64_t elements) {
   return std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, elements));
@@ -205,51 +203,10 @@ GENTRON_CLONES void forward_tokens(const T* __restrict x, const T* __restrict y,
 }
 
 #ifdef GENTRON_HAS_AVX512
-// x, or x + the update, of one token into `stream`, as rounded in `residual`; returns the sum.
-template <class T, Update update, bool streamed>
-GENTRON_AVX512_INLINE float load_token(const T* __restrict x, const T* __restrict y,
-                                       const float* __restrict gate, T* __restrict residual,
-                                       float* __restrict stream, int64_t width) {
-  using avx512::HALF;
-  using avx512::load;
-  __m512 sum_a = _mm512_setzero_ps(), sum_b = _mm512_setzero_ps();
-  for (int64_t i = 0; i < width; i += avx512::STEP) {
-    __m512 a = load(x + i), b = load(x + i + HALF);
-    if constexpr (update == Update::TOKENS) {
-      a = _mm512_fmadd_ps(load(gate + i), load(y + i), a);
-      b = _mm512_fmadd_ps(load(gate + i + HALF), load(y + i + HALF), b);
-    } else if constexpr (update == Update::ROW) {
-      a = _mm512_add_ps(load(gate + i), a);
-      b = _mm512_add_ps(load(gate + i + HALF), b);
-    }
-    if constexpr (update != Update::NONE) avx512::store<streamed>(residual + i, a, b);
-    _mm512_storeu_ps(stream + i, a);
-    _mm512_storeu_ps(stream + i + HALF, b);
-    sum_a = _mm512_add_ps(sum_a, a);
-    sum_b = _mm512_add_ps(sum_b, b);
-  }
-  return _mm512_reduce_add_ps(_mm512_add_ps(sum_a, sum_b));
-}
-
-template <class T, bool streamed>
-GENTRON_AVX512_INLINE void modulate_token(const float* __restrict stream, float mean, float rstd,
-                                          const float* __restrict scale,
-                                          const float* __restrict shift, T* __restrict out,
-                                          int64_t width) {
-  using avx512::HALF;
-  using avx512::load;
-  const __m512 means = _mm512_set1_ps(mean), rstds = _mm512_set1_ps(rstd);
-  const auto modulated = [&](int64_t i) GENTRON_AVX512 {
-    const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(load(stream + i), means), rstds);
-    return _mm512_fmadd_ps(normed, load(scale + i), load(shift + i));
-  };
-  for (int64_t i = 0; i < width; i += avx512::STEP) {
-    __m512 a = modulated(i), b = modulated(i + HALF);
-    avx512::store<streamed>(out + i, a, b);
-  }
-}
-
-// forward_tokens in fewer passes, each of which fetches a third of the token after the next.
+// forward_tokens with one loop over a token's row, which writes the row before it on the way: memory
+// is read and written all the time. For that a row is read once for both its moments, about the mean
+// of its first STEP elements: no further from the row's mean than √(D / STEP) standard deviations,
+// whatever the row, so that the difference of the moments loses a few bits at worst.
 template <class T, Update update, bool streamed>
 GENTRON_AVX512 void forward_tokens_avx512(const T* __restrict x, const T* __restrict y,
                                           const float* __restrict gate,
@@ -257,21 +214,79 @@ GENTRON_AVX512 void forward_tokens_avx512(const T* __restrict x, const T* __rest
                                           const float* __restrict shift, T* __restrict residual,
                                           T* __restrict out, float* __restrict stream,
                                           int64_t tokens, int64_t width, double eps) {
-  for (int64_t token = 0; token < tokens; ++token) {
-    const int64_t ahead = token + 2 < tokens ? 2 * width : 0;
-    const auto fetch = [&](int64_t third) {
-      const int64_t begin = ahead + third * width / 3, end = ahead + (third + 1) * width / 3;
-      avx512::fetch(x, begin, end);
-      if constexpr (update == Update::TOKENS) avx512::fetch(y, begin, end);
+  using avx512::HALF;
+  using avx512::load;
+  using avx512::STEP;
+  const auto updated = [&](int64_t i) GENTRON_AVX512 {
+    if constexpr (update == Update::TOKENS)
+      return _mm512_fmadd_ps(load(gate + i), load(y + i), load(x + i));
+    if constexpr (update == Update::ROW) return _mm512_add_ps(load(gate + i), load(x + i));
+    return load(x + i);
+  };
+  // Of the row before: its elements, which wait for a streamed residual in `stream`, and its moments.
+  const T* row = nullptr;
+  T* kept = reinterpret_cast<T*>(stream);
+  T* spare = reinterpret_cast<T*>(stream + width);
+  __m512 mean = _mm512_setzero_ps(), rstd = mean;
+
+  for (int64_t token = 0; token <= tokens; ++token) {
+    const bool reads = token < tokens, writes = token > 0;
+    __m512 pivot = _mm512_setzero_ps(), sum_a = pivot, sum_b = pivot;
+    __m512 square_a = pivot, square_b = pivot;
+    if (reads)
+      pivot = _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_add_ps(updated(0), updated(HALF))) / STEP);
+    const auto read = [&](int64_t i) GENTRON_AVX512 {
+      avx512::fetch(x + i, width);
+      if constexpr (update == Update::TOKENS) avx512::fetch(y + i, width);
+      __m512 a = updated(i), b = updated(i + HALF);
+      if constexpr (update != Update::NONE)
+        avx512::store<false>((streamed ? kept : residual) + i, a, b);
+      a = _mm512_sub_ps(a, pivot);
+      b = _mm512_sub_ps(b, pivot);
+      sum_a = _mm512_add_ps(sum_a, a);
+      sum_b = _mm512_add_ps(sum_b, b);
+      square_a = _mm512_fmadd_ps(a, a, square_a);
+      square_b = _mm512_fmadd_ps(b, b, square_b);
     };
-    fetch(0);
-    const float mean = load_token<T, update, streamed>(x, y, gate, residual, stream, width) / width;
-    fetch(1);
-    const float rstd = 1 / std::sqrt(squares(stream, mean, width) / width + static_cast<float>(eps));
-    fetch(2);
-    modulate_token<T, streamed>(stream, mean, rstd, scale, shift, out, width);
+    const auto modulated = [&](int64_t i, __m512 element) GENTRON_AVX512 {
+      const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(element, mean), rstd);
+      return _mm512_fmadd_ps(normed, load(scale + i), load(shift + i));
+    };
+    const auto write = [&](int64_t i) GENTRON_AVX512 {
+      __m512 a = load(row + i), b = load(row + i + HALF);
+      if constexpr (update != Update::NONE && streamed)
+        avx512::store<true>(residual - width + i, a, b);
+      a = modulated(i, a);
+      b = modulated(i + HALF, b);
+      avx512::store<streamed>(out + i, a, b);
+    };
+    if (reads && writes) {
+      for (int64_t i = 0; i < width; i += STEP) {
+        read(i);
+        write(i);
+      }
+    } else if (reads) {
+      for (int64_t i = 0; i < width; i += STEP) read(i);
+    } else {
+      for (int64_t i = 0; i < width; i += STEP) write(i);
+    }
+    if (writes) out += width;
+    if (!reads) break;
+
+    const float away = _mm512_reduce_add_ps(_mm512_add_ps(sum_a, sum_b)) / width;
+    const float square = _mm512_reduce_add_ps(_mm512_add_ps(square_a, square_b)) / width;
+    const float variance = std::max(0.0f, square - away * away);
+    mean = _mm512_add_ps(pivot, _mm512_set1_ps(away));
+    rstd = _mm512_set1_ps(1 / std::sqrt(variance + static_cast<float>(eps)));
+    if constexpr (update == Update::NONE) {
+      row = x;
+    } else if constexpr (streamed) {
+      row = kept;
+      std::swap(kept, spare);
+    } else {
+      row = residual;
+    }
     x += width;
-    out += width;
     if constexpr (update == Update::TOKENS) y += width;
     if constexpr (update != Update::NONE) residual += width;
   }
@@ -375,6 +390,10 @@ GENTRON_AVX512 void backward_tokens_avx512(const T* __restrict d_residual,
     };
     __m512 sum_a = _mm512_setzero_ps(), sum_b = sum_a, d_sum_a = sum_a, d_sum_b = sum_a;
     for (int64_t i = 0; i < width; i += avx512::STEP) {
+      avx512::fetch(residual + i, width);
+      avx512::fetch(d_out + i, width);
+      if (d_residual) avx512::fetch(d_residual + i, width);
+      if (grad.gate) avx512::fetch(y + i, y_stride);
       sum_a = _mm512_add_ps(sum_a, load(residual + i));
       sum_b = _mm512_add_ps(sum_b, load(residual + i + HALF));
       d_sum_a = _mm512_add_ps(d_sum_a, d_normed(i));
@@ -455,12 +474,6 @@ void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
                     tensor.scalar_type(), " ", tensor.sizes());
 }
 
-// Whether results of this size are stored past the caches, in whole lines.
-bool streams(const Tensor& like, const void* first, const void* second) {
-  const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 64 == 0; };
-  return static_cast<int64_t>(like.nbytes()) >= STREAMED && aligned(first) && aligned(second);
-}
-
 template <class T>
 void forward(const Tensor& x, const OptionalTensor& y, const Rows<T>& gate, const Rows<T>& shift,
              const Rows<T>& scale, Tensor& residual, Tensor& out, double eps) {
@@ -471,9 +484,9 @@ void forward(const Tensor& x, const OptionalTensor& y, const Rows<T>& gate, cons
   const T* y_data = tokenwise ? y->const_data_ptr<T>() : nullptr;
   T* residual_data = y ? residual.mutable_data_ptr<T>() : nullptr;
   T* out_data = out.mutable_data_ptr<T>();
-  const bool streamed = streams(out, out_data, residual_data);
+  const bool streamed = streams(out.nbytes(), {out_data, residual_data});
   at::parallel_for(0, tokens, grain(width), [&](int64_t begin, int64_t stop) {
-    std::vector<wide_t<T>> stream(width), update(width);
+    std::vector<wide_t<T>> stream(2 * width), update(width);
     Cursor<T> gates(gate, width), shifts(shift, width), scales(scale, width), ys(y_rows, width);
     for (int64_t token = begin, end; token < stop; token = end) {
       const bool moved = gates.move(token) | ys.move(token);
@@ -633,7 +646,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const T* y_data = y ? y->const_data_ptr<T>() : nullptr;
     T* dx_data = dx ? dx_out.mutable_data_ptr<T>() : nullptr;
     T* dy_data = dy_tokenwise ? dy_out.mutable_data_ptr<T>() : nullptr;
-    const auto kernel = backward_kernel<T>(width, streams(residual, dx_data, dy_data));
+    const auto kernel = backward_kernel<T>(width, streams(residual.nbytes(), {dx_data, dy_data}));
 
     at::parallel_for(0, chunks, grain(length * width), [&](int64_t begin, int64_t stop) {
       std::vector<W> normed(width), d_stream(width);

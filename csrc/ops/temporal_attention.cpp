@@ -4,6 +4,7 @@
 // that stays in the first-level cache, multiplied there, and stored. Rows are padded with zeros to
 // whole vectors and frames to whole groups, in the scratch memory alone.
 
+#include "avx512.h"
 #include "cpu.h"
 
 #include <ATen/Dispatch.h>
@@ -18,6 +19,8 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <numeric>
+#include <vector>
 
 namespace gentron {
 namespace {
@@ -114,6 +117,35 @@ GENTRON_INLINE void scatter(
     convert_row(
         reinterpret_cast<const wide_t<T>*>(source + t * vectors), size, target + t * stride);
   }
+}
+
+// A result, whose rows are `stride` elements apart. Heads that fill whole lines of memory together,
+// `span` elements of a row, wait for one another in `staged`, and are then stored past the caches;
+// with a span of 0 each goes its own way.
+template <class T>
+struct Result {
+  T* data;
+  int64_t stride, span;
+  T* staged;
+};
+
+// Stores one head's rows, `head` elements from the start of a result's rows at `offset`.
+template <class T>
+GENTRON_INLINE void emit(
+    const Full<wide_t<T>>* source, const Result<T>& result, int64_t offset, int64_t head,
+    int64_t frames, int64_t size, int64_t vectors) {
+  T* rows = result.data + offset;
+#ifdef GENTRON_HAS_AVX512
+  if (const int64_t span = result.span) {
+    const int64_t first = head / span * span;
+    scatter(source, span, frames, size, vectors, result.staged + head - first);
+    if (head + size < first + span) return;
+    for (int64_t t = 0; t < frames; ++t)
+      avx512::stream(result.staged + t * span, span, rows + t * result.stride + first);
+    return;
+  }
+#endif
+  scatter(source, result.stride, frames, size, vectors, rows + head);
 }
 
 template <class W>
@@ -256,11 +288,11 @@ GENTRON_INLINE void softmax_backward(
 template <class T>
 GENTRON_CLONES void forward(
     const T* qkv, const Shape& shape, int64_t begin, int64_t end, Scratch<wide_t<T>>& scratch,
-    T* out) {
+    const Result<T>& out) {
   using W = wide_t<T>;
   const int64_t frames = shape.frames, groups = shape.groups(), size = shape.size;
   const int64_t vectors = shape.vectors<W>(), width = shape.width();
-  const int64_t stride = shape.tokens * 3 * width, out_stride = shape.tokens * width;
+  const int64_t stride = shape.tokens * 3 * width;
   Full<W>*q = scratch.matrix(0), *k = scratch.matrix(1), *v = scratch.matrix(2);
   Full<W>* o = scratch.matrix(3);
   W* p = scratch.table(4, 0);
@@ -274,7 +306,7 @@ GENTRON_CLONES void forward(
       dots(q, k, frames, groups, vectors, p);
       softmax(p, frames, groups, scale);
       mix(p, groups, 1, v, frames, groups, vectors, o);
-      scatter(o, out_stride, frames, size, vectors, out + n * width + head);
+      emit(o, out, n * width, head, frames, size, vectors);
     }
   }
 }
@@ -282,7 +314,8 @@ GENTRON_CLONES void forward(
 template <class T>
 GENTRON_CLONES void backward(
     const T* d_out, const T* qkv, const Shape& shape, int64_t begin, int64_t end,
-    Scratch<wide_t<T>>& scratch, T* d_qkv) {
+    Scratch<wide_t<T>>& scratch, const Result<T>& d_q, const Result<T>& d_k,
+    const Result<T>& d_v) {
   using W = wide_t<T>;
   const int64_t frames = shape.frames, groups = shape.groups(), size = shape.size;
   const int64_t vectors = shape.vectors<W>(), width = shape.width();
@@ -304,11 +337,11 @@ GENTRON_CLONES void backward(
       dots(d, v, frames, groups, vectors, ds);
       softmax_backward(p, frames, groups, scale, ds);
       mix(ds, groups, 1, k, frames, groups, vectors, result);
-      scatter(result, stride, frames, size, vectors, d_qkv + offset);
+      emit(result, d_q, n * 3 * width, head, frames, size, vectors);
       mix(ds, 1, groups, q, frames, groups, vectors, result);
-      scatter(result, stride, frames, size, vectors, d_qkv + offset + width);
+      emit(result, d_k, n * 3 * width, head, frames, size, vectors);
       mix(p, 1, groups, d, frames, groups, vectors, result);
-      scatter(result, stride, frames, size, vectors, d_qkv + offset + 2 * width);
+      emit(result, d_v, n * 3 * width, head, frames, size, vectors);
     }
   }
 }
@@ -325,6 +358,19 @@ Shape checked(const at::Tensor& qkv, const std::optional<at::Tensor>& motion_fre
         motion_free->scalar_type(), " ", motion_free->sizes(), " on ", motion_free->device());
   }
   return {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(4), qkv.size(5)};
+}
+
+// What of a row its heads fill together, in whole lines, where a result of so many bytes is stored
+// past the caches; else 0.
+template <class T>
+int64_t streamed_span([[maybe_unused]] const Shape& shape, [[maybe_unused]] const at::Tensor& out) {
+#ifdef GENTRON_HAS_AVX512
+  const int64_t span = std::lcm(shape.size, avx512::LINE / static_cast<int64_t>(sizeof(T)));
+  if (avx512::available() && streams(out.nbytes(), {out.const_data_ptr()}) &&
+      shape.width() % span == 0)
+    return span;
+#endif
+  return 0;
 }
 
 // Calls attend(sample, begin, end, scratch) or identity(sample, begin, end) on ranges of the
@@ -348,6 +394,9 @@ void for_tokens(
       }
       begin += last - first;
     }
+#ifdef GENTRON_HAS_AVX512
+    avx512::fence();
+#endif
   });
 }
 
@@ -363,12 +412,14 @@ at::Tensor temporal_attention(
         const scalar_t* from = source.const_data_ptr<scalar_t>();
         scalar_t* to = out.mutable_data_ptr<scalar_t>();
         const int64_t width = shape.width(), rows = shape.frames * shape.tokens;
+        const int64_t span = streamed_span<scalar_t>(shape, out);
         for_tokens<wide_t<scalar_t>>(
             shape, motion_free, 4, 1,
             [&](int64_t sample, int64_t begin, int64_t end, auto& scratch) {
-              forward(
+              std::vector<scalar_t> staged(shape.frames * span);
+              forward<scalar_t>(
                   from + sample * rows * 3 * width, shape, begin, end, scratch,
-                  to + sample * rows * width);
+                  {to + sample * rows * width, shape.tokens * width, span, staged.data()});
             },
             [&](int64_t sample, int64_t begin, int64_t end) {
               for (int64_t t = 0; t < shape.frames; ++t) {
@@ -401,12 +452,19 @@ at::Tensor temporal_attention_backward(
         const scalar_t* d = gradient.const_data_ptr<scalar_t>();
         scalar_t* to = d_qkv.mutable_data_ptr<scalar_t>();
         const int64_t width = shape.width(), rows = shape.frames * shape.tokens;
+        const int64_t span = streamed_span<scalar_t>(shape, d_qkv);
         for_tokens<wide_t<scalar_t>>(
             shape, motion_free, 5, 2,
             [&](int64_t sample, int64_t begin, int64_t end, auto& scratch) {
+              std::vector<scalar_t> staged(3 * shape.frames * span);
+              const auto part = [&](int64_t index) -> Result<scalar_t> {
+                return {
+                    to + sample * rows * 3 * width + index * width, shape.tokens * 3 * width, span,
+                    staged.data() + index * shape.frames * span};
+              };
               backward(
                   d + sample * rows * width, from + sample * rows * 3 * width, shape, begin, end,
-                  scratch, to + sample * rows * 3 * width);
+                  scratch, part(0), part(1), part(2));
             },
             [&](int64_t sample, int64_t begin, int64_t end) {
               for (int64_t t = 0; t < shape.frames; ++t) {

@@ -258,6 +258,41 @@ def test_a_mean_far_from_zero(backend, device):
     assert error(layernorm_modulate(low), exact) < 3e-3
 
 
+def test_rows_that_start_unlike_the_rest(backend, device):
+    """Moments about a row's own beginning lose nothing, however far that lies from the mean."""
+    x = rand(4, 1, 3, 1152)
+    x[0, ..., :32] += 1e4
+    x[1, ..., 0] = -1e6
+    x[2] += 30
+    x[3] *= 1e-3
+    x = x.float().to(device)
+    out, exact = layernorm_modulate(x), layernorm_modulate_ref(x.double())
+    assert all(error(out[i], exact[i]) < 1e-5 for i in range(4))
+    rest = slice(None, 2), ..., slice(32, None)  # results near 0, beside others of 30
+    assert error(out[rest], exact[rest]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cpu_stores_large_results_as_it_does_small_ones(dtype):
+    """What is stored past the caches, and beside them, is the same to the last bit."""
+    tokens = (16 << 20) // (1152 * dtype.itemsize) + 2
+    tensors = make(Case((2, 1, tokens // 2 + 1, 1152), dtype, gate="one", shift="one", scale="one"))
+    whole = evaluate(residual_layernorm_modulate, tensors)
+    halves = [
+        evaluate(
+            residual_layernorm_modulate,
+            {
+                name: x.detach()[half : half + 1].requires_grad_() if name in ("x", "y") else x
+                for name, x in tensors.items()
+            },
+        )
+        for half in range(2)
+    ]
+    for found, first, second in zip(whole, *halves, strict=True):
+        for name in found.keys() & {"stream", "out"}:
+            assert torch.equal(found[name], torch.cat([first[name], second[name]]))
+
+
 def test_width_beyond_one_warp_a_token(backend, device):
     check(Case((1, 2, 3, 5000), torch.float32), device)
 

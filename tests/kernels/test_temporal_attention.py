@@ -155,6 +155,23 @@ def test_one_bool_for_the_whole_batch(backend, device):
     assert temporal_attention(single).data_ptr() != single[..., 2, :, :].data_ptr()
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("size", [72, 104])
+def test_cpu_stores_large_results_as_it_does_small_ones(dtype, size):
+    """What is stored past the caches is the same to the last bit, of a motion-free sample too."""
+    tokens = (16 << 20) // (8 * 16 * size * dtype.itemsize) + 2
+    qkv = torch.randn(2, 8, tokens // 2 + 1, 3, 16, size).to(dtype)
+    d_out = torch.randn(2, 8, tokens // 2 + 1, 16 * size).to(dtype)
+    flags = torch.tensor([False, True])
+    whole = value_and_gradient(temporal_attention, qkv, flags, d_out)
+    samples = [
+        value_and_gradient(temporal_attention, qkv[i : i + 1], flags[i : i + 1], d_out[i : i + 1])
+        for i in range(2)
+    ]
+    for found, first, second in zip(whole, *samples, strict=True):
+        assert torch.equal(found, torch.cat([first, second]))
+
+
 def test_extreme_scores(backend, device):
     """Scores of thousands neither overflow nor underflow to 0 / 0."""
     qkv = 60 * rand(2, 7, 3, 3, 2, 32, dtype=FP32, device=device)
