@@ -54,7 +54,7 @@ GENTRON_INLINE T narrow(wide_t<T> x) {
 // Whether results of so many bytes are stored past the caches, which they would leave before they are
 // read, and in whole lines.
 inline bool streams(int64_t bytes, std::initializer_list<const void*> results) {
-  constexpr int64_t STREAMED = 16 << 20;
+  constexpr int64_t STREAMED = 8 << 20;
   return bytes >= STREAMED && std::all_of(results.begin(), results.end(), [](const void* result) {
     return reinterpret_cast<uintptr_t>(result) % 64 == 0;
   });

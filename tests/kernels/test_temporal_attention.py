@@ -159,7 +159,7 @@ def test_one_bool_for_the_whole_batch(backend, device):
 @pytest.mark.parametrize("size", [72, 104])
 def test_cpu_stores_large_results_as_it_does_small_ones(dtype, size):
     """What is stored past the caches is the same to the last bit, of a motion-free sample too."""
-    tokens = (16 << 20) // (8 * 16 * size * dtype.itemsize) + 2
+    tokens = (8 << 20) // (8 * 16 * size * dtype.itemsize) + 2
     qkv = torch.randn(2, 8, tokens // 2 + 1, 3, 16, size).to(dtype)
     d_out = torch.randn(2, 8, tokens // 2 + 1, 16 * size).to(dtype)
     flags = torch.tensor([False, True])
