@@ -1,8 +1,10 @@
 // A linear layer and its GELU as one call of oneDNN, or as torch's own operators where PyTorch was
-// built without it. An operator of ours, since compilers take oneDNN's for frozen weights alone.
+// built without it. An operator of ours, since compilers take oneDNN's for frozen weights alone, and
+// since oneDNN's has no gradient.
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -56,8 +58,53 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   return gelu ? at::gelu(out, "tanh") : out;
 }
 
+// The operator below its gradient: as autograd's and a compiler's formulas call it.
+Tensor call(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool gelu) {
+  static const auto layer =
+      find("gentron::linear_cpu")
+          ->typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, bool)>();
+  const at::AutoDispatchBelowAutograd below;
+  return layer.call(x, weight, bias, gelu);
+}
+
+// Registered from Python, a gradient would cost every call of inference a turn through Python.
+class Gradient : public torch::autograd::Function<Gradient> {
+ public:
+  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& x,
+                        const Tensor& weight, const std::optional<Tensor>& bias) {
+    context->save_for_backward({x, weight});
+    return call(x, weight, bias, false);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list gradients) {
+    const auto saved = context->get_saved_variables();
+    const Tensor &grad = gradients[0], &x = saved[0], &weight = saved[1];
+    const Tensor rows = grad.reshape_symint({-1, grad.sym_size(-1)});
+    Tensor dx, dweight, dbias;
+    if (context->needs_input_grad(0)) {
+      // Where a gradient of the gradient is wanted, torch's product brings one.
+      dx = at::GradMode::is_enabled() ? at::matmul(grad, weight)
+                                      : call(grad, weight.t(), std::nullopt, false);
+    }
+    if (context->needs_input_grad(1))  // here MKL is the faster of the two
+      dweight = at::mm(rows.t(), x.reshape_symint({-1, x.sym_size(-1)}));
+    if (context->needs_input_grad(2)) dbias = rows.sum(0);
+    return {dx, dweight, dbias};
+  }
+};
+
+Tensor differentiable(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                      bool gelu) {
+  const bool wanted = x.requires_grad() || weight.requires_grad() || (bias && bias->requires_grad());
+  if (!at::GradMode::is_enabled() || !wanted) return call(x, weight, bias, gelu);
+  const Tensor out = Gradient::apply(x, weight, bias);
+  return gelu ? at::gelu(out, "tanh") : out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gentron, CPU, m) { m.impl("linear_cpu", linear); }
+TORCH_LIBRARY_IMPL(gentron, Autograd, m) { m.impl("linear_cpu", differentiable); }
 
 }  // namespace gentron

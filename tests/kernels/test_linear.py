@@ -90,6 +90,9 @@ def test_gradients_of_gradients_in_fp32():
         assert error(found, reference) < 1e-5
 
 
+ONEDNN_CALLS = 2 if torch.backends.mkldnn.is_available() else 0  # of a layer and its gradient
+
+
 def onednn_calls(function, *arguments) -> int:
     with torch.profiler.profile() as profile:
         function(*arguments)
@@ -114,17 +117,19 @@ def test_one_call_of_onednn(dtype):
         operands = x.requires_grad_(), weight.requires_grad_()
         return torch.autograd.grad(linear(*operands, bias).sum(), operands)
 
-    assert onednn_calls(trained) == (2 if dtype == torch.float32 else 0)
+    assert onednn_calls(trained) == (ONEDNN_CALLS if dtype == torch.float32 else 0)
 
 
 def test_trained_under_a_compiler():
     tensors = [t.requires_grad_() for t in inputs(4, dtype=torch.float32)]
+    compiled = torch.compile(linear, fullgraph=True)
     gradients = [
         torch.autograd.grad(function(*tensors, True).sum(), tensors)
-        for function in (linear, torch.compile(linear, fullgraph=True))
+        for function in (linear, compiled)
     ]
     for found, reference in zip(*gradients, strict=True):
         torch.testing.assert_close(found, reference)
+    assert onednn_calls(lambda: compiled(*tensors).sum().backward()) == ONEDNN_CALLS
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
