@@ -23,53 +23,30 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Elements whose fp64 intermediates stay in the first-level cache.
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlock = 1024;  // elements of a run
 constexpr int64_t kBlocksPerThread = 16;
 constexpr int kBranches = 3;
+// What absent tensors are read from: one pass over all operands, whichever are there.
+template <class T>
+const T kZeros[kBlock] = {};
 
-// A run of one channel; null pointers are what is absent.
-template <class T, class E>
-struct Run {
-  int64_t size;
-  const T* x;
-  std::array<const E*, kBranches> branches;
-  const T* x0_previous;
-  const T* noise;
-  const T* d;
-  T* x_next;
-  T* x0;
-};
-
-template <class T, class E>
-GENTRON_CLONES void step(const Run<T, E>& run, const double* weights, const double* row) {
-  const double inverse_alpha = 1 / row[0], sigma = row[1], a = row[2], b = row[3], c = row[4];
-  const int64_t n = run.size;
-  double eps[kBlock], next[kBlock];
-  std::fill_n(eps, n, 0.0);
-  for (int branch = 0; branch < kBranches; ++branch) {
-    const E* prediction = run.branches[branch];
-    if (prediction == nullptr) continue;
-    const double weight = weights[branch];
-    for (int64_t i = 0; i < n; ++i) eps[i] += weight * widen(prediction[i]);
-  }
-  const T* __restrict x = run.x;
-  T* __restrict x0 = run.x0;
-  for (int64_t i = 0; i < n; ++i) {
-    const double clean = (x[i] - sigma * eps[i]) * inverse_alpha;
-    next[i] = a * x[i] + b * clean;
+// `size` elements of one channel. Without d of its own the row's is taken.
+template <bool own_d, class T, class E>
+GENTRON_CLONES void step(int64_t size, const double* weights, const double* row,
+                         const T* __restrict x, const E* __restrict null_still,
+                         const E* __restrict null_motion, const E* __restrict text,
+                         const T* __restrict x0_previous, const T* __restrict noise,
+                         const T* __restrict d, T* __restrict x_next, T* __restrict x0) {
+  const double w0 = weights[0], w1 = weights[1], w2 = weights[2];
+  const double inverse_alpha = 1 / row[0], sigma = row[1];
+  const double a = row[2], b = row[3], c = row[4], row_d = row[5];
+  for (int64_t i = 0; i < size; ++i) {
+    const double eps = w0 * widen(null_still[i]) + w1 * widen(null_motion[i]) + w2 * widen(text[i]);
+    const double clean = (x[i] - sigma * eps) * inverse_alpha;
+    const double drawn = own_d ? static_cast<double>(d[i]) : row_d;
     x0[i] = static_cast<T>(clean);
+    x_next[i] = static_cast<T>(a * x[i] + b * clean + c * x0_previous[i] + drawn * noise[i]);
   }
-  if (run.x0_previous != nullptr) {
-    for (int64_t i = 0; i < n; ++i) next[i] += c * run.x0_previous[i];
-  }
-  if (run.noise != nullptr && run.d != nullptr) {
-    for (int64_t i = 0; i < n; ++i) next[i] += static_cast<double>(run.d[i]) * run.noise[i];
-  } else if (run.noise != nullptr) {
-    for (int64_t i = 0; i < n; ++i) next[i] += row[5] * run.noise[i];
-  }
-  T* __restrict x_next = run.x_next;
-  for (int64_t i = 0; i < n; ++i) x_next[i] = static_cast<T>(next[i]);
 }
 
 // The address of element 0 of what is there, else null.
@@ -87,31 +64,28 @@ void steps(
   const int64_t blocks = (size + kBlock - 1) / kBlock;
   const double* coefficients = row.const_data_ptr<double>();
   // A coefficient of 0 leaves its tensor unread: the first step has no x0 of a step before.
-  Run<T, E> whole{
-      size,
-      latents.const_data_ptr<T>(),
-      {address<E>(branches[0]), address<E>(branches[1]), address<E>(branches[2])},
-      coefficients[4] != 0 ? address<T>(x0_previous) : nullptr,
-      coefficients[5] != 0 ? address<T>(noise) : nullptr,
-      address<T>(d),
-      x_next.mutable_data_ptr<T>(),
-      x0.mutable_data_ptr<T>()};
+  const T* previous = coefficients[4] != 0 ? address<T>(x0_previous) : nullptr;
+  const T* drawn = coefficients[5] != 0 ? address<T>(noise) : nullptr;
+  const T* own_d = drawn ? address<T>(d) : nullptr;
+  const auto kernel = own_d ? step<true, T, E> : step<false, T, E>;
+  const T* x = latents.const_data_ptr<T>();
+  T *next = x_next.mutable_data_ptr<T>(), *clean = x0.mutable_data_ptr<T>();
   at::parallel_for(
       0, latents.size(0) * channels * blocks, kBlocksPerThread, [&](int64_t begin, int64_t end) {
         for (int64_t item = begin; item < end; ++item) {
-          const int64_t channel = item / blocks, start = item % blocks * kBlock;
-          const int64_t sample = channel / channels, offset = channel * size + start;
-          const auto at = [offset](auto* base) { return base == nullptr ? base : base + offset; };
-          Run<T, E> run{
-              std::min(kBlock, size - start), at(whole.x),  {},
-              at(whole.x0_previous),          at(whole.noise), at(whole.d),
-              at(whole.x_next),               at(whole.x0)};
-          for (int k = 0; k < kBranches; ++k) {
-            if (whole.branches[k] == nullptr) continue;
-            run.branches[k] = whole.branches[k] + sample * branches[k]->stride(0) +
-                channel % channels * branches[k]->stride(1) + start;
-          }
-          step(run, weights.const_data_ptr<double>() + sample * kBranches, coefficients);
+          const int64_t plane = item / blocks, start = item % blocks * kBlock;
+          const int64_t sample = plane / channels, channel = plane % channels;
+          const int64_t offset = plane * size + start;
+          const auto branch = [&](int index) {
+            if (!branches[index]) return kZeros<E>;
+            return address<E>(branches[index]) + sample * branches[index]->stride(0) +
+                channel * branches[index]->stride(1) + start;
+          };
+          const auto like_x = [&](const T* base) { return base ? base + offset : kZeros<T>; };
+          kernel(std::min(kBlock, size - start),
+                 weights.const_data_ptr<double>() + sample * kBranches, coefficients, x + offset,
+                 branch(0), branch(1), branch(2), like_x(previous), like_x(drawn), like_x(own_d),
+                 next + offset, clean + offset);
         }
       });
 }

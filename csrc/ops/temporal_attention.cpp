@@ -95,16 +95,21 @@ GENTRON_INLINE void convert_row(const From* from, int64_t size, To* to) {
   for (; d < size; ++d) convert(from + d, 1, to + d);
 }
 
+// Has a row on its way to the second-level cache. Past the end of the memory nothing happens.
+template <class T>
+GENTRON_INLINE void fetch(const T* row, int64_t size) {
+  for (int64_t d = 0; d < size; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, 2);
+}
+
 // Frames lie so far apart that the CPU sees no pattern: while a token's rows are read, those of the
-// next one, `ahead` elements further, are fetched into the second-level cache.
+// next one, `ahead` elements further, are fetched.
 template <class T>
 GENTRON_INLINE void gather(
     const T* source, int64_t stride, int64_t ahead, int64_t frames, int64_t size, int64_t vectors,
     Full<wide_t<T>>* target) {
-  constexpr int64_t LINE = 64 / sizeof(T);
   for (int64_t t = 0; t < frames; ++t) {
     const T* row = source + t * stride;
-    for (int64_t d = 0; d < size; d += LINE) __builtin_prefetch(row + ahead + d, 0, 2);
+    fetch(row + ahead, size);
     convert_row(row, size, reinterpret_cast<wide_t<T>*>(target + t * vectors));
   }
 }
@@ -119,22 +124,23 @@ GENTRON_INLINE void scatter(
   }
 }
 
-// A result, whose rows are `stride` elements apart. Heads that fill whole lines of memory together,
-// `span` elements of a row, wait for one another in `staged`, and are then stored past the caches;
-// with a span of 0 each goes its own way.
+// A result, whose frames are `stride` elements apart and tokens `next`. Heads that fill whole lines of
+// memory together, `span` elements of a row, wait for one another in `staged`, and are then stored
+// past the caches; with a span of 0 each goes its own way.
 template <class T>
 struct Result {
   T* data;
-  int64_t stride, span;
+  int64_t stride, next, span;
   T* staged;
 };
 
-// Stores one head's rows, `head` elements from the start of a result's rows at `offset`.
+// Stores one head of token n, `head` elements from the start of its rows. What is not stored past the
+// caches goes to lines that were fetched with the token before.
 template <class T>
 GENTRON_INLINE void emit(
-    const Full<wide_t<T>>* source, const Result<T>& result, int64_t offset, int64_t head,
+    const Full<wide_t<T>>* source, const Result<T>& result, int64_t n, int64_t head,
     int64_t frames, int64_t size, int64_t vectors) {
-  T* rows = result.data + offset;
+  T* rows = result.data + n * result.next;
 #ifdef GENTRON_HAS_AVX512
   if (const int64_t span = result.span) {
     const int64_t first = head / span * span;
@@ -145,6 +151,7 @@ GENTRON_INLINE void emit(
     return;
   }
 #endif
+  for (int64_t t = 0; t < frames; ++t) fetch(rows + result.next + t * result.stride + head, size);
   scatter(source, result.stride, frames, size, vectors, rows + head);
 }
 
@@ -306,7 +313,7 @@ GENTRON_CLONES void forward(
       dots(q, k, frames, groups, vectors, p);
       softmax(p, frames, groups, scale);
       mix(p, groups, 1, v, frames, groups, vectors, o);
-      emit(o, out, n * width, head, frames, size, vectors);
+      emit(o, out, n, head, frames, size, vectors);
     }
   }
 }
@@ -337,11 +344,11 @@ GENTRON_CLONES void backward(
       dots(d, v, frames, groups, vectors, ds);
       softmax_backward(p, frames, groups, scale, ds);
       mix(ds, groups, 1, k, frames, groups, vectors, result);
-      emit(result, d_q, n * 3 * width, head, frames, size, vectors);
+      emit(result, d_q, n, head, frames, size, vectors);
       mix(ds, 1, groups, q, frames, groups, vectors, result);
-      emit(result, d_k, n * 3 * width, head, frames, size, vectors);
+      emit(result, d_k, n, head, frames, size, vectors);
       mix(p, 1, groups, d, frames, groups, vectors, result);
-      emit(result, d_v, n * 3 * width, head, frames, size, vectors);
+      emit(result, d_v, n, head, frames, size, vectors);
     }
   }
 }
@@ -419,7 +426,7 @@ at::Tensor temporal_attention(
               std::vector<scalar_t> staged(shape.frames * span);
               forward<scalar_t>(
                   from + sample * rows * 3 * width, shape, begin, end, scratch,
-                  {to + sample * rows * width, shape.tokens * width, span, staged.data()});
+                  {to + sample * rows * width, shape.tokens * width, width, span, staged.data()});
             },
             [&](int64_t sample, int64_t begin, int64_t end) {
               for (int64_t t = 0; t < shape.frames; ++t) {
@@ -459,8 +466,8 @@ at::Tensor temporal_attention_backward(
               std::vector<scalar_t> staged(3 * shape.frames * span);
               const auto part = [&](int64_t index) -> Result<scalar_t> {
                 return {
-                    to + sample * rows * 3 * width + index * width, shape.tokens * 3 * width, span,
-                    staged.data() + index * shape.frames * span};
+                    to + sample * rows * 3 * width + index * width, shape.tokens * 3 * width,
+                    3 * width, span, staged.data() + index * shape.frames * span};
               };
               backward(
                   d + sample * rows * width, from + sample * rows * 3 * width, shape, begin, end,
