@@ -1,7 +1,7 @@
-// Rows of 32-bit and bf16 floats on CPUs that convert to bf16 themselves (AVX512-BF16). Where such a
-// loop is bound by memory two things count that compilers do not write: results which no cache will
-// hold are stored past it (an ordinary store first reads the line), and a row is fetched while the
-// one before it is computed.
+// Rows of 32-bit and bf16 floats on CPUs that convert to bf16 themselves (AVX512-BF16). Where such
+// a loop is bound by memory two things count that compilers do not write: results which no cache
+// will hold are stored past it (an ordinary store first reads the line), and rows are fetched while
+// those before them are computed.
 #pragma once
 
 #include "cpu.h"
@@ -65,7 +65,7 @@ GENTRON_AVX512_INLINE void store(BFloat16* out, __m512& a, __m512& b) {
 // memory nothing happens.
 constexpr int64_t AHEAD = 4;
 template <class T>
-GENTRON_INLINE void fetch(const T* row, int64_t width) {
+GENTRON_INLINE void fetch_ahead(const T* row, int64_t width) {
   __builtin_prefetch(row + AHEAD * width, 0, 2);
   if constexpr (sizeof(T) == 4) __builtin_prefetch(row + AHEAD * width + HALF, 0, 2);
 }

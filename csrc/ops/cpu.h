@@ -1,4 +1,4 @@
-// What the CPU operators share: instruction sets, 16-bit floats, dispatch by dtype.
+// What the CPU operators share: instruction sets, 16-bit floats, where results are stored.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -51,8 +51,8 @@ GENTRON_INLINE T narrow(wide_t<T> x) {
   }
 }
 
-// Whether results of so many bytes are stored past the caches, which they would leave before they are
-// read, and in whole lines.
+// Whether results of so many bytes are stored past the caches, which they would leave before they
+// are read; they begin with whole lines then.
 inline bool streams(int64_t bytes, std::initializer_list<const void*> results) {
   constexpr int64_t STREAMED = 8 << 20;
   return bytes >= STREAMED && std::all_of(results.begin(), results.end(), [](const void* result) {

@@ -37,9 +37,12 @@ GENTRON_CLONES void step(int64_t size, const double* weights, const double* row,
                          const E* __restrict null_motion, const E* __restrict text,
                          const T* __restrict x0_previous, const T* __restrict noise,
                          const T* __restrict d, T* __restrict x_next, T* __restrict x0) {
-  const double w0 = weights[0], w1 = weights[1], w2 = weights[2];
-  const double inverse_alpha = 1 / row[0], sigma = row[1];
-  const double a = row[2], b = row[3], c = row[4], row_d = row[5];
+  // What is absent has weight 0, whatever stands in the table.
+  const double w0 = null_still == kZeros<E> ? 0 : weights[0];
+  const double w1 = null_motion == kZeros<E> ? 0 : weights[1];
+  const double w2 = text == kZeros<E> ? 0 : weights[2];
+  const double inverse_alpha = 1 / row[0], sigma = row[1], a = row[2], b = row[3];
+  const double c = x0_previous == kZeros<T> ? 0 : row[4], row_d = noise == kZeros<T> ? 0 : row[5];
   for (int64_t i = 0; i < size; ++i) {
     const double eps = w0 * widen(null_still[i]) + w1 * widen(null_motion[i]) + w2 * widen(text[i]);
     const double clean = (x[i] - sigma * eps) * inverse_alpha;

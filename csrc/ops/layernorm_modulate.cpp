@@ -41,8 +41,8 @@ GENTRON_CLONES void multiply_row(const W* __restrict factor, W* __restrict row, 
   for (int64_t i = 0; i < width; ++i) row[i] *= factor[i];
 }
 
-// The rows (R, D), or (table (P, D), index (R,)), of one operand: each serves tokens / R consecutive
-// tokens. An operand that is absent is the same row of one value everywhere.
+// The rows (R, D), or (table (P, D), index (R,)), of one operand: each serves tokens / R
+// consecutive tokens. An operand that is absent is the same row of one value everywhere.
 template <class T>
 class Rows {
  public:
@@ -203,10 +203,10 @@ GENTRON_CLONES void forward_tokens(const T* __restrict x, const T* __restrict y,
 }
 
 #ifdef GENTRON_HAS_AVX512
-// forward_tokens with one loop over a token's row, which writes the row before it on the way: memory
-// is read and written all the time. For that a row is read once for both its moments, about the mean
-// of its first STEP elements: no further from the row's mean than √(D / STEP) standard deviations,
-// whatever the row, so that the difference of the moments loses a few bits at worst.
+// forward_tokens with one loop over a token's row, which writes the row before it on the way:
+// memory is read and written all the time. For that a row is read once for both its moments, about
+// the mean of its first STEP elements: no further from the row's mean than √(D / STEP) standard
+// deviations, whatever the row, so that their difference loses log2(D / STEP) bits at worst.
 template <class T, Update update, bool streamed>
 GENTRON_AVX512 void forward_tokens_avx512(const T* __restrict x, const T* __restrict y,
                                           const float* __restrict gate,
@@ -223,7 +223,7 @@ GENTRON_AVX512 void forward_tokens_avx512(const T* __restrict x, const T* __rest
     if constexpr (update == Update::ROW) return _mm512_add_ps(load(gate + i), load(x + i));
     return load(x + i);
   };
-  // Of the row before: its elements, which wait for a streamed residual in `stream`, and its moments.
+  // Of the row before: its elements, which wait for a streamed residual in `stream`, and moments.
   const T* row = nullptr;
   T* kept = reinterpret_cast<T*>(stream);
   T* spare = reinterpret_cast<T*>(stream + width);
@@ -234,10 +234,11 @@ GENTRON_AVX512 void forward_tokens_avx512(const T* __restrict x, const T* __rest
     __m512 pivot = _mm512_setzero_ps(), sum_a = pivot, sum_b = pivot;
     __m512 square_a = pivot, square_b = pivot;
     if (reads)
-      pivot = _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_add_ps(updated(0), updated(HALF))) / STEP);
+      pivot = _mm512_set1_ps(
+          _mm512_reduce_add_ps(_mm512_add_ps(updated(0), updated(HALF))) / STEP);
     const auto read = [&](int64_t i) GENTRON_AVX512 {
-      avx512::fetch(x + i, width);
-      if constexpr (update == Update::TOKENS) avx512::fetch(y + i, width);
+      avx512::fetch_ahead(x + i, width);
+      if constexpr (update == Update::TOKENS) avx512::fetch_ahead(y + i, width);
       __m512 a = updated(i), b = updated(i + HALF);
       if constexpr (update != Update::NONE)
         avx512::store<false>((streamed ? kept : residual) + i, a, b);
@@ -275,7 +276,8 @@ GENTRON_AVX512 void forward_tokens_avx512(const T* __restrict x, const T* __rest
 
     const float away = _mm512_reduce_add_ps(_mm512_add_ps(sum_a, sum_b)) / width;
     const float square = _mm512_reduce_add_ps(_mm512_add_ps(square_a, square_b)) / width;
-    const float variance = std::max(0.0f, square - away * away);
+    const float difference = square - away * away;
+    const float variance = difference < 0 ? 0 : difference;  // NaN stays NaN
     mean = _mm512_add_ps(pivot, _mm512_set1_ps(away));
     rstd = _mm512_set1_ps(1 / std::sqrt(variance + static_cast<float>(eps)));
     if constexpr (update == Update::NONE) {
@@ -390,10 +392,10 @@ GENTRON_AVX512 void backward_tokens_avx512(const T* __restrict d_residual,
     };
     __m512 sum_a = _mm512_setzero_ps(), sum_b = sum_a, d_sum_a = sum_a, d_sum_b = sum_a;
     for (int64_t i = 0; i < width; i += avx512::STEP) {
-      avx512::fetch(residual + i, width);
-      avx512::fetch(d_out + i, width);
-      if (d_residual) avx512::fetch(d_residual + i, width);
-      if (grad.gate) avx512::fetch(y + i, y_stride);
+      avx512::fetch_ahead(residual + i, width);
+      avx512::fetch_ahead(d_out + i, width);
+      if (d_residual) avx512::fetch_ahead(d_residual + i, width);
+      if (grad.gate) avx512::fetch_ahead(y + i, y_stride);
       sum_a = _mm512_add_ps(sum_a, load(residual + i));
       sum_b = _mm512_add_ps(sum_b, load(residual + i + HALF));
       d_sum_a = _mm512_add_ps(d_sum_a, d_normed(i));
@@ -608,9 +610,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     using T = decltype(zero);
     using W = wide_t<T>;
     if (tokens == 0) {  // of no tokens a table's index has no rows, which divide nothing
-      const auto zeros = [&](int64_t rows) {
-        return at::zeros({rows, width}, residual.options().dtype(c10::CppTypeToScalarType<W>::value));
-      };
+      const auto options = residual.options().dtype(c10::CppTypeToScalarType<W>::value);
+      const auto zeros = [&](int64_t rows) { return at::zeros({rows, width}, options); };
       dy_out = dy_tokenwise ? at::empty_like(residual) : zeros(dy_rows);
       dgate = zeros(dgate_rows);
       dshift = zeros(dshift_rows);

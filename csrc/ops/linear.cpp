@@ -1,6 +1,6 @@
 // A linear layer and its GELU as one call of oneDNN, or as torch's own operators where PyTorch was
-// built without it. An operator of ours, since compilers take oneDNN's for frozen weights alone, and
-// since oneDNN's has no gradient.
+// built without it. An operator of ours, since compilers take oneDNN's for frozen weights alone and
+// it has no gradient.
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -58,7 +58,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   return gelu ? at::gelu(out, "tanh") : out;
 }
 
-// The operator below its gradient: as autograd's and a compiler's formulas call it.
+// The operator without its gradient, by its name, so that a compiler sees one operator here too.
 Tensor call(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool gelu) {
   static const auto layer =
       find("gentron::linear_cpu")
@@ -73,6 +73,7 @@ class Gradient : public torch::autograd::Function<Gradient> {
   static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& x,
                         const Tensor& weight, const std::optional<Tensor>& bias) {
     context->save_for_backward({x, weight});
+    context->saved_data["bias"] = bias.has_value();
     return call(x, weight, bias, false);
   }
 
@@ -89,14 +90,16 @@ class Gradient : public torch::autograd::Function<Gradient> {
     }
     if (context->needs_input_grad(1))  // here MKL is the faster of the two
       dweight = at::mm(rows.t(), x.reshape_symint({-1, x.sym_size(-1)}));
-    if (context->needs_input_grad(2)) dbias = rows.sum(0);
+    if (context->saved_data["bias"].toBool() && context->needs_input_grad(2)) dbias = rows.sum(0);
     return {dx, dweight, dbias};
   }
 };
 
 Tensor differentiable(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                       bool gelu) {
-  const bool wanted = x.requires_grad() || weight.requires_grad() || (bias && bias->requires_grad());
+  // A forward-mode gradient is not left out silently: Function says that it has none.
+  const auto wants = [](const Tensor& t) { return t.requires_grad() || t._fw_grad(0).defined(); };
+  const bool wanted = wants(x) || wants(weight) || (bias && wants(*bias));
   if (!at::GradMode::is_enabled() || !wanted) return call(x, weight, bias, gelu);
   const Tensor out = Gradient::apply(x, weight, bias);
   return gelu ? at::gelu(out, "tanh") : out;

@@ -124,9 +124,9 @@ GENTRON_INLINE void scatter(
   }
 }
 
-// A result, whose frames are `stride` elements apart and tokens `next`. Heads that fill whole lines of
-// memory together, `span` elements of a row, wait for one another in `staged`, and are then stored
-// past the caches; with a span of 0 each goes its own way.
+// A result, whose frames are `stride` elements apart and tokens `next`. Heads that fill whole lines
+// of memory together, `span` elements of a row, wait for one another in `staged`, and are then
+// stored past the caches; with a span of 0 each goes its own way.
 template <class T>
 struct Result {
   T* data;
@@ -134,8 +134,8 @@ struct Result {
   T* staged;
 };
 
-// Stores one head of token n, `head` elements from the start of its rows. What is not stored past the
-// caches goes to lines that were fetched with the token before.
+// Stores one head of token n, `head` elements from the start of its rows. What is not stored past
+// the caches goes to lines that were fetched with the token before.
 template <class T>
 GENTRON_INLINE void emit(
     const Full<wide_t<T>>* source, const Result<T>& result, int64_t n, int64_t head,

@@ -258,18 +258,37 @@ def test_a_mean_far_from_zero(backend, device):
     assert error(layernorm_modulate(low), exact) < 3e-3
 
 
-def test_rows_that_start_unlike_the_rest(backend, device):
-    """Moments about a row's own beginning lose nothing, however far that lies from the mean."""
-    x = rand(4, 1, 3, 1152)
+@pytest.mark.parametrize("width", [1152, 1664])
+@pytest.mark.parametrize("updated", [False, True])
+def test_rows_that_start_unlike_the_rest(backend, device, width, updated):
+    """Moments about a row's own beginning lose a few bits at worst, however far off that lies."""
+    x = rand(4, 1, 3, width)
     x[0, ..., :32] += 1e4
     x[1, ..., 0] = -1e6
     x[2] += 30
     x[3] *= 1e-3
     x = x.float().to(device)
-    out, exact = layernorm_modulate(x), layernorm_modulate_ref(x.double())
+    y = rand(4, 1, 3, width, seed=1).float().to(device) if updated else None
+    (_, out), (_, exact) = (
+        function(argument, None if y is None else y.to(argument.dtype))
+        for function, argument in (
+            (residual_layernorm_modulate, x),
+            (residual_layernorm_modulate_ref, x.double()),
+        )
+    )
     assert all(error(out[i], exact[i]) < 1e-5 for i in range(4))
-    rest = slice(None, 2), ..., slice(32, None)  # results near 0, beside others of 30
-    assert error(out[rest], exact[rest]) < 1e-5
+    rest = out[:2, ..., 32:], exact[:2, ..., 32:]  # results near 0, beside others of 30
+    assert error(*rest) < 1e-5
+
+
+@pytest.mark.parametrize("place", [5, 500])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_is_not_hidden(backend, device, place, value):
+    x = rand(1, 1, 3, 1152).float().to(device)
+    expected = layernorm_modulate(x)
+    x[0, 0, 1, place] = value
+    out = layernorm_modulate(x)
+    assert out[0, 0, 1].isnan().all() and torch.equal(out[0, 0, ::2], expected[0, 0, ::2])
 
 
 def test_width_beyond_one_warp_a_token(backend, device):
@@ -278,11 +297,13 @@ def test_width_beyond_one_warp_a_token(backend, device):
 
 @pytest.mark.skipif(INTERPRETED, reason="an interpreter's hour")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("width", [1152, 1100])
-def test_results_beyond_the_caches(backend, device, dtype, width):
+@pytest.mark.parametrize(
+    "width, y", [(1152, "tokens"), (1152, "one"), (1152, "none"), (1100, "tokens")]
+)
+def test_results_beyond_the_caches(backend, device, dtype, width, y):
     """They are stored past the caches where whole lines can be, from 8 MB on."""
     tokens = -(-(9 << 20) // (width * dtype.itemsize))
-    check(Case((1, 1, tokens, width), dtype, gate="one", shift="one", scale="one"), device)
+    check(Case((1, 1, tokens, width), dtype, y, gate="one", shift="one", scale="one"), device)
 
 
 def test_rows_of_another_dtype_are_widened(backend, device):

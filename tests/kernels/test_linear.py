@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from gentron_kernels.linear import linear
 
+ONEDNN_CALLS = 2 if torch.backends.mkldnn.is_available() else 0  # of a layer and its gradient
+
 
 def inputs(*leading, channels=(72, 40), dtype=torch.float64, transposed=False, device="cpu"):
     generator = torch.Generator().manual_seed(0)
@@ -90,9 +92,6 @@ def test_gradients_of_gradients_in_fp32():
         assert error(found, reference) < 1e-5
 
 
-ONEDNN_CALLS = 2 if torch.backends.mkldnn.is_available() else 0  # of a layer and its gradient
-
-
 def onednn_calls(function, *arguments) -> int:
     with torch.profiler.profile() as profile:
         function(*arguments)
@@ -117,7 +116,7 @@ def test_one_call_of_onednn(dtype):
         operands = x.requires_grad_(), weight.requires_grad_()
         return torch.autograd.grad(linear(*operands, bias).sum(), operands)
 
-    assert onednn_calls(trained) == (ONEDNN_CALLS if dtype == torch.float32 else 0)
+    assert onednn_calls(trained) == (2 if dtype == torch.float32 else 0)
 
 
 def test_trained_under_a_compiler():
@@ -134,10 +133,33 @@ def test_trained_under_a_compiler():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gelu", [False, True])
-def test_opcheck(dtype, gelu):
-    x, weight, bias = inputs(2, 3, dtype=dtype)
+@pytest.mark.parametrize("wanted", [(), (0, 1, 2), (1,)], ids=str)
+def test_opcheck(dtype, gelu, wanted):
+    x, weight, bias = (
+        t.requires_grad_(i in wanted) for i, t in enumerate(inputs(2, 3, dtype=dtype))
+    )
     for arguments in (x, weight, bias, gelu), (x, weight, None, gelu):
         torch.library.opcheck(torch.ops.gentron.linear_cpu, arguments)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gradient_of_the_operator(gelu, biased):
+    *tensors, bias = (t.requires_grad_() for t in inputs(2, 3, channels=(7, 5)))
+    tensors += [bias] if biased else []
+
+    def layer(x, weight, bias=None):
+        return torch.ops.gentron.linear_cpu(x, weight, bias, gelu)
+
+    assert torch.autograd.gradcheck(layer, tensors)
+    assert torch.autograd.gradgradcheck(layer, tensors)
+
+
+def test_forward_mode_is_refused():
+    x, weight, bias = inputs(3)
+    with pytest.raises(RuntimeError, match="jvp"), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        torch.ops.gentron.linear_cpu(dual, weight, bias, False)
 
 
 def test_a_cpu_on_which_onednn_has_no_bfloat16():

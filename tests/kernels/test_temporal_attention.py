@@ -159,17 +159,15 @@ def test_one_bool_for_the_whole_batch(backend, device):
 @pytest.mark.parametrize("size", [72, 104])
 def test_cpu_stores_large_results_as_it_does_small_ones(dtype, size):
     """What is stored past the caches is the same to the last bit, of a motion-free sample too."""
-    tokens = (8 << 20) // (8 * 16 * size * dtype.itemsize) + 2
-    qkv = torch.randn(2, 8, tokens // 2 + 1, 3, 16, size).to(dtype)
-    d_out = torch.randn(2, 8, tokens // 2 + 1, 16 * size).to(dtype)
+    tokens = (8 << 20) // (8 * 16 * size * dtype.itemsize) // 2 + 1  # of a sample: 8 MB in both
+    qkv = torch.randn(2, 8, tokens, 3, 16, size).to(dtype)
+    d_out = torch.randn(2, 8, tokens, 16 * size).to(dtype)
     flags = torch.tensor([False, True])
     whole = value_and_gradient(temporal_attention, qkv, flags, d_out)
-    samples = [
-        value_and_gradient(temporal_attention, qkv[i : i + 1], flags[i : i + 1], d_out[i : i + 1])
-        for i in range(2)
-    ]
-    for found, first, second in zip(whole, *samples, strict=True):
-        assert torch.equal(found, torch.cat([first, second]))
+    pieces = zip(qkv.split(tokens // 4, 2), d_out.split(tokens // 4, 2), strict=True)
+    parts = [value_and_gradient(temporal_attention, part, flags, d) for part, d in pieces]
+    for found, small in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(found, torch.cat(small, 2))
 
 
 def test_extreme_scores(backend, device):
