@@ -254,6 +254,7 @@ GENTRON_AVX512 void forward_tokens_avx512(const T* __restrict x, const T* __rest
       return _mm512_fmadd_ps(normed, load(scale + i), load(shift + i));
     };
     const auto write = [&](int64_t i) GENTRON_AVX512 {
+      if constexpr (!streamed) avx512::fetch_ahead(out + i, width);
       __m512 a = load(row + i), b = load(row + i + HALF);
       if constexpr (update != Update::NONE && streamed)
         avx512::store<true>(residual - width + i, a, b);
