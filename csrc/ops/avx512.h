@@ -18,7 +18,7 @@ namespace gentron::avx512 {
 
 constexpr int64_t STEP = 32;  // elements: one line of bf16, two of fp32
 constexpr int64_t HALF = STEP / 2;  // of one register
-constexpr int64_t LINE = 64;  // bytes
+constexpr int64_t AHEAD = 4;  // rows between one that is read and one that is fetched
 
 inline bool available() {
   static const bool yes =
@@ -60,14 +60,9 @@ GENTRON_AVX512_INLINE void store(BFloat16* out, __m512& a, __m512& b) {
   b = widen(_mm512_extracti64x4_epi64(line, 1));
 }
 
-// Has the STEP elements AHEAD rows further on their way to the second-level cache. The first level
-// holds too few lines under way: fetched into it, they wait for one another. Past the end of the
-// memory nothing happens.
-constexpr int64_t AHEAD = 4;
 template <class T>
 GENTRON_INLINE void fetch_ahead(const T* row, int64_t width) {
-  __builtin_prefetch(row + AHEAD * width, 0, 2);
-  if constexpr (sizeof(T) == 4) __builtin_prefetch(row + AHEAD * width + HALF, 0, 2);
+  fetch(row + AHEAD * width, STEP);
 }
 
 // Stores whole lines past the caches.

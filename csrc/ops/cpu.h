@@ -51,12 +51,22 @@ GENTRON_INLINE T narrow(wide_t<T> x) {
   }
 }
 
+constexpr int64_t LINE = 64;  // bytes of memory that caches hold together
+
+// Has elements on their way to the second-level cache. The first level holds too few lines under
+// way: fetched into it, they wait for one another. Past the end of the memory nothing happens.
+template <class T>
+GENTRON_INLINE void fetch(const T* row, int64_t count) {
+  constexpr int64_t step = LINE / static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < count; i += step) __builtin_prefetch(row + i, 0, 2);
+}
+
 // Whether results of so many bytes are stored past the caches, which they would leave before they
 // are read; they begin with whole lines then.
 inline bool streams(int64_t bytes, std::initializer_list<const void*> results) {
   constexpr int64_t STREAMED = 8 << 20;
   return bytes >= STREAMED && std::all_of(results.begin(), results.end(), [](const void* result) {
-    return reinterpret_cast<uintptr_t>(result) % 64 == 0;
+    return reinterpret_cast<uintptr_t>(result) % LINE == 0;
   });
 }
 

@@ -26,23 +26,22 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kBlock = 1024;  // elements of a run
 constexpr int64_t kBlocksPerThread = 16;
 constexpr int kBranches = 3;
-// What absent tensors are read from: one pass over all operands, whichever are there.
+using Weights = std::array<double, kBranches>;
+using Row = std::array<double, 6>;  // alpha, sigma, a, b, c, d
+// What absent tensors are read from, with coefficients of 0: one pass, whatever is there.
 template <class T>
 const T kZeros[kBlock] = {};
 
 // `size` elements of one channel. Without d of its own the row's is taken.
 template <bool own_d, class T, class E>
-GENTRON_CLONES void step(int64_t size, const double* weights, const double* row,
+GENTRON_CLONES void step(int64_t size, const Weights& weights, const Row& row,
                          const T* __restrict x, const E* __restrict null_still,
                          const E* __restrict null_motion, const E* __restrict text,
                          const T* __restrict x0_previous, const T* __restrict noise,
                          const T* __restrict d, T* __restrict x_next, T* __restrict x0) {
-  // What is absent has weight 0, whatever stands in the table.
-  const double w0 = null_still == kZeros<E> ? 0 : weights[0];
-  const double w1 = null_motion == kZeros<E> ? 0 : weights[1];
-  const double w2 = text == kZeros<E> ? 0 : weights[2];
-  const double inverse_alpha = 1 / row[0], sigma = row[1], a = row[2], b = row[3];
-  const double c = x0_previous == kZeros<T> ? 0 : row[4], row_d = noise == kZeros<T> ? 0 : row[5];
+  const double w0 = weights[0], w1 = weights[1], w2 = weights[2];
+  const double inverse_alpha = 1 / row[0], sigma = row[1];
+  const double a = row[2], b = row[3], c = row[4], row_d = row[5];
   for (int64_t i = 0; i < size; ++i) {
     const double eps = w0 * widen(null_still[i]) + w1 * widen(null_motion[i]) + w2 * widen(text[i]);
     const double clean = (x[i] - sigma * eps) * inverse_alpha;
@@ -65,10 +64,13 @@ void steps(
     const OptionalTensor& noise, const OptionalTensor& d, Tensor& x_next, Tensor& x0) {
   const int64_t channels = latents.size(1), size = latents.size(2);
   const int64_t blocks = (size + kBlock - 1) / kBlock;
-  const double* coefficients = row.const_data_ptr<double>();
+  Row coefficients;
+  std::copy_n(row.const_data_ptr<double>(), coefficients.size(), coefficients.begin());
   // A coefficient of 0 leaves its tensor unread: the first step has no x0 of a step before.
   const T* previous = coefficients[4] != 0 ? address<T>(x0_previous) : nullptr;
   const T* drawn = coefficients[5] != 0 ? address<T>(noise) : nullptr;
+  if (!previous) coefficients[4] = 0;
+  if (!drawn) coefficients[5] = 0;
   const T* own_d = drawn ? address<T>(d) : nullptr;
   const auto kernel = own_d ? step<true, T, E> : step<false, T, E>;
   const T* x = latents.const_data_ptr<T>();
@@ -85,9 +87,11 @@ void steps(
                 channel * branches[index]->stride(1) + start;
           };
           const auto like_x = [&](const T* base) { return base ? base + offset : kZeros<T>; };
-          kernel(std::min(kBlock, size - start),
-                 weights.const_data_ptr<double>() + sample * kBranches, coefficients, x + offset,
-                 branch(0), branch(1), branch(2), like_x(previous), like_x(drawn), like_x(own_d),
+          const double* table = weights.const_data_ptr<double>() + sample * kBranches;
+          Weights own_weights;
+          for (int k = 0; k < kBranches; ++k) own_weights[k] = branches[k] ? table[k] : 0;
+          kernel(std::min(kBlock, size - start), own_weights, coefficients, x + offset, branch(0),
+                 branch(1), branch(2), like_x(previous), like_x(drawn), like_x(own_d),
                  next + offset, clean + offset);
         }
       });

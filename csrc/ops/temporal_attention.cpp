@@ -95,12 +95,6 @@ GENTRON_INLINE void convert_row(const From* from, int64_t size, To* to) {
   for (; d < size; ++d) convert(from + d, 1, to + d);
 }
 
-// Has a row on its way to the second-level cache. Past the end of the memory nothing happens.
-template <class T>
-GENTRON_INLINE void fetch(const T* row, int64_t size) {
-  for (int64_t d = 0; d < size; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, 2);
-}
-
 // Frames lie so far apart that the CPU sees no pattern: while a token's rows are read, those of the
 // next one, `ahead` elements further, are fetched.
 template <class T>
@@ -372,7 +366,7 @@ Shape checked(const at::Tensor& qkv, const std::optional<at::Tensor>& motion_fre
 template <class T>
 int64_t streamed_span([[maybe_unused]] const Shape& shape, [[maybe_unused]] const at::Tensor& out) {
 #ifdef GENTRON_HAS_AVX512
-  const int64_t span = std::lcm(shape.size, avx512::LINE / static_cast<int64_t>(sizeof(T)));
+  const int64_t span = std::lcm(shape.size, LINE / static_cast<int64_t>(sizeof(T)));
   if (avx512::available() && streams(out.nbytes(), {out.const_data_ptr()}) &&
       shape.width() % span == 0)
     return span;

@@ -149,6 +149,18 @@ def test_what_meets_a_zero_coefficient_is_not_read(device):
         assert torch.equal(out, plain)
 
 
+def test_what_is_absent_counts_for_nothing(device):
+    """Whatever stands in the tables for it."""
+    latents, (_, _, text), weights, row, *_ = inputs((2, 2, 2, 3, 5), device=device)
+    branches = None, None, text
+    expected = guided_step(latents, branches, weights, row)
+    weights, row = weights.clone(), row.clone()
+    weights[..., :2] = torch.nan
+    row[4:] = torch.inf
+    for out, plain in zip(guided_step(latents, branches, weights, row), expected, strict=True):
+        assert torch.equal(out, plain)
+
+
 def test_samples_do_not_depend_on_their_neighbours(device):
     arguments = inputs((5, 3, 3, 19, 21), per_sample=True, device=device)
     whole = guided_step(*arguments)

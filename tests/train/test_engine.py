@@ -375,5 +375,6 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 rounds = [faults() for _ in range(6)]
 assert rounds[0] > 1000 > 100 > rounds[-1], rounds
+assert sum(rounds[1:]) <= rounds[0], rounds
 """
     subprocess.run([sys.executable, "-c", script], check=True)
