@@ -13,6 +13,8 @@ from setuptools.command.build_ext import build_ext
 
 # kernels/ and train/ hold no __init__.py: transformers probes for a PyPI package called "kernels".
 FOLDERS = {"gentron_kernels": "kernels", "gentron_train": "train"}
+ROOMS = ["gentron_fast.convert", "gentron_train.data", "gentron_train.small_world"]
+PACKAGES = ["gentron_fast", *FOLDERS, *ROOMS]
 
 
 def extension(name: str, folder: str, *more: str) -> Extension:
@@ -107,7 +109,7 @@ class BuildTorch(build_ext):
 
 
 setup(
-    packages=["gentron_fast", *FOLDERS],
+    packages=PACKAGES,
     package_dir=FOLDERS,
     package_data={"gentron_fast": ["assets/**/*", "assets/*"]},
     ext_modules=[OPERATORS] if SANITIZED else [OPERATORS, RUNTIME],

@@ -107,8 +107,8 @@ class TrainingStep:
 
     def zero(self):
         """The same weights under DeepSpeed, as train/engine.py configures it."""
-        from gentron_train.config import Settings
         from gentron_train.engine import gather_persistent, start_distributed, zero_engine
+        from gentron_train.settings import Settings
 
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}

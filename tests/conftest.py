@@ -53,8 +53,8 @@ def make_text():
 
 def _save_pipeline(make_model, config: GenTronConfig, folder):
     from gentron_fast import GenTronPipeline
-    from gentron_train.shapes import vocabulary
-    from gentron_train.small import small_text_encoder, small_vae
+    from gentron_train.small_world.architecture import small_text_encoder, small_vae
+    from gentron_train.small_world.renderer import vocabulary
 
     torch.manual_seed(0)
     parts = make_model(config, torch.float32), small_text_encoder(vocabulary()), small_vae()

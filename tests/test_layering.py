@@ -18,13 +18,13 @@ ONLY_IN = {
     "diffusers": {
         "gentron_fast/vae.py",
         "gentron_fast/pipeline.py",
-        "gentron_fast/convert.py",
-        "train/small.py",
+        "gentron_fast/convert/pipelines.py",
+        "train/small_world/architecture.py",
     },
-    "transformers": {"gentron_fast/text.py", "train/small.py"},
+    "transformers": {"gentron_fast/text.py", "train/small_world/architecture.py"},
     "deepspeed": {"train/engine.py", "train/ema.py", "train/sharding.py"},
-    "webdataset": {"train/shards.py", "train/vae.py"},
-    "av": {"gentron_fast/media.py", "train/decode.py", "train/shapes.py"},
+    "webdataset": {"train/data/shards.py", "train/small_world/autoencoder.py"},
+    "av": {"gentron_fast/media.py", "train/data/decode.py", "train/small_world/renderer.py"},
 }
 CORE_MODULES = [
     "gentron_fast",

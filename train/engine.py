@@ -33,7 +33,6 @@ from gentron_fast.model import GenTron, TextCondition
 from gentron_fast.solvers import make_table, solver_step
 from gentron_fast.text import TextEncoder, Tokens
 from gentron_fast.vae import VideoVAE
-from gentron_train.broken import in_words
 from gentron_train.checkpoint import (
     PATIENCE,
     Checkpoints,
@@ -41,15 +40,15 @@ from gentron_train.checkpoint import (
     latest_checkpoint,
     read_info,
 )
-from gentron_train.config import Settings, parse_settings, stored_config
-from gentron_train.data import Batch, DataSettings, Loader, TooManyBroken, make_loader
+from gentron_train.data.broken import in_words
+from gentron_train.data.loader import Batch, DataSettings, Loader, TooManyBroken, make_loader
 from gentron_train.ema import ShardedEMA
 from gentron_train.export_pipeline import DTYPES, export_pipeline
 from gentron_train.flops import parameter_count, peak_flops, training_flops
 from gentron_train.log import RunLog, memory_gib
 from gentron_train.memory import WHOLE_MODEL, model_config, report
 from gentron_train.objective import Objective, checkpoint_activations
-from gentron_train.shapes import ensure_shards, vocabulary
+from gentron_train.settings import Settings, parse_settings, stored_config
 from gentron_train.sharding import (
     Source,
     fresh_weights,
@@ -57,6 +56,7 @@ from gentron_train.sharding import (
     sharded_model,
     stored_weights,
 )
+from gentron_train.small_world.renderer import ensure_shards, vocabulary
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 BAD_STEPS = 10  # without a finite loss, one after the other, end the run
@@ -168,12 +168,12 @@ def make_missing(settings: Settings, data: DataSettings) -> None:
         if settings.images is None and settings.clips is None:
             ensure_shards(settings.data, settings.make_images, settings.make_clips)
         if not (data.precomputed or (settings.vae / "config.json").exists()):
-            from gentron_train.vae import main as train_vae
+            from gentron_train.small_world.autoencoder import main as train_vae
 
             train_vae(["--data", str(settings.data), "--out", str(settings.vae), "--resume"])
         text = settings.text
         if not (data.has_text or text is None or (text / "t5").is_dir()):
-            from gentron_train.text import main as train_text_encoders
+            from gentron_train.small_world.text_encoders import main as train_text_encoders
 
             train_text_encoders(["--out", str(text), "--resume"])
     torch.distributed.barrier(patient)
@@ -305,7 +305,7 @@ def build_parts(settings: Settings, stage: str, data: DataSettings, device: torc
     train_text = train_text and not pretrained and not data.precomputed
     text_encoder = None
     if train_text and settings.init is settings.text is None:
-        from gentron_train.small import small_text_encoder
+        from gentron_train.small_world.architecture import small_text_encoder
 
         text_encoder = small_text_encoder(vocabulary())
     elif not data.has_text:

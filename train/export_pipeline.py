@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gentron_fast.checkpoint import Spec, new_folder, write_tensors
 from gentron_fast.config import GenTronConfig
-from gentron_fast.convert import copy_parts, vae_factor
+from gentron_fast.convert.pipelines import copy_parts, vae_factor
+from gentron_fast.convert.tensors import Spec, new_folder, write_tensors
 from gentron_fast.diffusion import SCHEDULER_CONFIG
 from gentron_fast.model import CONFIG_NAME, WEIGHTS_NAME, read_json, write_json
 from gentron_fast.pipeline import INDEX_NAME, SCHEDULER_PATH, model_index
 from gentron_fast.text import MODEL_CLASSES, SUBFOLDERS, TextEncoder
 from gentron_train.checkpoint import latest_checkpoint, read_info, read_sharded
-from gentron_train.config import EXPORT_DTYPES, Settings, stored_encoders
+from gentron_train.settings import EXPORT_DTYPES, Settings, stored_encoders
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZER_FILE = "*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"

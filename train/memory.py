@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_map_only
 from gentron_fast.config import PRESETS, GenTronConfig
 from gentron_fast.model import CONFIG_NAME, GenTron
 from gentron_fast.text import MAX_TOKENS
-from gentron_train.config import CHECKPOINTING, Settings, stored_config
 from gentron_train.flops import meta_text, parameter_count
 from gentron_train.objective import attention_operators
+from gentron_train.settings import CHECKPOINTING, Settings, stored_config
 
 # Shapes: latents (C, T, h, w) of a sample.
 # DeepSpeed's defaults on CUDA, in elements.

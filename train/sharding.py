@@ -10,8 +10,8 @@ from deepspeed import comm as dist
 from deepspeed.utils import safe_set_local_fp32_param
 from torch import Tensor, nn
 
-from gentron_fast.checkpoint import open_weights
 from gentron_fast.config import GenTronConfig
+from gentron_fast.convert.tensors import open_weights
 from gentron_fast.layers import TemporalAttention
 from gentron_fast.model import GenTron
 from gentron_train.checkpoint import shard_of

@@ -17,7 +17,7 @@ def test_it_fits_in_sixteen_megabytes():
 
 
 def test_it_scores_as_its_text_file_says():
-    from gentron_train.shapes_score import evaluate
+    from gentron_train.small_world.evaluator import evaluate
 
     stated = BOUND.search((ASSETS / "MODEL.md").read_text())
     pipeline = GenTronPipeline.from_pretrained()

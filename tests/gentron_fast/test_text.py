@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from gentron_fast.text import MAX_TOKENS, TextEncoder
-from gentron_train.small import ByT5Tokenizer, word_tokenizer
+from gentron_train.small_world.architecture import ByT5Tokenizer, word_tokenizer
 
 PROMPTS = ["", "a red circle", "a circle left of a red square, moving left"]
 FOLDERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gentron_train.shapes import vocabulary, write_shards
-from gentron_train.small import small_text_encoder, small_vae
-from gentron_train.text import write
+from gentron_train.small_world.architecture import small_text_encoder, small_vae
+from gentron_train.small_world.renderer import vocabulary, write_shards
+from gentron_train.small_world.text_encoders import write
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from gentron_fast import GenTron, GenTronPipeline
 from gentron_train import checkpoint as checkpoint_module
 from gentron_train import engine, export_pipeline
 from gentron_train.checkpoint import latest_checkpoint, read_info, read_sharded, shard_of
-from gentron_train.sources import folder_digest
+from gentron_train.data.sources import folder_digest
 
 # Eight samples a step on one rank as on two.
 OPTIONS = ("--global-batch=8", "--batch=2", "--draws=2", "--steps=6", "--save-every=2")

@@ -22,9 +22,9 @@ from gentron_train.checkpoint import (
     read_sharded,
     shard_of,
 )
-from gentron_train.config import Settings
-from gentron_train.data import Loader, TooManyBroken, make_loader
+from gentron_train.data.loader import Loader, TooManyBroken, make_loader
 from gentron_train.engine import Objective, build_parts, trainer_of
+from gentron_train.settings import Settings
 
 
 def run_steps(settings: Settings, stage: str = "t2i") -> dict:

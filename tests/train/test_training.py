@@ -12,10 +12,10 @@ from training import finish, launch, log_of
 
 from gentron_fast import PRESETS, GenTron, GenTronPipeline
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
-from gentron_train.config import Settings
 from gentron_train.engine import Objective, learning_rate
-from gentron_train.shapes import vocabulary
-from gentron_train.small import small_text_encoder
+from gentron_train.settings import Settings
+from gentron_train.small_world.architecture import small_text_encoder
+from gentron_train.small_world.renderer import vocabulary
 
 STEPS = 20
 SCHEDULE = NoiseSchedule.from_config(SCHEDULER_CONFIG)

@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from gentron_train.config import Settings, parse_settings
+from gentron_train.settings import Settings, parse_settings
 
 ROOT = Path(__file__).parents[2]
 STEPS = 10

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from gentron_fast import PRESETS
-from gentron_train.config import CONFIGS, Settings, load_config, parse_settings
 from gentron_train.memory import model_config
+from gentron_train.settings import CONFIGS, Settings, load_config, parse_settings
 
 FILES = sorted(CONFIGS.glob("*.yaml"))
 

@@ -2,7 +2,12 @@ import pytest
 import torch
 
 from gentron_fast.vae import VideoVAE
-from gentron_train.small import byte_pair_merges, small_text_encoder, small_vae, word_tokenizer
+from gentron_train.small_world.architecture import (
+    byte_pair_merges,
+    small_text_encoder,
+    small_vae,
+    word_tokenizer,
+)
 
 WORDS = ["a", "red", "are", "circle", "circles", "moving", "spinning", "left", "of", "background"]
 

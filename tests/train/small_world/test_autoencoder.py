@@ -7,10 +7,17 @@ import torch
 from safetensors.torch import load_file
 
 from gentron_fast.vae import VideoVAE
-from gentron_train import vae as vae_training
-from gentron_train.shapes import write_shards
-from gentron_train.small import small_vae
-from gentron_train.vae import VaeTraining, copy_levels, learning_rate, main, read_frames, train
+from gentron_train.small_world import autoencoder as vae_training
+from gentron_train.small_world.architecture import small_vae
+from gentron_train.small_world.autoencoder import (
+    VaeTraining,
+    copy_levels,
+    learning_rate,
+    main,
+    read_frames,
+    train,
+)
+from gentron_train.small_world.renderer import write_shards
 
 TRAINING = VaeTraining(steps=4, batch=2, save_every=2, warmup=2)
 WEIGHTS = "diffusion_pytorch_model.safetensors"

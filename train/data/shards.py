@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from gentron_train.broken import BrokenSample
+from gentron_train.data.broken import BrokenSample
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "gentron"
 PRECOMPUTED = "__precomputed__"  # a member of ours; WebDataset skips names of this form

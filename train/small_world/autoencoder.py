@@ -1,7 +1,8 @@
 """Train the small model's autoencoder on frames of the small world; one process, CPU or GPU.
 
-python train/vae.py --out runs/vae
-python train/vae.py --levels 3 --out runs/vae-3 && python train/vae.py --init runs/vae-3    faster
+    python -m gentron_train.small_world.autoencoder --out runs/vae
+
+Faster: one with --levels 3 --out runs/vae-3 first, then --init runs/vae-3.
 """
 
 import argparse
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gentron_fast.vae import VideoVAE
-from gentron_train.decode import decode_clip, decode_image
-from gentron_train.shapes import ensure_shards
-from gentron_train.small import VAE_CHANNELS, small_vae
-from gentron_train.sources import seeded
+from gentron_train.data.decode import decode_clip, decode_image
+from gentron_train.data.sources import seeded
+from gentron_train.small_world.architecture import VAE_CHANNELS, small_vae
+from gentron_train.small_world.renderer import ensure_shards
 
 # Shapes: B batch, H × W pixels.
 KL_WEIGHT = 1e-4  # against an error of about 0.02 per pixel: keeps the latents near a normal
@@ -205,7 +206,9 @@ def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; shards are made first if the data folder has none."""
-    parser = argparse.ArgumentParser(prog="train/vae.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="gentron_train.small_world.autoencoder", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--data", type=Path, default=Path("data/shapes"))
     parser.add_argument("--out", type=Path, default=Path("runs/vae"))
     parser.add_argument("--steps", type=int, default=VaeTraining.steps)

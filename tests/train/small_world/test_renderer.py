@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from gentron_train import shapes
-from gentron_train.shapes import (
+from gentron_train.small_world import renderer
+from gentron_train.small_world.renderer import (
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
@@ -28,7 +28,7 @@ from gentron_train.shapes import (
 
 
 def scene_of(seed, index=0):
-    return shapes.sample_scene(np.random.default_rng([seed, index]))
+    return renderer.sample_scene(np.random.default_rng([seed, index]))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def scenes():
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    shapes.write_shards(folder, images=6, clips=4, shard_size=3, processes=2, progress=False)
+    renderer.write_shards(folder, images=6, clips=4, shard_size=3, processes=2, progress=False)
     return folder
 
 
@@ -48,9 +48,9 @@ def contents(folder):
 
 
 def test_one_combination_in_ten_is_held_out():
-    held = shapes.held_out()
+    held = renderer.held_out()
     assert len(held) == 24
-    assert all(shapes.is_held_out(*triple) for triple in held)
+    assert all(renderer.is_held_out(*triple) for triple in held)
     assert ("circle", "red", "left") not in held
     assert {motion: sum(t[2] == motion for t in held) for motion in MOTIONS} == dict.fromkeys(
         MOTIONS, 3
@@ -59,17 +59,17 @@ def test_one_combination_in_ten_is_held_out():
 
 def test_training_shows_all_but_what_is_held_out(scenes):
     shown = {(o.shape, o.colour, s.motion) for s in scenes for o in s.objects}
-    assert not shown & shapes.held_out()
+    assert not shown & renderer.held_out()
     assert len(shown) == 240 - 24
 
 
 def test_prompts_are_seen_or_unseen():
-    for draw, unseen in ((shapes.seen_prompts, False), (shapes.unseen_prompts, True)):
+    for draw, unseen in ((renderer.seen_prompts, False), (renderer.unseen_prompts, True)):
         prompts = draw(200, seed=3)
         assert prompts == draw(200, seed=3) != draw(200, seed=4)
         for text, scene in prompts:
             (thing,) = scene.objects
-            assert shapes.is_held_out(thing.shape, thing.colour, scene.motion) == unseen
+            assert renderer.is_held_out(thing.shape, thing.colour, scene.motion) == unseen
             assert thing.shape in text
             assert thing.colour in text
             assert any(phrase in text for phrase in PHRASES[scene.motion])
@@ -77,16 +77,16 @@ def test_prompts_are_seen_or_unseen():
 
 def test_readme_prompt_is_one_of_the_captions():
     rng = np.random.default_rng(0)
-    scene = shapes.make_scene(rng, "circle", "red", "left")
-    assert "a red circle moving left" in {shapes.caption(scene, rng) for _ in range(300)}
+    scene = renderer.make_scene(rng, "circle", "red", "left")
+    assert "a red circle moving left" in {renderer.caption(scene, rng) for _ in range(300)}
 
 
 def test_captions_are_true_short_and_of_known_words(scenes):
     rng, words = np.random.default_rng(1), set()
     for scene in scenes:
-        text = shapes.caption(scene, rng)
+        text = renderer.caption(scene, rng)
         assert text == text.lower()
-        assert len(text.encode()) <= shapes.TEXT_BYTES
+        assert len(text.encode()) <= renderer.TEXT_BYTES
         assert len(text.replace(",", " ,").split()) <= 75  # CLIP's 77 tokens less the two ends
         said = text.replace(",", "").split()
         words.update(said)
@@ -94,21 +94,21 @@ def test_captions_are_true_short_and_of_known_words(scenes):
             assert f"{thing.colour} {thing.shape}" in text
         assert any(phrase in text for phrase in PHRASES[scene.motion])
         assert set(said) & set(FILLS) <= {thing.fill for thing in scene.objects}
-        assert set(said) & set(shapes.RADII) <= {thing.size for thing in scene.objects}
+        assert set(said) & set(renderer.RADII) <= {thing.size for thing in scene.objects}
         if "background" in said:
             assert set(said) & set(BACKGROUNDS) == {scene.background}
         if scene.relation:
             assert any(
-                f" {phrase} a " in text for phrase in shapes.RELATION_PHRASES[scene.relation]
+                f" {phrase} a " in text for phrase in renderer.RELATION_PHRASES[scene.relation]
             )
-    assert words == set(shapes.vocabulary())
+    assert words == set(renderer.vocabulary())
 
 
 def test_caption_without_motion_names_none(scenes):
     rng = np.random.default_rng(2)
     phrases = [phrase for known in PHRASES.values() for phrase in known]
     for scene in scenes[:300]:
-        text = shapes.caption(scene, rng, motion=False)
+        text = renderer.caption(scene, rng, motion=False)
         assert not any(phrase in text for phrase in phrases)
 
 
@@ -142,13 +142,13 @@ def test_two_objects_differ_in_colour_and_do_not_touch(scenes):
         assert first.velocity == second.velocity
         away = np.subtract((first.x, first.y), (second.x, second.y))
         reach = sum(REACH[thing.shape] * thing.radius for thing in scene.objects)
-        assert np.dot(away, shapes.RELATIONS[scene.relation]) > reach
+        assert np.dot(away, renderer.RELATIONS[scene.relation]) > reach
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_render_covers_the_area_of_its_shape(shape):
     thing = Thing(shape, "red", "plain", None, 32, 32, 13.0)
-    frame = shapes.render_frame(Scene((thing,), "black", "still"))
+    frame = renderer.render_frame(Scene((thing,), "black", "still"))
     area = (frame[..., 0] - 15.0).sum() / (COLOURS["red"][0] - 15)
     polygon = {
         "circle": np.pi,
@@ -165,43 +165,43 @@ def test_only_objects_are_coloured():
     for background in BACKGROUNDS:
         thing = Thing("star", "cyan", "striped", None, 20, 20, 8.0)
         scene = Scene((thing,), background, "still", tilt=1.0)
-        clip = shapes.render_clip(scene, clean=False, rng=np.random.default_rng(0)).astype(int)
+        clip = renderer.render_clip(scene, clean=False, rng=np.random.default_rng(0)).astype(int)
         chroma = clip.max(-1) - clip.min(-1)
         assert chroma[:, 5:35, 5:35].max() > 50
         assert chroma[:, 35:].max() == chroma[:, :, 35:].max() == 0
 
 
 def test_clips_are_blurred_and_marked_and_clean_ones_are_frames():
-    scene = shapes.make_scene(np.random.default_rng(3), "square", "blue", "right")
-    clean = shapes.render_clip(scene)
+    scene = renderer.make_scene(np.random.default_rng(3), "square", "blue", "right")
+    clean = renderer.render_clip(scene)
     assert clean.shape == (48, 64, 64, 3)
     assert clean.dtype == np.uint8
-    assert (clean[12] == shapes.render_frame(scene, 12 / FPS)).all()
-    real = shapes.render_clip(scene, clean=False, rng=np.random.default_rng(0))
+    assert (clean[12] == renderer.render_frame(scene, 12 / FPS)).all()
+    real = renderer.render_clip(scene, clean=False, rng=np.random.default_rng(0))
     background = (clean == clean[0, 0, 0]).all((0, 3))
     assert (real != clean).any(-1)[:, background].any()  # the watermark
     assert (real != clean).any(-1)[:, ~background].any()  # the blur
     with pytest.raises(ValueError, match="needs an rng"):
-        shapes.render_clip(scene, clean=False)
+        renderer.render_clip(scene, clean=False)
 
 
 def test_wrong_words_are_refused():
     with pytest.raises(ValueError, match="'hexagon' is not one of circle"):
-        shapes.make_scene(np.random.default_rng(0), "hexagon", "red", "left")
+        renderer.make_scene(np.random.default_rng(0), "hexagon", "red", "left")
 
 
 @pytest.mark.parametrize("kind", ["images", "clips"])
 def test_samples_depend_on_seed_kind_and_index_alone(kind):
-    sample = shapes.make_sample(5, kind, 2)
-    assert sample == shapes.make_sample(5, kind, 2)
-    assert sample["json"] != shapes.make_sample(5, kind, 3)["json"]
-    assert sample["json"] != shapes.make_sample(6, kind, 2)["json"]
+    sample = renderer.make_sample(5, kind, 2)
+    assert sample == renderer.make_sample(5, kind, 2)
+    assert sample["json"] != renderer.make_sample(5, kind, 3)["json"]
+    assert sample["json"] != renderer.make_sample(6, kind, 2)["json"]
 
 
 def test_image_that_names_its_motion_shows_its_first_frame():
     named = 0
     for index in range(40):
-        sample = shapes.make_sample(0, "images", index)
+        sample = renderer.make_sample(0, "images", index)
         facts = json.loads(sample["json"])
         said = any(phrase in sample["txt"].decode() for phrase in PHRASES[facts["motion"]])
         assert said == facts["named"]
@@ -211,7 +211,7 @@ def test_image_that_names_its_motion_shows_its_first_frame():
 
 
 def test_shards_are_the_same_bytes_from_any_number_of_processes(shards, tmp_path):
-    paths = shapes.write_shards(tmp_path, 6, 4, shard_size=3, processes=1, progress=False)
+    paths = renderer.write_shards(tmp_path, 6, 4, shard_size=3, processes=1, progress=False)
     assert [path.name for path in paths] == [
         "images-00000.tar",
         "images-00001.tar",
@@ -228,14 +228,14 @@ def test_cut_off_run_goes_on(shards, tmp_path):
     lost.unlink()
     (tmp_path / "copy" / ".clips-00001.tar.part").write_bytes(b"half")
     before = kept.stat().st_mtime_ns
-    shapes.write_shards(tmp_path / "copy", 6, 4, shard_size=3, progress=False)
+    renderer.write_shards(tmp_path / "copy", 6, 4, shard_size=3, progress=False)
     assert kept.stat().st_mtime_ns == before
     assert contents(tmp_path / "copy") == contents(shards)
 
 
 def test_other_parameters_need_another_folder(shards):
     with pytest.raises(ValueError, match="choose another folder"):
-        shapes.write_shards(shards, 6, 4, seed=1, shard_size=3, progress=False)
+        renderer.write_shards(shards, 6, 4, seed=1, shard_size=3, progress=False)
 
 
 def test_webdataset_reads_the_shards(shards):
@@ -266,7 +266,7 @@ def test_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "2 shards" in done.stdout
     assert (
-        shapes.make_sample(3, "clips", 0)["mp4"]
+        renderer.make_sample(3, "clips", 0)["mp4"]
         in (tmp_path / "out" / "clips-00000.tar").read_bytes()
     )
 
@@ -291,7 +291,7 @@ def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, shards, 
         "FILE": str(tmp_path / "file"),
         "SHARDS": str(shards),
     }
-    assert shapes.main([places.get(argument, argument) for argument in arguments]) == 2
+    assert renderer.main([places.get(argument, argument) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -12,8 +12,8 @@ import yaml
 from gentron_fast.config import PRESETS, GenTronConfig
 from gentron_fast.model import CONFIG_NAME, read_json
 from gentron_fast.text import SUBFOLDERS
-from gentron_train.data import TIMESTEPS, DataSettings
-from gentron_train.shards import CACHE
+from gentron_train.data.loader import TIMESTEPS, DataSettings
+from gentron_train.data.shards import CACHE
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = CONFIGS / "small.yaml"

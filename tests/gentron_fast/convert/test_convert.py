@@ -23,12 +23,12 @@ from diffusers.models import embeddings
 from safetensors.torch import load_file, save_file
 
 from gentron_fast import GenTron, GenTronPipeline, TextCondition
-from gentron_fast import convert as module
-from gentron_fast.checkpoint import Checkpoint, Spec
 from gentron_fast.convert import convert_dit, convert_pixart, export_diffusers, main
+from gentron_fast.convert import pipelines as module
+from gentron_fast.convert.layouts import DIT, Source, dit_config, make_recipes, pixart_config
+from gentron_fast.convert.layouts import PIXART as PIXART_FAMILY
+from gentron_fast.convert.tensors import Checkpoint, Spec
 from gentron_fast.diffusion import portable_noise
-from gentron_fast.layouts import DIT, Source, dit_config, make_recipes, pixart_config
-from gentron_fast.layouts import PIXART as PIXART_FAMILY
 from gentron_fast.model import EncodedText
 
 BLOCK = "transformer_blocks"
@@ -570,8 +570,8 @@ def test_blocks_that_no_longer_share_an_adaln_are_named(tmp_path):
 def pipeline_folder(tmp_path_factory):
     """A PixArtAlphaPipeline of random weights: 1024's conditions, a byte-level T5 in shards, a VAE
     of factor 4."""
-    from gentron_train.shapes import vocabulary
-    from gentron_train.small import small_text_encoder, small_vae
+    from gentron_train.small_world.architecture import small_text_encoder, small_vae
+    from gentron_train.small_world.renderer import vocabulary
 
     torch.manual_seed(0)
     text = small_text_encoder(vocabulary())

@@ -13,7 +13,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from gentron_train.broken import BrokenSample
+from gentron_train.data.broken import BrokenSample
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 CLIP_ENDINGS = ("mp4",)

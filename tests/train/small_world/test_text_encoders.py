@@ -6,9 +6,17 @@ import torch
 from safetensors.torch import load_file
 
 from gentron_fast.text import TextEncoder
-from gentron_train import text as text_training
-from gentron_train.shapes import Scene, Thing, caption, sample_scene
-from gentron_train.text import FACTS, TextTraining, batches, draw, facts_said, main, train
+from gentron_train.small_world import text_encoders as text_training
+from gentron_train.small_world.renderer import Scene, Thing, caption, sample_scene
+from gentron_train.small_world.text_encoders import (
+    FACTS,
+    TextTraining,
+    batches,
+    draw,
+    facts_said,
+    main,
+    train,
+)
 
 TRAINING = TextTraining(steps=4, batch=4, save_every=2, warmup=2)
 

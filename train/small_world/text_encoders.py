@@ -1,4 +1,6 @@
-"""Train the small model's text encoders, before it, as if pretrained: python train/text.py
+"""Train the small model's text encoders, before it, as if pretrained.
+
+    python -m gentron_train.small_world.text_encoders
 
 A caption's encoder learns to tell what the caption says of its scene: the shape, colour, size and
 fill of each object, motion, relation and background, "not said" among the answers. Captions are
@@ -23,7 +25,9 @@ from tqdm import tqdm
 
 from gentron_fast.model import EncodedText, TextCondition
 from gentron_fast.text import TextEncoder
-from gentron_train.shapes import (
+from gentron_train.small_world.architecture import TEXT_WIDTH, small_text_encoder
+from gentron_train.small_world.autoencoder import STATE_NAME, learning_rate, load_state, save_state
+from gentron_train.small_world.renderer import (
     BACKGROUNDS,
     COLOURS,
     FILLS,
@@ -37,8 +41,6 @@ from gentron_train.shapes import (
     sample_scene,
     vocabulary,
 )
-from gentron_train.small import TEXT_WIDTH, small_text_encoder
-from gentron_train.vae import STATE_NAME, learning_rate, load_state, save_state
 
 # Shapes: B captions, L tokens, D width, K facts.
 _OBJECT = {"shape": SHAPES, "colour": COLOURS, "fill": FILLS, "size": RADII}
@@ -211,7 +213,9 @@ def write(text_encoder: TextEncoder, out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="train/text.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="gentron_train.small_world.text_encoders", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/text"))
     parser.add_argument("--steps", type=int, default=TextTraining.steps)
     parser.add_argument("--batch", type=int, default=TextTraining.batch, help="captions a step")

@@ -12,20 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gentron_fast.checkpoint import (
-    Checkpoint,
-    Spec,
-    copy_weights,
-    new_folder,
-    open_safetensors,
-    open_torch,
-    open_weights,
-    write_tensors,
-)
 from gentron_fast.commandline import refuse, run, whole_number
 from gentron_fast.config import GenTronConfig
-from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
-from gentron_fast.layouts import (
+from gentron_fast.convert.layouts import (
     CLASSES,
     DIT,
     LEFT_OUT,
@@ -43,6 +32,17 @@ from gentron_fast.layouts import (
     tensor_shape,
     wanted_of,
 )
+from gentron_fast.convert.tensors import (
+    Checkpoint,
+    Spec,
+    copy_weights,
+    new_folder,
+    open_safetensors,
+    open_torch,
+    open_weights,
+    write_tensors,
+)
+from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
 from gentron_fast.model import CONFIG_NAME, WEIGHTS_NAME, read_json, write_json
 from gentron_fast.pipeline import INDEX_NAME, SCHEDULER_PATH, model_index
 from gentron_fast.text import (
@@ -541,7 +541,3 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             options.add_argument("--clip", type=Path)
             options.add_argument("--seed", type=whole_number(0, 2**64 - 1), default=0)
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

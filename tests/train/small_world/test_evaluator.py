@@ -7,15 +7,15 @@ import math
 import numpy as np
 import pytest
 
-from gentron_train import shapes, shapes_score
-from gentron_train.shapes import FPS, Scene, Thing
-from gentron_train.shapes_score import judge, read_clip, read_image, read_objects, score
+from gentron_train.small_world import evaluator, renderer
+from gentron_train.small_world.evaluator import judge, read_clip, read_image, read_objects, score
+from gentron_train.small_world.renderer import FPS, Scene, Thing
 
 
 def training_scenes(count, seed):
     for index in range(count):
         rng = np.random.default_rng([seed, index])
-        yield shapes.sample_scene(rng), rng
+        yield renderer.sample_scene(rng), rng
 
 
 def decode(content):
@@ -28,7 +28,7 @@ def test_clean_clips_are_read_right():
     clips, scenes, farthest = [], [], 0.0
     for scene, rng in training_scenes(320, seed=11):
         start = rng.integers(6)
-        clips.append(shapes.render_clip(scene)[start::6])
+        clips.append(renderer.render_clip(scene)[start::6])
         scenes.append(scene)
         middle = (start + 21) / FPS
         reading = read_clip(clips[-1])
@@ -43,7 +43,7 @@ def test_clean_clips_are_read_right():
 def test_clean_images_are_read_right():
     frames, scenes = [], []
     for scene, _ in training_scenes(320, seed=12):
-        frames.append(shapes.render_frame(scene)[None])
+        frames.append(renderer.render_frame(scene)[None])
         scenes.append(scene)
     shares = score(frames, scenes)
     assert set(shares) == {"colour", "shape", "relation", "all"}
@@ -55,8 +55,8 @@ def test_clean_images_are_read_right():
 def test_training_clips_are_read_nearly_right():
     clips, scenes = [], []
     for scene, rng in training_scenes(60, seed=13):
-        clip = shapes.render_clip(scene, clean=False, rng=rng)
-        clips.append(decode(shapes.encode_mp4(clip, 26))[2::6])
+        clip = renderer.render_clip(scene, clean=False, rng=rng)
+        clips.append(decode(renderer.encode_mp4(clip, 26))[2::6])
         scenes.append(scene)
     shares = score(clips, scenes)
     assert shares["colour"] >= 0.98
@@ -67,7 +67,7 @@ def test_training_clips_are_read_nearly_right():
 
 def test_position_radius_and_colour_of_an_image():
     thing = Thing("circle", "purple", "dotted", None, 20.0, 41.5, 9.0)
-    reading = read_image(shapes.render_frame(Scene((thing,), "grey", "still")))
+    reading = read_image(renderer.render_frame(Scene((thing,), "grey", "still")))
     assert (reading.shape, reading.colour, reading.motion) == ("circle", "purple", None)
     assert reading.position == pytest.approx((20.0, 41.5), abs=0.3)
     assert reading.radius == pytest.approx(9.0, abs=0.8)
@@ -77,21 +77,21 @@ def test_position_radius_and_colour_of_an_image():
 def test_motion_is_read_at_any_number_of_frames(length):
     taken = np.linspace(0, 47, length).round().astype(int)
     for motion in ("left", "down", "growing", "still"):
-        scene = shapes.make_scene(np.random.default_rng(length), "star", "green", motion)
-        assert read_clip(shapes.render_clip(scene)[taken]).motion == motion
+        scene = renderer.make_scene(np.random.default_rng(length), "star", "green", motion)
+        assert read_clip(renderer.render_clip(scene)[taken]).motion == motion
 
 
 def test_backwards_is_the_other_motion():
     for motion, other in (("left", "right"), ("up", "down"), ("growing", "shrinking")):
-        scene = shapes.make_scene(np.random.default_rng(1), "cross", "red", motion)
-        clip = shapes.render_clip(scene)[::6]
+        scene = renderer.make_scene(np.random.default_rng(1), "cross", "red", motion)
+        clip = renderer.render_clip(scene)[::6]
         assert read_clip(clip).motion == motion
         assert read_clip(clip[::-1]).motion == other
 
 
 def test_specks_do_not_matter():
-    scene = shapes.make_scene(np.random.default_rng(2), "triangle", "blue", "still")
-    clip = shapes.render_clip(scene)[::6]
+    scene = renderer.make_scene(np.random.default_rng(2), "triangle", "blue", "still")
+    clip = renderer.render_clip(scene)[::6]
     x, y = (int(v) for v in (scene.objects[0].x, scene.objects[0].y))
     clip[:, (y + 30) % 64, (x + 30) % 64] = (40, 70, 230)
     clip[:, (y + 34) % 64, (x + 30) % 64] = (220, 30, 30)
@@ -103,20 +103,20 @@ def test_specks_do_not_matter():
 def test_empty_frames_hold_nothing(value):
     frames = np.full((8, 64, 64, 3), value, dtype=np.uint8)
     assert read_clip(frames) is None
-    scene = shapes.make_scene(np.random.default_rng(0), "star", "cyan", "up")
+    scene = renderer.make_scene(np.random.default_rng(0), "star", "cyan", "up")
     assert not any(judge(frames, scene).values())
 
 
 def test_noise_is_judged_without_failing():
     frames = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
-    scene = shapes.make_scene(np.random.default_rng(0), "star", "cyan", "up")
+    scene = renderer.make_scene(np.random.default_rng(0), "star", "cyan", "up")
     assert set(judge(frames, scene)) == {"colour", "shape", "motion"}
 
 
 def test_score_counts_each_class():
     def clip_of(motion, colour):
-        scene = shapes.make_scene(np.random.default_rng(4), "square", colour, motion)
-        return shapes.render_clip(scene)[::6], scene
+        scene = renderer.make_scene(np.random.default_rng(4), "square", colour, motion)
+        return renderer.render_clip(scene)[::6], scene
 
     left, left_scene = clip_of("left", "red")
     up, up_scene = clip_of("up", "red")
@@ -153,16 +153,16 @@ class Painter:
 
     def __call__(self, prompt, *, seed, progress, frames):
         self.seeds += seed
-        clips = [shapes.render_clip(self.scenes[text])[::6][:frames] for text in prompt]
+        clips = [renderer.render_clip(self.scenes[text])[::6][:frames] for text in prompt]
         return type("Output", (), {"frames": np.stack(clips)})
 
 
 def test_evaluate_feeds_prompts_and_seeds_in_batches():
-    painter = Painter(shapes.seen_prompts(5, 2) + shapes.unseen_prompts(5, 2))
-    scores = shapes_score.evaluate(painter, prompts=5, seed=2, batch=2, progress=False, frames=8)
+    painter = Painter(renderer.seen_prompts(5, 2) + renderer.unseen_prompts(5, 2))
+    scores = evaluator.evaluate(painter, prompts=5, seed=2, batch=2, progress=False, frames=8)
     assert painter.seeds == [2, 3, 4, 5, 6] * 2
     assert scores["seen"]["colour"] == scores["unseen"]["colour"] == 1
-    table = shapes_score.format_table(scores)
+    table = evaluator.format_table(scores)
     assert "colour" in table
     assert "100.0" in table
 
@@ -170,7 +170,7 @@ def test_evaluate_feeds_prompts_and_seeds_in_batches():
 def test_command_line_scores_clips(tiny_pipeline_folder, tmp_path, capsys):
     out = tmp_path / "score.json"
     options = ["--prompts", "2", "--batch", "2", "--steps", "1", "--out", str(out)]
-    assert shapes_score.main([str(tiny_pipeline_folder), *options]) == 0
+    assert evaluator.main([str(tiny_pipeline_folder), *options]) == 0
     assert "motion" in capsys.readouterr().out
     figures = json.loads(out.read_text())
     assert figures["settings"]["steps"] == 1
@@ -181,7 +181,7 @@ def test_command_line_scores_clips(tiny_pipeline_folder, tmp_path, capsys):
 
 def test_image_pipelines_have_no_motion(tiny_t2i_folder, capsys):
     arguments = [str(tiny_t2i_folder), "--prompts", "1", "--steps", "1"]
-    assert shapes_score.main(arguments) == 0
+    assert evaluator.main(arguments) == 0
     table = capsys.readouterr().out
     assert "shape" in table
     assert "motion" not in table
@@ -198,7 +198,7 @@ def test_image_pipelines_have_no_motion(tiny_t2i_folder, capsys):
     ids=str,
 )
 def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, capsys):
-    assert shapes_score.main(arguments) == 2
+    assert evaluator.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -30,10 +30,11 @@ from gentron_fast import TextCondition
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule, diffusion_loss
 from gentron_fast.text import SUBFOLDERS, TextEncoder
 from gentron_fast.vae import VideoVAE
-from gentron_train import data as data_module
-from gentron_train import shards as shards_module
-from gentron_train.broken import Broken, BrokenLog, BrokenSample
-from gentron_train.data import (
+from gentron_train.data import loader as data_module
+from gentron_train.data import shards as shards_module
+from gentron_train.data.broken import Broken, BrokenLog, BrokenSample
+from gentron_train.data.decode import Sampling, decode_image, pick_frames, read_caption, read_frames
+from gentron_train.data.loader import (
     DataSettings,
     Loader,
     Order,
@@ -41,13 +42,10 @@ from gentron_train.data import (
     TooManyBroken,
     make_loader,
 )
-from gentron_train.decode import Sampling, decode_image, pick_frames, read_caption, read_frames
-from gentron_train.precompute import Decoder
-from gentron_train.precompute import main as precompute_main
-from gentron_train.shapes import vocabulary, write_shards
-from gentron_train.shards import count, find_shards, read
-from gentron_train.small import small_text_encoder, small_vae
-from gentron_train.sources import (
+from gentron_train.data.precompute import Decoder
+from gentron_train.data.precompute import main as precompute_main
+from gentron_train.data.shards import count, find_shards, read
+from gentron_train.data.sources import (
     LatentSet,
     MemorySource,
     Sample,
@@ -57,6 +55,8 @@ from gentron_train.sources import (
     seeded,
     select_tokens,
 )
+from gentron_train.small_world.architecture import small_text_encoder, small_vae
+from gentron_train.small_world.renderer import vocabulary, write_shards
 
 SIDE = 64 // small_vae().factor  # of the latents
 
@@ -769,7 +769,7 @@ class Block:
         if name.partition(".")[0] in ("diffusers", "transformers", "av", "PIL", "deepspeed"):
             raise ImportError(name + " is blocked")
 sys.meta_path.insert(0, Block())
-from gentron_train.data import DataSettings, make_loader
+from gentron_train.data.loader import DataSettings, make_loader
 data = DataSettings(kinds=("images", "clips"), size=(32, 32), batch=2, workers=1, max_broken=1.0,
     images={str(precomputed / "images-*.tar")!r}, clips={str(precomputed / "clips-*.tar")!r},
     log=Path({str(tmp_path / "log")!r}))
@@ -835,7 +835,7 @@ def test_precompute_goes_on_where_it_was_cut_off(shards, models, tmp_path, monke
             raise KeyboardInterrupt
         return decode(self, place)
 
-    monkeypatch.setattr("gentron_train.precompute.ENCODED_AT_ONCE", 1)
+    monkeypatch.setattr("gentron_train.data.precompute.ENCODED_AT_ONCE", 1)
     with monkeypatch.context() as patch:
         patch.setattr(Decoder, "__getitem__", stop_after_13)
         assert precompute_main(command) == 130

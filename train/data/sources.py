@@ -23,9 +23,9 @@ from tqdm import tqdm
 from gentron_fast.model import EncodedText, TextCondition
 from gentron_fast.text import Tokens
 from gentron_fast.vae import VideoVAE
-from gentron_train.broken import BrokenSample
-from gentron_train.decode import CLIP_ENDINGS, Sampling, read_caption, read_frames
-from gentron_train.shards import Shard, count, index, read, read_facts
+from gentron_train.data.broken import BrokenSample
+from gentron_train.data.decode import CLIP_ENDINGS, Sampling, read_caption, read_frames
+from gentron_train.data.shards import Shard, count, index, read, read_facts
 
 ENCODED_AT_ONCE = 64  # frames
 FORMAT = 1  # of precomputed shards

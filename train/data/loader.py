@@ -22,10 +22,10 @@ from torch import Tensor
 
 from gentron_fast.model import TextCondition
 from gentron_fast.text import Tokens
-from gentron_train.broken import Broken, BrokenLog, BrokenSample, TooManyBroken
-from gentron_train.decode import Sampling
-from gentron_train.shards import CACHE, Shard, count, find_shards, index, read_facts
-from gentron_train.sources import (
+from gentron_train.data.broken import Broken, BrokenLog, BrokenSample, TooManyBroken
+from gentron_train.data.decode import Sampling
+from gentron_train.data.shards import CACHE, Shard, count, find_shards, index, read_facts
+from gentron_train.data.sources import (
     LatentSource,
     MemorySource,
     PixelSource,

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gentron_fast.checkpoint import Checkpoint, Spec
 from gentron_fast.config import ENCODERS, GenTronConfig
+from gentron_fast.convert.tensors import Checkpoint, Spec
 from gentron_fast.layers import patch_positions
 from gentron_fast.model import GenTron
 

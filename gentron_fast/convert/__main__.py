@@ -1,0 +1,7 @@
+"""python -m gentron_fast.convert"""
+
+import sys
+
+from gentron_fast.convert.pipelines import main
+
+sys.exit(main())
