@@ -1,0 +1,184 @@
+"""Precomputed shards: what they hold, what reads them, and the command that writes them."""
+
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import load
+from samples import BROKEN, assert_same, settings, write_tar
+from training import log_of
+from webdataset import WebDataset
+
+from gentron_fast.text import SUBFOLDERS
+from gentron_train.data.decode import Sampling
+from gentron_train.data.loader import make_loader
+from gentron_train.data.precompute import Decoder
+from gentron_train.data.precompute import main as precompute_main
+from gentron_train.data.shards import find_shards
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_kind_of_broken_sample(broken_samples, name, tmp_path):
+    shard = find_shards(str(write_tar(tmp_path / "a.tar", [broken_samples[name]])))[0]
+    record, broken = Decoder(Sampling(size=(32, 32)))[shard, 0]
+    assert (broken.cause, broken.sample) == (BROKEN[name], "a-0000") and "\n" not in broken.detail
+    assert json.loads(record.files["broken.json"]) == [broken.cause, broken.detail]
+
+
+def test_precomputed_shards(precomputed, encoder):
+    """Standard WebDataset files: mean, std, and the embeddings that the encoder gives."""
+    names = sorted(path.name for path in precomputed.iterdir() if not path.name.startswith("."))
+    assert names == ["broken.jsonl", "clips-0.tar", "images-0.tar", "images-1.tar"]
+    samples = list(WebDataset(str(precomputed / "clips-0.tar"), shardshuffle=False))
+    assert len(samples) == 10 and sum("broken.json" in sample for sample in samples) == 5
+    whole = [sample for sample in samples if "safetensors" in sample]
+    tensors = load(whole[1]["safetensors"])
+    assert tensors["mean"].shape == tensors["std"].shape == (2, 4, 8, 4, 4)
+    assert (tensors["std"] > 0).all() and not torch.equal(*tensors["mean"])
+    text = encoder.encode([whole[1]["txt"].decode()])
+    for name, encoded in text._asdict().items():
+        for part, value in encoded._asdict().items():
+            torch.testing.assert_close(tensors[f"{name}.{part}"], value[0], rtol=1e-4, atol=1e-5)
+    causes = Counter(json.loads(line)["cause"] for line in (precomputed / "broken.jsonl").open())
+    assert causes == {**Counter(BROKEN.values()), "shard cut off": 1}
+
+
+def test_precomputed_needs_no_decoder_and_no_encoder(precomputed, tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("diffusers", "transformers", "av", "PIL", "deepspeed"):
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Block())
+from gentron_train.data.loader import DataSettings, make_loader
+data = DataSettings(kinds=("images", "clips"), size=(32, 32), batch=2, workers=1, max_broken=1.0,
+    images={str(precomputed / "images-*.tar")!r}, clips={str(precomputed / "clips-*.tar")!r},
+    log=Path({str(tmp_path / "log")!r}))
+batch = next(make_loader(data, Path("nowhere"), None))
+assert batch.latents.shape == (2, 4, 8, 4, 4) and batch.text.t5.tokens.shape[2] == 128
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_on_precomputed_shards_needs_no_other_package(precomputed, tiny_t2i_folder, tmp_path):
+    """Two steps to the transformer alone; the text encoders of --init are copied unopened."""
+    code = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("diffusers", "transformers", "av"):
+            raise ModuleNotFoundError(name + " is blocked")
+sys.meta_path.insert(0, Block())
+from gentron_train.engine import run, train
+run(lambda: train("t2i", "", sys.argv[1:]))
+"""
+    run = tmp_path / "run"
+    options = [f"--data={precomputed}", f"--run={run}", f"--init={tiny_t2i_folder}", "--size=32"]
+    options += ["--vae=nowhere", "--steps=2", "--batch=2", "--draws=1", "--max-broken=1"]
+    options += ["--workers=0", "--no-in-memory", "--no-tensorboard", "--log-every=1"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *options]
+    result = subprocess.run(command, env=os.environ | rank, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    told = f"pipeline in {run / 'pipeline'}: no whole pipeline, no autoencoder in nowhere; training"
+    assert told in result.stdout
+    assert [row["step"] for row in log_of(run)] == [1, 2]
+    names = {path.name for path in (run / "pipeline").iterdir()}
+    assert names == {*("transformer", "scheduler"), *itertools.chain(*SUBFOLDERS.values())}
+
+
+def test_latents_alone_leave_the_text_to_the_run(shards, models, encoder, tmp_path):
+    command = [f"{shards}/clips-0.tar", str(tmp_path / "new"), f"--vae={models / 'vae'}"]
+    options = ["--size=32x32", "--workers=0", "--max-broken=1", "--no-text"]
+    assert precompute_main([*command, *options]) == 0
+    data = settings(tmp_path / "new", tmp_path, kinds=("clips",))
+    fresh = make_loader(
+        settings(shards, tmp_path, kinds=("clips",)), models / "vae", encoder.tokenize
+    )
+    assert_same(next(make_loader(data, None, encoder.tokenize)), next(fresh))
+    with pytest.raises(ValueError, match="holds no text embeddings"):
+        make_loader(data, None, None)
+
+
+def test_precompute_goes_on_where_it_was_cut_off(shards, models, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "new"
+    command = [f"{shards}/images-*.tar", f"{shards}/clips-*.tar", str(out)]
+    command += [f"--pipeline={models}", "--size=32x32", "--workers=0", "--max-broken=1"]
+    decode, left = Decoder.__getitem__, [13]
+
+    def stop_after_13(self, place):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return decode(self, place)
+
+    monkeypatch.setattr("gentron_train.data.precompute.ENCODED_AT_ONCE", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "__getitem__", stop_after_13)
+        assert precompute_main(command) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert [path.name for path in out.glob("*.tar*")] == ["images-0.tar"]
+    assert not list(out.glob(".*.part"))
+    before = (out / "images-0.tar").stat()
+    assert precompute_main(command) == 0
+    assert len(list(out.glob("*.tar"))) == 3
+    assert (out / "images-0.tar").stat().st_mtime_ns == before.st_mtime_ns
+    # Ranks share the shards out, and the result is the same to the byte.
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert precompute_main([*command[:2], str(tmp_path / "ranks"), *command[3:]]) == 0
+    for path in out.glob("*.tar"):
+        assert path.read_bytes() == (tmp_path / "ranks" / path.name).read_bytes()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert precompute_main([*command, "--starts=3"]) == 2
+    assert "with other settings or models" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nothing-*.tar", "out", "--vae=v"], "no shards match nothing-*.tar"),
+        (["nothing.tar", "out", "--vae=v"], "there is no shard nothing.tar"),
+        (["SHARDS/clips-0.tar", "out"], "name an autoencoder"),
+        (["SHARDS/clips-0.tar", "out", "--vae=v"], "name text encoders"),
+        (["SHARDS/clips-0.tar", "out", "--vae=v", "--no-text"], "no autoencoder at v"),
+        (["SHARDS/clips-0.tar", "out", "--size=32"], "'32', wanted HxW"),
+        (["SHARDS/clips-0.tar", "out", "--starts=0"], "starts is 0"),
+        (["SHARDS/clips-0.tar", "out", "--fps=0"], "fps is 0.0, must be above 0"),
+        (["SHARDS/clips-0.tar", "out", "--size=30x30", "--pipeline=MODELS"], "size 30x30"),
+        (["SHARDS/clips-0.tar", "SHARDS", "--pipeline=MODELS"], "over itself"),
+        (["SHARDS/clips-0.tar", "OUT", "--pipeline=MODELS", "--size=32x32"], "clips: 5 of 10"),
+        (["SHARDS/clips-0.tar"], "arguments are required: out"),
+        (["a", "b", "--quick"], "unrecognized arguments: --quick"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_wrong_commands(shards, models, tmp_path, arguments, message, capsys):
+    names = {"SHARDS": str(shards), "MODELS": str(models), "OUT": str(tmp_path / "new")}
+    for name, path in names.items():
+        arguments = [argument.replace(name, path) for argument in arguments]
+    assert precompute_main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    message = "samples are broken, more than 5.0%" if "of 10" in message else message
+    assert message in lines[-1] and lines[-1].startswith("gentron_train.precompute: error: ")
+
+
+def test_help_fits_a_screen(capsys):
+    with pytest.raises(SystemExit) as stop:
+        precompute_main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0 and len(lines) <= 40 and max(map(len, lines)) <= 100
