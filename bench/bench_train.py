@@ -195,6 +195,7 @@ def compete(measure, contest, name, config, shape, dtype, modes=(), compiles=Fal
         definition=step.definition,
         contenders=contenders,
         flops=flops,
+        direction="training step",
         latte_flops=latte_flops,
         peak_tflops=roof,
         peak_memory_gib=peak,

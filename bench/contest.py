@@ -106,6 +106,7 @@ class Contest:
         flops: int | None = None,
         backward: bool = False,
         preset: str | None = None,
+        direction: str | None = None,
         **extra: Any,
     ) -> tuple[dict, Callable[[], Callable[[], Any]]]:
         """One row, and a function that prepares one more call of ours.
@@ -113,7 +114,8 @@ class Contest:
         make(randn) builds one input set, a tuple of tensors, from randn(*shape, dtype=dtype);
         definition is the operator in plain torch, called on wider inputs; nbytes and flops: what
         one call must move and compute. backward: the gradient of all floating-point inputs is
-        timed, its forward is not. extra: what else the row is to hold.
+        timed, its forward is not. direction: what the row says it is where it is neither forward
+        nor backward. extra: what else the row is to hold.
 
         Raises AssertionError where ours differs from the definition; another contender that
         differs or fails is absent, with the reason.
@@ -144,7 +146,7 @@ class Contest:
         names = dict.fromkeys(contender.name for contender in contenders)
         row = {
             "operator": operator,
-            "direction": "backward" if backward else "forward",
+            "direction": direction or ("backward" if backward else "forward"),
             "preset": preset,
             "shape": list(shape),
             "dtype": str(dtype).removeprefix("torch."),

@@ -1,4 +1,5 @@
-"""make report: README's performance section and its roofline plot, from the rows in bench/results.
+"""make report: docs/performance.md, README's headline table and the roofline plot, from the rows in
+bench/results.
 
 Every figure comes from a file; a benchmark without one is not shown.
 """
@@ -12,22 +13,85 @@ from records import ROOT, identity, read_rows
 
 RESULTS = ROOT / "bench/results"
 README = ROOT / "README.md"
+PERFORMANCE = ROOT / "docs/performance.md"
 PLOT = ROOT / "docs/roofline.png"
-BEGIN = "<!-- performance begins: `make report` writes what stands between -->"
-END = "<!-- performance ends -->"
+BEGIN = "<!-- headline begins: `make report` writes what stands between -->"
+END = "<!-- headline ends -->"
+INTRODUCTION = """\
+# Performance
+
+Written by `make report` from the rows in bench/results. Nothing else ran beside the rows of the AMD
+machine. There an operator's result stays in the cache for the product that reads it next, and the
+copy it is compared with does not read the lines it writes: its share of a copy is lower than on a
+machine whose cache is small.
+"""
 LEGEND = (
     "ms: ours, median and quartiles. % of copy: the time of copying as many bytes in the same run,"
     " over ours. × NAME: that contender's time over ours, in the same run; – where it was absent."
 )
+# Lines of README's table: what ours is, beside what; then a row's operator, preset and direction,
+# and the contender in it.
+HEADLINES = (
+    (
+        *("guided step, 4 blocks of XL/2", "one batched forward"),
+        *("guided step, 4 blocks of XL/2-T2V", None, "forward", "one batched forward"),
+    ),
+    (
+        *("guided step, 4 blocks of XL/2", "one batched forward, torch.compile"),
+        *("guided step, 4 blocks of XL/2-T2V", None, "forward", "batched, torch.compile"),
+    ),
+    (
+        *("guided step, small model", "one batched forward"),
+        *("guided step, small", None, "forward", "one batched forward"),
+    ),
+    (
+        *("guided step, PixArt-α XL/2", "diffusers"),
+        *("guided step of PixArt-α XL/2, eager, 28 blocks", None, "forward", "diffusers"),
+    ),
+    (
+        *("clip by a compiled sampler, small model", "the pipeline"),
+        *("clip of 20 steps, small", None, "forward", "eager pipeline"),
+    ),
+    (
+        *("training step, small T2V", "a plain AdamW loop"),
+        *("training step, small-T2V", None, "training step", "plain AdamW loop"),
+    ),
+    (
+        *("LayerNorm and modulation, G/2", "torch.compile"),
+        *("layernorm_modulate", "G/2-T2V", "forward", "torch.compile"),
+    ),
+    (
+        *("residual, LayerNorm and modulation, G/2", "torch.compile"),
+        *("residual_layernorm_modulate", "G/2-T2V", "forward", "torch.compile"),
+    ),
+    (
+        *("the same, backward", "torch.compile"),
+        *("residual_layernorm_modulate", "G/2-T2V", "backward", "torch.compile"),
+    ),
+    (
+        *("temporal attention, G/2", "SDPA"),
+        *("temporal_attention", "G/2-T2V", "forward", "SDPA"),
+    ),
+    (
+        *("the same, backward", "SDPA"),
+        *("temporal_attention", "G/2-T2V", "backward", "SDPA"),
+    ),
+)
+HEADLINE_KEY = ("operator", "preset", "direction")
+HEADLINE_DTYPES = ("float32", "bfloat16")
 
 
 def main() -> None:
     rows = newest_rows(RESULTS)
     text = section(rows) + work_section(newest_rows(RESULTS, "saved"))
+    readme = headline(rows)
     if plot_roofline(rows, PLOT):
-        text += f"\n![Roofline]({PLOT.relative_to(ROOT)})\n"
-    README.write_text(replace_section(README.read_text(), text))
-    print(f"{len(rows)} rows of {len({row['device'] for row in rows})} devices in {README.name}")
+        text += f"\n![Roofline]({PLOT.name})\n"
+        readme += f"\n![Roofline]({PLOT.relative_to(ROOT)})\n"
+    PERFORMANCE.write_text(f"{INTRODUCTION}\n{text}")
+    README.write_text(replace_section(README.read_text(), readme))
+    devices = len({row["device"] for row in rows})
+    print(f"{len(rows)} rows of {devices} devices in {PERFORMANCE.relative_to(ROOT)}")
 
 
 def newest_rows(folder: Path, kind: str = "contenders") -> list[dict]:
@@ -37,6 +101,32 @@ def newest_rows(folder: Path, kind: str = "contenders") -> list[dict]:
     found = [row for row in found if kind in row]
     newest = {identity(row): row for row in sorted(found, key=lambda row: row["time"])}
     return sorted(newest.values(), key=_order)
+
+
+def headline(rows: list[dict]) -> str:
+    """README's table: how many times as fast as others, on the device that was measured last."""
+    if not rows:
+        return "Nothing has been measured yet.\n"
+    device = max(rows, key=lambda row: row["time"])["device"]
+    mine = [row for row in rows if row["device"] == device]
+    lines = [["ours", "beside", *HEADLINE_DTYPES], ["---"] * (2 + len(HEADLINE_DTYPES))]
+    for title, beside, *key, contender in HEADLINES:
+        found = [row for row in mine if [row[name] for name in HEADLINE_KEY] == key]
+        ratios = {
+            row["dtype"]: row["contenders"].get(contender, {}).get("speedup") for row in found
+        }
+        if any(ratios.values()):
+            cells = (_times(ratios.get(dtype)) for dtype in HEADLINE_DTYPES)
+            lines.append([title, beside, *cells])
+    return f"{device}:\n\n{_markdown(lines)}\n"
+
+
+def _times(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.2f} ×"
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def section(rows: list[dict]) -> str:
@@ -60,11 +150,9 @@ def work_section(rows: list[dict]) -> str:
     for row in rows:
         shares = (f"{row['saved'][source]:.1%}" for source in sources)
         lines.append([row["preset"], row["direction"], f"{row['flops'] / 1e12:.1f} TFLOP", *shares])
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     shape = " × ".join(map(str, rows[0]["shape"]))
-    return (
-        f"\n### Work saved in a guided step, latents {shape} (`python bench/work.py`)\n\n{table}\n"
-    )
+    title = f"### Work saved in a guided step, latents {shape} (`python bench/work.py`)"
+    return f"\n{title}\n\n{_markdown(lines)}\n"
 
 
 def replace_section(readme: str, text: str) -> str:
@@ -151,20 +239,22 @@ def _table(operator: str, rows: list[dict]) -> str:
     names = [name for row in rows for name in row["contenders"] if name != OURS]
     names = [name for name in dict.fromkeys(names) if any(_has(row, name) for row in rows)]
     has_bytes = any(row["bytes"] for row in rows)
-    head = [operator, "direction", "shape", "dtype", "ms"]
+    has_preset = any(row["preset"] for row in rows)
+    head = [operator] * has_preset + ["direction", "shape", "dtype", "ms"]
     head += ["GB/s", "% of copy"] * has_bytes + [f"× {name}" for name in names]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         ours = row["contenders"][OURS]
         low, high = ours["iqr"]
         shape = " × ".join(map(str, row["shape"]))
-        cells = [row["preset"] or "", row["direction"], shape, row["dtype"]]
+        cells = [row["preset"] or ""] * has_preset + [row["direction"], shape, row["dtype"]]
         cells.append(f"{_figure(ours['ms'])} ({_figure(low)} to {_figure(high)})")
         if has_bytes:
             cells += [_figure(ours.get(key)) for key in ("gbs", "percent_of_copy")]
         entries = [row["contenders"].get(name, {}) for name in names]
         lines.append([*cells, *(_figure(entry.get("speedup")) for entry in entries)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    title = "" if has_preset else f"**{operator}**\n\n"
+    return title + _markdown(lines)
 
 
 def _figure(value: float | None) -> str:

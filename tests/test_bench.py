@@ -202,6 +202,22 @@ def test_the_report_shows_what_has_a_file_and_nothing_else(tmp_path):
         "| XL/2-T2V | forward | 3 × 8 × 64 | bfloat16 | 1 (0.9 to 1.3) | 322 | 87.6 | 4.56 |"
     ) in text
     assert "flash" not in text and "older" not in text
+    without_preset = report.section([row_of(preset=None, direction="training step")])
+    assert "**double**\n\n| direction | shape | dtype | ms |" in without_preset
+    assert "\n| training step | 3 × 8 × 64 | bfloat16 | 1 (0.9 to 1.3) |" in without_preset
+
+
+def test_the_headline_is_of_the_device_measured_last():
+    assert report.headline([]) == "Nothing has been measured yet.\n"
+    title, beside, operator, preset, direction, contender = report.HEADLINES[0]
+    kind = {"operator": operator, "preset": preset, "direction": direction}
+    contenders = {OURS: {"ms": 1.0}, contender: {"ms": 4.5, "speedup": 4.5}}
+    row = row_of(**kind, contenders=contenders)
+    older = row_of(**kind, contenders=contenders, device="Older", time="2025-01-02T03:04:05")
+    lines = report.headline([row, older, row_of()]).splitlines()
+    assert lines[0] == "Abacus 9:"
+    assert lines[2] == "| ours | beside | float32 | bfloat16 |"
+    assert lines[4:] == [f"| {title} | {beside} | – | 4.50 × |"]
 
 
 ROW_HEAD = {"device": "Abacus 9", "time": "2026-01-02T03:04:05"}
