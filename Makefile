@@ -3,7 +3,8 @@
 # make gpu PART=test|ops|step|train|export [RESULTS=DIR]   on a CUDA machine, by its own python
 # make faults   twenty ranks killed at random moments, each run resumed
 # make large    one step of the whole G/2-T2V on the CPU, plain against shared: 12 GB of memory
-# make report   README's performance section, from bench/results
+# make report   docs/performance.md and README's headline table, from bench/results
+# make api      docs/api.md, from the docstrings
 # make sanitize   the C++ operators under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
 # make kernels  registers, spills and shared memory of every Triton kernel, compiled without a GPU
 
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test faults lint train kernels gpu large report sanitize clean
+.PHONY: demo test faults lint train kernels gpu large report api sanitize clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -39,6 +40,9 @@ large: .venv/dev
 
 report: .venv/dev
 	$(BIN)/python bench/report.py
+
+api: .venv/dev
+	$(BIN)/python docs/api.py
 
 kernels: .venv/dev
 	$(BIN)/python tests/kernels/aot.py

@@ -4,6 +4,8 @@ from importlib import import_module
 
 from gentron_fast.config import PRESETS, GenTronConfig
 
+__version__ = "0.2.0"
+
 # Loaded when asked for: torch takes seconds, and the pipeline needs diffusers and transformers.
 _LAZY = {
     "CompiledSampler": "export",
