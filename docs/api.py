@@ -12,10 +12,11 @@ INTRODUCTION = """\
 
 Written by `make api` from the docstrings; a test holds it against the code.
 
-What may be relied on: the names on this page, the command lines (`--help` of each), the files that they write, and the
-keys of a model's state dict. A change to any of them is told in [CHANGELOG.md](../CHANGELOG.md), and what an older
-version wrote is still read. Everything else may change without notice. Shapes: B batch, C channels, T frames, H × W
-latents or pixels, N tokens, D width.
+What may be relied on: the names on this page, the command lines (`--help` of each), the files that
+they write, and the keys of a model's state dict. A change to any of them is in
+[CHANGELOG.md](../CHANGELOG.md), and what an older version wrote is still read. Everything else may
+change without notice. Shapes: B batch, C channels, T frames, H × W latents or pixels, N tokens, D
+width.
 """
 # Title → objects, with the members that are shown; of a function, none.
 SECTIONS = {
