@@ -106,8 +106,9 @@ class TrainingStep:
         return Contender(OURS, self.zero(), ZERO_NOTE)
 
     def zero(self):
-        """The same weights under DeepSpeed, as train/engine.py configures it."""
-        from gentron_train.engine import gather_persistent, start_distributed, zero_engine
+        """The same weights under DeepSpeed, as train/assembly.py configures it."""
+        from gentron_train.assembly import gather_persistent, zero_engine
+        from gentron_train.process import start_distributed
         from gentron_train.settings import Settings
 
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}

@@ -4,13 +4,12 @@ A sample is one pass over input sets that together outgrow the last-level cache.
 turns pass by pass, and a copy of as many bytes as the operator must move takes its turn with them.
 """
 
-import ctypes
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ import numpy as np
 import torch
 from records import environment
 from torch import Tensor
+
+from gentron_train.allocator import keep_freed_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16]}[DEVICE]
@@ -235,7 +236,7 @@ class Contest:
     def _take_turns(self, calls: dict[Contender, Callable]) -> dict[Contender, list[float]]:
         """Seconds a call, one sample a round and contender, the order moving on every round."""
         if self.device == "cpu":
-            keep_heap()
+            keep_freed_memory()  # as the CUDA allocator does: no page fault is timed
         order = list(calls)
         launch = {}  # the host's seconds for a pass
         for _ in range(1 if self.smoke else 2):
@@ -304,16 +305,6 @@ def memory_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.get_device_properties().total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-@cache
-def keep_heap() -> None:
-    """Have malloc keep what is freed, as the CUDA allocator does: no page fault is timed."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
-    if mallopt is not None:
-        mmap_max, trim_threshold = -4, -1
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)
 
 
 def table(rows: Sequence[dict]) -> list[str]:

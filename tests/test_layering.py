@@ -22,7 +22,7 @@ ONLY_IN = {
         "train/small_world/architecture.py",
     },
     "transformers": {"gentron_fast/text.py", "train/small_world/architecture.py"},
-    "deepspeed": {"train/engine.py", "train/ema.py", "train/sharding.py"},
+    "deepspeed": {"train/assembly.py", "train/ema.py", "train/process.py", "train/sharding.py"},
     "webdataset": {"train/data/shards.py", "train/small_world/autoencoder.py"},
     "av": {"gentron_fast/media.py", "train/data/decode.py", "train/small_world/renderer.py"},
 }

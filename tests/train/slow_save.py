@@ -3,7 +3,8 @@
 import time
 
 from gentron_train.checkpoint import Checkpoints
-from gentron_train.engine import run, train
+from gentron_train.process import run
+from gentron_train.trainer import train
 
 save = Checkpoints.save
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from training import log_of
 
 from gentron_fast import GenTron, GenTronPipeline
+from gentron_train import assembly, export_pipeline, trainer
 from gentron_train import checkpoint as checkpoint_module
-from gentron_train import engine, export_pipeline
 from gentron_train.checkpoint import latest_checkpoint, read_info, read_sharded, shard_of
 from gentron_train.data.sources import folder_digest
 
@@ -26,7 +26,7 @@ OPTIONS += ("--dtype=fp32", "--parameters=fp32", "--decay-last=0")
 
 def train(world: Path, init: Path, run: Path, *options: str) -> None:
     argv = [f"--data={world / 'data'}", f"--vae={world / 'vae'}", f"--init={init}", f"--run={run}"]
-    engine.run(lambda: engine.train("t2i", "", [*argv, *OPTIONS, *options]))
+    run(lambda: trainer.train("t2i", "", [*argv, *OPTIONS, *options]))
 
 
 def losses(run: Path) -> list[float]:
@@ -81,7 +81,7 @@ def test_two_ranks_resume_to_the_bit(
     ranks, world, tiny_t2i_folder, tmp_path, whole_run, monkeypatch, sharded
 ):
     if sharded:  # another run, of a model that is never whole
-        monkeypatch.setattr(engine, "WHOLE_MODEL", 0)
+        monkeypatch.setattr(assembly, "WHOLE_MODEL", 0)
         whole_run = tmp_path / "whole"
         pids = ranks.start(2, train, world, tiny_t2i_folder, whole_run)
         assert ranks.wait(pids) == [0, 0]

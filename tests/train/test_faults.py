@@ -15,8 +15,9 @@ import psutil
 import pytest
 from training import launch, log_of
 
-from gentron_train import engine
 from gentron_train.checkpoint import latest_checkpoint, read_info
+from gentron_train.process import run as run_entry
+from gentron_train.trainer import train
 
 TRIALS = int(os.environ.get("FAULTS", "2"))
 OPTIONS = ("--batch=1", "--steps=100000", "--save-every=2", "--keep=1", "--no-tensorboard")
@@ -117,4 +118,4 @@ def resume(world: Path, init: Path, run: Path, steps: int) -> None:
         "--resume",
         f"--steps={steps}",
     ]
-    engine.run(lambda: engine.train("t2i", "", argv))
+    run_entry(lambda: train("t2i", "", argv))

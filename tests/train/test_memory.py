@@ -11,10 +11,10 @@ from training import settings_of
 
 from gentron_fast import PRESETS, GenTron
 from gentron_train import memory
-from gentron_train.engine import trainer_of
 from gentron_train.flops import parameter_count, training_flops
 from gentron_train.objective import attention_operators, checkpoint_activations
 from gentron_train.settings import CHECKPOINTING, CONFIGS, parse_settings
+from gentron_train.trainer import trainer_of
 
 LENGTHS = {"clip": 5, "t5": 9}
 

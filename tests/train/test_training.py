@@ -12,10 +12,11 @@ from training import finish, launch, log_of
 
 from gentron_fast import PRESETS, GenTron, GenTronPipeline
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
-from gentron_train.engine import Objective, learning_rate
+from gentron_train.objective import Objective
 from gentron_train.settings import Settings
 from gentron_train.small_world.architecture import small_text_encoder
 from gentron_train.small_world.renderer import vocabulary
+from gentron_train.trainer import learning_rate
 
 STEPS = 20
 SCHEDULE = NoiseSchedule.from_config(SCHEDULER_CONFIG)

@@ -77,7 +77,8 @@ class Block:
         if name.partition(".")[0] in ("diffusers", "transformers", "av"):
             raise ModuleNotFoundError(name + " is blocked")
 sys.meta_path.insert(0, Block())
-from gentron_train.engine import run, train
+from gentron_train.process import run
+from gentron_train.trainer import train
 run(lambda: train("t2i", "", sys.argv[1:]))
 """
     run = tmp_path / "run"

@@ -14,7 +14,8 @@ from training import STEPS, log_of, settings_of
 
 from gentron_fast import PRESETS, GenTron
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
-from gentron_train import engine, sharding
+from gentron_train import assembly, sharding, trainer
+from gentron_train.assembly import build_parts, gather_persistent, load_text_encoder
 from gentron_train.checkpoint import (
     checkpoints_folder,
     latest_checkpoint,
@@ -23,8 +24,10 @@ from gentron_train.checkpoint import (
     shard_of,
 )
 from gentron_train.data.loader import Loader, TooManyBroken, make_loader
-from gentron_train.engine import Objective, build_parts, trainer_of
+from gentron_train.objective import Objective
+from gentron_train.process import run
 from gentron_train.settings import Settings
+from gentron_train.trainer import learning_rate, trainer_of
 
 
 def run_steps(settings: Settings, stage: str = "t2i") -> dict:
@@ -32,9 +35,8 @@ def run_steps(settings: Settings, stage: str = "t2i") -> dict:
     trainer = trainer_of(settings, stage)
     losses = []
     for step in range(STEPS):
-        trainer.step = step
-        loss = trainer._step(engine.learning_rate(settings, step, step / STEPS))
-        losses.append(trainer._agree(loss, 0, False)[0])
+        loss = trainer.train_step(learning_rate(settings, step, step / STEPS))
+        losses.append(trainer._agree(loss, stop=False).loss)
     parameters = dict(trainer.engine.module.named_parameters())
     return {
         "losses": losses,
@@ -59,7 +61,7 @@ def plain_steps(settings: Settings, ranks: int) -> dict:
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = []
     for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = engine.learning_rate(settings, step, step / STEPS)
+        optimizer.param_groups[0]["lr"] = learning_rate(settings, step, step / STEPS)
         total = 0.0
         for loader in loaders:
             batch = next(loader)
@@ -103,7 +105,7 @@ def test_two_ranks_equal_one_plain_process(
 ):
     """With a model that stays gathered between steps, and with one that is never whole."""
     if sharded:
-        monkeypatch.setattr(engine, "WHOLE_MODEL", 0)
+        monkeypatch.setattr(assembly, "WHOLE_MODEL", 0)
     results = ranks.call(2, run_steps, settings_of(world, tiny_t2i_folder, tmp_path))
     assert results[0]["losses"] == pytest.approx(plain["losses"], rel=1e-6)
     assert len(set(plain["losses"])) == STEPS
@@ -124,7 +126,7 @@ LOSS_DRIFT, WEIGHT_DRIFT = 2e-2, 1e-3
 def test_bf16_stays_near_fp32(ranks, world, tiny_t2i_folder, tmp_path, plain, monkeypatch, kind):
     """bf16 parameters, autocast, and a model that is shared out part by part when it is made."""
     if kind == "sharded":
-        monkeypatch.setattr(engine, "WHOLE_MODEL", 0)
+        monkeypatch.setattr(assembly, "WHOLE_MODEL", 0)
     changes = {"dtype": "bf16", "parameters": "fp32" if kind == "autocast" else "bf16"}
     settings = settings_of(world, tiny_t2i_folder, tmp_path, **changes)
     result = ranks.call(2, run_steps, settings)[0]
@@ -145,7 +147,7 @@ def masters(settings: Settings) -> dict:
 def test_masters_are_not_rounded(ranks, world, tiny_t2i_folder, tmp_path, monkeypatch, sharded):
     """bf16 parameters begin with fp32 masters, and T2V with the T2I model's weights."""
     if sharded:
-        monkeypatch.setattr(engine, "WHOLE_MODEL", 0)
+        monkeypatch.setattr(assembly, "WHOLE_MODEL", 0)
     settings = settings_of(
         world, tiny_t2i_folder, tmp_path, "t2v", dtype="bf16", parameters="bf16", draws=1
     )
@@ -177,7 +179,7 @@ def pixart_folder(make_model, tiny_config, tiny_t2i_folder, tmp_path_factory):
 def start_of_t2v(settings: Settings) -> dict:
     """What the engine predicts of a clip before any step, and T2I of its frames; then two steps."""
     trainer = trainer_of(settings, "t2v")
-    engine.gather_persistent(trainer.engine)
+    gather_persistent(trainer.engine)
     image_model = GenTron.from_pretrained(settings.init / "transformer")
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 4, 3, 8, 8, generator=generator)
@@ -189,7 +191,7 @@ def start_of_t2v(settings: Settings) -> dict:
     blocks = trainer.engine.module.transformer.blocks
     out = [safe_get_full_fp32_param(block.temporal_attention.out.weight) for block in blocks]
     before = [bool(weight.any()) for weight in out]
-    losses = [float(trainer._step(1e-3)) for _ in range(2)]
+    losses = [float(trainer.train_step(1e-3)) for _ in range(2)]
     out = [safe_get_full_fp32_param(block.temporal_attention.out.weight) for block in blocks]
     after = [bool(weight.any()) for weight in out]
     frames = torch.cat(frames, 2)
@@ -201,7 +203,7 @@ def test_t2v_starts_as_a_converted_pixart(
     ranks, world, pixart_folder, tmp_path, monkeypatch, sharded
 ):
     if sharded:
-        monkeypatch.setattr(engine, "WHOLE_MODEL", 0)
+        monkeypatch.setattr(assembly, "WHOLE_MODEL", 0)
     settings = settings_of(world, pixart_folder, tmp_path, "t2v", draws=1)
     result = ranks.call(2, start_of_t2v, settings)[0]
     assert result["clip"].shape == (2, 8, 3, 8, 8)
@@ -213,20 +215,20 @@ def test_t2v_starts_as_a_converted_pixart(
 def test_an_encoder_that_is_missing_is_named(world, pixart_folder, tiny_t2i_folder, tmp_path):
     settings = settings_of(world, pixart_folder, tmp_path)
     with pytest.raises(ValueError, match="needs its text encoders, no clip found: --clip"):
-        engine.load_text_encoder(settings, PRESETS["small"], torch.float32)
+        load_text_encoder(settings, PRESETS["small"], torch.float32)
     settings = settings_of(world, tiny_t2i_folder, tmp_path)
     only_t5 = replace(PRESETS["small"], encoders=("t5",))
-    encoder = engine.load_text_encoder(settings, only_t5, torch.float32)
+    encoder = load_text_encoder(settings, only_t5, torch.float32)
     assert list(encoder.encoders) == ["t5"]
     with pytest.raises(ValueError, match="t5 text encoder is 128 wide, the transformer takes 4096"):
-        engine.load_text_encoder(settings, PRESETS["XL/2-T5"], torch.float32)
+        load_text_encoder(settings, PRESETS["XL/2-T5"], torch.float32)
 
 
 @pytest.mark.parametrize("init, message", [(None, "--init T2I_FOLDER"), ("none/such", "none/such")])
 def test_nothing_is_made_for_a_run_that_cannot_start(world, tmp_path, monkeypatch, init, message):
-    monkeypatch.setattr(engine, "start_distributed", lambda timeout: torch.device("cpu"))
-    monkeypatch.setattr(engine.dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(engine, "make_missing", lambda *_: pytest.fail("made data"))
+    monkeypatch.setattr(trainer, "start_distributed", lambda timeout: torch.device("cpu"))
+    monkeypatch.setattr(trainer.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(trainer, "make_missing", lambda *_: pytest.fail("made data"))
     settings = replace(settings_of(world, tmp_path, tmp_path), init=init and tmp_path / init)
     with pytest.raises((ValueError, OSError), match=message):
         trainer_of(settings, "t2v")
@@ -259,7 +261,7 @@ def not_finite(settings: Settings, bad: set[int], value: float) -> None:
         return loss + value if next(calls) in bad and last else loss
 
     Objective.forward = broken
-    engine.run(lambda: trainer_of(settings, "t2i").train())
+    run(lambda: trainer_of(settings, "t2i").train())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -292,11 +294,11 @@ def test_ten_bad_steps_end_the_run(ranks, world, tiny_t2i_folder, tmp_path, capf
 
 def only_motion_free(settings: Settings) -> list[float]:
     trainer = trainer_of(settings, "t2v")
-    losses = [float(trainer._step(1e-3)) for _ in range(3)]
+    losses = [float(trainer.train_step(1e-3)) for _ in range(3)]
     assert trainer._batch.motion_free.all()
     block = trainer.engine.module.transformer.blocks[0].temporal_attention
     before = safe_get_full_fp32_param(block.qkv.weight).clone()
-    losses.append(float(trainer._step(1e-3)))
+    losses.append(float(trainer.train_step(1e-3)))
     after = safe_get_full_fp32_param(block.qkv.weight)
     width = block.out.weight.ds_shape[0]
     assert torch.equal(after[: 2 * width], before[: 2 * width])  # q and k get no gradient
@@ -328,7 +330,7 @@ def too_many_broken(settings: Settings) -> None:
         return following(self)
 
     Loader.__next__ = limited
-    engine.run(lambda: trainer_of(settings, "t2i").train())
+    run(lambda: trainer_of(settings, "t2i").train())
 
 
 def test_too_many_broken_samples_end_with_a_checkpoint(
@@ -366,7 +368,7 @@ def test_freed_memory_is_kept_for_the_next_allocation():
     a place for each."""
     script = """
 import resource, torch
-from gentron_train.engine import keep_freed_memory
+from gentron_train.process import keep_freed_memory  # as training imports it
 keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -1,0 +1,80 @@
+"""The figures of a run's steps: loss, throughput, share of the device's peak, memory, time left."""
+
+import math
+import time
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from gentron_fast.config import GenTronConfig
+from gentron_fast.model import TextCondition
+from gentron_fast.text import Tokens
+from gentron_train.export_pipeline import DTYPES
+from gentron_train.flops import peak_flops, training_flops
+from gentron_train.log import RunLog, memory_gib
+from gentron_train.saving import RunState
+from gentron_train.settings import Settings
+
+
+class Metrics:
+    """What is measured between two lines of the log."""
+
+    def __init__(
+        self, settings: Settings, config: GenTronConfig, log: RunLog, device: torch.device
+    ):
+        self.settings, self.config, self.run_log, self.device = settings, config, log, device
+        self._flops = 0  # of one sample's step
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        """The next line covers the steps after `step`, from now on."""
+        self._since, self._since_step = time.monotonic(), step
+        self._losses: list[float] = []
+
+    def add(self, loss: float) -> None:
+        """The loss of a step that was applied."""
+        self._losses.append(loss)
+
+    def count_flops(self, latents: Tensor, text: Tokens | TextCondition) -> None:
+        """What one sample costs, counted on the first batch."""
+        if not self._flops:
+            shape, lengths = latents.shape[1:], _lengths(text)
+            self._flops = training_flops(self.config, shape, lengths, self.settings.draws)
+
+    def log(self, state: RunState, rate: float, grad_norm: float) -> str:
+        """Keep the figures of the steps since `start`; their line, empty on all ranks but the
+        first."""
+        settings, ranks = self.settings, dist.get_world_size()
+        seconds = (time.monotonic() - self._since) / (state.step - self._since_step)
+        captions = settings.batch * settings.accumulation * ranks
+        samples = captions * settings.draws
+        peak = ranks * peak_flops(self.device, DTYPES[settings.dtype])
+        left = (settings.steps - state.step) * seconds
+        if settings.minutes:
+            left = min(left, 60 * settings.minutes - state.seconds)
+        unit = "clips_per_s" if self.config.temporal else "samples_per_s"
+        values = {
+            "step": state.step,
+            "loss": sum(self._losses) / len(self._losses) if self._losses else None,
+            "lr": rate,
+            "grad_norm": round(grad_norm, 4) if math.isfinite(grad_norm) else None,
+            unit: round(samples / seconds, 2),
+            "mfu": round(samples / seconds * self._flops / peak, 4),
+            "memory_gib": round(memory_gib(self.device), 3),
+            "captions": state.step * captions,
+            "skipped": state.skipped,
+            "broken": state.broken,
+            "seconds": round(state.seconds, 1),
+            "minutes_left": round(max(left, 0) / 60, 1),
+        }
+        self.start(state.step)
+        return self.run_log.step(settings.steps, values) if self.run_log.main else ""
+
+
+def _lengths(text: Tokens | TextCondition) -> dict[str, int]:
+    """Text tokens of each encoder."""
+    if isinstance(text, dict):
+        return {name: ids.shape[1] for name, (ids, _) in text.items()}
+    parts = zip(text._fields, text, strict=True)
+    return {name: encoded.tokens.shape[1] for name, encoded in parts if encoded is not None}

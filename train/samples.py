@@ -1,0 +1,69 @@
+"""Pictures of fixed prompts, drawn while a model trains."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
+from gentron_fast.guidance import guided_prediction
+from gentron_fast.media import contact_sheet
+from gentron_fast.solvers import make_table, solver_step
+from gentron_fast.text import TextEncoder
+from gentron_fast.vae import VideoVAE
+from gentron_train.assembly import gather_persistent
+from gentron_train.settings import Settings
+
+SAMPLE_STEPS, LAMBDA_T, LAMBDA_M = 20, 7.5, 1.2
+PROMPTS = ("a red circle moving left", "a large blue star", "a green square above a yellow cross")
+
+
+class SamplePictures:
+    """A row a prompt, as the weights of a step draw it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        shape: tuple[int, int, int, int],
+        text_encoder: TextEncoder | None,
+        frozen: bool,
+        device: torch.device,
+    ):
+        """shape: latents (C, T, h, w); frozen: the text encoder is no part of the engine."""
+        self.settings, self.shape, self.device = settings, shape, device
+        self.text_encoder, self.frozen = text_encoder, frozen
+
+    @property
+    def possible(self) -> bool:
+        """Text encoders and autoencoder are there, which precomputed data needs not."""
+        return self.text_encoder is not None and (self.settings.vae / "config.json").exists()
+
+    @torch.no_grad()
+    def latents(self, engine) -> Tensor:
+        """(B, C, T, h, w) of the prompts; collective, for ZeRO-3 shares the weights out."""
+        settings = self.settings
+        prompts = PROMPTS if settings.prompts is None else settings.prompts.read_text().splitlines()
+        count = len(prompts)
+        texts = [self.text_encoder.tokenize(list(part)) for part in (prompts, [""] * count)]
+        if self.frozen:
+            texts = [self.text_encoder(tokens) for tokens in texts]
+        state = torch.get_rng_state()
+        engine.eval()
+        gather_persistent(engine)
+        table = make_table("dpm++", SCHEDULER_CONFIG, SAMPLE_STEPS)
+        seeds = [settings.seed + row for row in range(count)]
+        x, x0 = portable_noise(self.shape, seeds, 0).to(self.device), None
+        for row, timestep in zip(table.rows, table.timesteps, strict=True):
+            timestep = timestep.to(self.device).expand(count)
+            noise = guided_prediction(engine.module, x, timestep, *texts, LAMBDA_T, LAMBDA_M)
+            x, x0 = solver_step(row, x, noise[:, : self.shape[0]], x0)
+        engine.train()
+        torch.set_rng_state(state)
+        return x
+
+    @torch.no_grad()
+    def picture(self, latents: Tensor) -> np.ndarray:
+        """One picture, uint8 (H, W, 3), of latents (B, C, T, h, w)."""
+        vae = VideoVAE.from_pretrained(self.settings.vae).to(self.device)
+        pixels = vae.decode(latents)
+        frames = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+        return contact_sheet(list(frames.permute(0, 2, 3, 4, 1)))

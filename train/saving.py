@@ -1,0 +1,148 @@
+"""What a run keeps in its folder: checkpoints to go on from, and the pipeline folder."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+from gentron_fast.config import GenTronConfig
+from gentron_fast.text import TextEncoder
+from gentron_train.checkpoint import Checkpoints, latest_checkpoint, read_info
+from gentron_train.data.loader import Loader
+from gentron_train.ema import ShardedEMA
+from gentron_train.export_pipeline import DTYPES, export_pipeline
+from gentron_train.process import say
+from gentron_train.settings import Settings
+
+
+@dataclass
+class RunState:
+    """How far a run is; the same on every rank."""
+
+    step: int = 0
+    seconds: float = 0.0  # with those of earlier parts of a resumed run
+    skipped: int = 0  # steps without a finite loss and gradient
+    broken: int = 0  # samples, of all ranks
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run goes on from."""
+
+    folder: Path
+    info: dict
+
+    @property
+    def ranks(self) -> int:
+        """How many wrote it."""
+        return self.info["ranks"]
+
+    @property
+    def resharded(self) -> bool:
+        return self.ranks != dist.get_world_size()
+
+
+def checkpoint_to_resume(settings: Settings, config: GenTronConfig) -> Resumed | None:
+    """The last checkpoint of a run that goes on; ValueError if it is of another model."""
+    if not settings.resume:
+        return None
+    folder = latest_checkpoint(settings.run)
+    info = read_info(folder)
+    model = GenTronConfig.from_dict(info["model"])
+    if model != config:
+        raise ValueError(f"{folder} holds another model than this run's: {model}")
+    return Resumed(folder, info)
+
+
+class Saver:
+    """Checkpoints and exports of one run. Every method is collective."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        state: RunState,
+        engine,
+        ema: ShardedEMA,
+        loader: Loader,
+        trained_text: TextEncoder | None,
+        device: torch.device,
+    ):
+        """trained_text: the text encoder whose weights train, for its tokenizers and shape."""
+        self.settings, self.state = settings, state
+        self.engine, self.ema, self.loader = engine, ema, loader
+        self.checkpoints = Checkpoints(settings.run, settings.keep, device)
+        self._trained_text = trained_text
+        self._saved_step: int | None = None  # the same on every rank
+
+    def save(self) -> str | None:
+        """Write a checkpoint, if there is none of this step; why it could not be written, or None.
+
+        The run goes on after one that failed: the checkpoints before are whole.
+        """
+        state = self.state
+        if self._saved_step == state.step:
+            return None
+        name = f"step-{state.step:08d}"
+        info = {
+            "step": state.step,
+            "seconds": state.seconds,
+            "skipped": state.skipped,
+            "ema_updates": self.ema.updates,
+            "settings": self.settings.to_dict(),
+            "model": self.engine.module.config.to_dict(),
+            "latents": list(self.loader.sizes),
+        }
+        place = self.loader.state_dict()
+        failure = self.checkpoints.save(self.engine, self.ema, name, info, place, self._save_text)
+        if failure:
+            say(f"no checkpoint at step {state.step}: {failure}; whole ones stay as they are")
+        else:
+            self._saved_step = state.step
+        return failure
+
+    def _save_text(self, folder: Path) -> None:
+        if self._trained_text is not None:
+            self._trained_text.save_pretrained(folder / "text")
+
+    def load(self, resumed: Resumed) -> None:
+        """Go on where the run stood: engine, EMA, the place in the data, and the state."""
+        folder, info = resumed.folder, resumed.info
+        self.checkpoints.load_engine(self.engine, folder, resumed.resharded)
+        shards = [folder / f"ema-rank{rank}.safetensors" for rank in range(resumed.ranks)]
+        self.ema.load(shards, info["ema_updates"])
+        self.loader.load_state_dict(self.checkpoints.load_state(folder, resumed.ranks))
+        for name in ("step", "seconds", "skipped"):
+            setattr(self.state, name, info[name])
+        self._saved_step = self.state.step
+        changed = _changes(info["settings"], self.settings.to_dict())
+        if resumed.resharded:
+            changed.append(f"ranks {resumed.ranks} → {dist.get_world_size()}")
+        what = f" with {', '.join(changed)}" if changed else ""
+        say(f"going on at step {self.state.step}{what}")
+
+    def export(self) -> None:
+        """Write the pipeline folder with the averaged weights, from a checkpoint of this step."""
+        if failure := self.save():
+            raise OSError(f"no export without a checkpoint: {failure}")
+        if dist.get_rank() == 0:
+            folder = self.settings.run / "pipeline"
+            aside = folder.with_name(".pipeline.part")
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint, dtype = latest_checkpoint(self.settings.run), self.settings.export_dtype
+            told = export_pipeline(checkpoint, aside, ema=True, dtype=DTYPES[dtype])
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(aside, folder)
+            say(told.replace(str(aside), f"pipeline in {folder}"))
+        self.checkpoints.barrier()
+
+
+def _changes(before: dict, now: dict) -> list[str]:
+    """Settings that are others than when the checkpoint was written."""
+    return [
+        f"{name} {before.get(name)} → {value}"
+        for name, value in now.items()
+        if before.get(name) != value and name != "resume"
+    ]
