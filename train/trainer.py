@@ -32,7 +32,7 @@ from gentron_train.memory import report
 from gentron_train.metrics import Metrics
 from gentron_train.objective import checkpoint_activations
 from gentron_train.process import Launcher, StopRequest, say, start_distributed
-from gentron_train.samples import SamplePictures
+from gentron_train.sample_pictures import SamplePictures
 from gentron_train.saving import RunState, Saver, checkpoint_to_resume
 from gentron_train.settings import Settings, parse_settings
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from training import log_of
 
 from gentron_fast import GenTron, GenTronPipeline
-from gentron_train import assembly, export_pipeline, trainer
+from gentron_train import assembly, export_pipeline, process, trainer
 from gentron_train import checkpoint as checkpoint_module
 from gentron_train.checkpoint import latest_checkpoint, read_info, read_sharded, shard_of
 from gentron_train.data.sources import folder_digest
@@ -26,7 +26,7 @@ OPTIONS += ("--dtype=fp32", "--parameters=fp32", "--decay-last=0")
 
 def train(world: Path, init: Path, run: Path, *options: str) -> None:
     argv = [f"--data={world / 'data'}", f"--vae={world / 'vae'}", f"--init={init}", f"--run={run}"]
-    run(lambda: trainer.train("t2i", "", [*argv, *OPTIONS, *options]))
+    process.run(lambda: trainer.train("t2i", "", [*argv, *OPTIONS, *options]))
 
 
 def losses(run: Path) -> list[float]:
