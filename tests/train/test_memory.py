@@ -60,7 +60,7 @@ def test_modes_are_ordered():
 def state_bytes(settings) -> dict[str, int]:
     """Bytes of a rank's states after a step, by what they are."""
     trainer = trainer_of(settings, "t2i")
-    trainer._step(1e-3)
+    trainer.train_step(1e-3)
     zero, parameters = trainer.engine.optimizer, list(trainer.engine.module.parameters())
     moments = [t for state in zero.optimizer.state.values() for t in state.values()]
     buffers = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values()
