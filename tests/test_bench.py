@@ -27,7 +27,7 @@ def contest(monkeypatch) -> Contest:
     monkeypatch.setattr(measuring, "ROUNDS", (3, 4))
     monkeypatch.setitem(measuring.PRODUCT_SIDE, "cpu", 16)
     monkeypatch.setattr(measuring, "cache_bytes", lambda device: 4096)
-    monkeypatch.setattr(measuring, "keep_heap", lambda: None)
+    monkeypatch.setattr(measuring, "keep_freed_memory", lambda: None)
     return Contest("cpu", command="pytest bench")
 
 
