@@ -29,7 +29,7 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 
 train: .venv/dev
-	$(BIN)/deepspeed train/t2i.py
+	$(BIN)/deepspeed train/t2i.py --no-shipped-parts
 	$(BIN)/deepspeed train/t2v.py
 
 gpu:

@@ -1,6 +1,6 @@
 """What a run trains, from its settings: models, text encoders, and the DeepSpeed engine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import deepspeed
 import torch
@@ -12,13 +12,14 @@ from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
 from gentron_fast.model import GenTron
 from gentron_fast.text import TextEncoder
 from gentron_train.checkpoint import PATIENCE
-from gentron_train.data.loader import DataSettings
+from gentron_train.data.loader import DataSettings, Loader, make_loader
 from gentron_train.export_pipeline import DTYPES
 from gentron_train.flops import parameter_count
 from gentron_train.memory import WHOLE_MODEL, model_config
 from gentron_train.objective import Objective
 from gentron_train.settings import Settings, stored_config
 from gentron_train.sharding import (
+    TEMPORAL,
     Source,
     fresh_weights,
     restore_masters,
@@ -51,14 +52,16 @@ def check_start(settings: Settings, stage: str) -> None:
         raise ValueError("T2V starts from a T2I pipeline: --init T2I_FOLDER")
 
 
-def make_missing(settings: Settings, data: DataSettings) -> None:
-    """Shards, autoencoder and text encoders of the small model, where there are none and the data
-    holds no output of theirs; rank 0 makes them."""
+def make_missing(settings: Settings, stage: str) -> None:
+    """Autoencoder and text encoders of the small model, where there are none and the data holds no
+    output of theirs, and shards that are not rendered on demand; rank 0 makes them."""
     # Either may take hours, in which the others wait: not to be taken for a frozen rank.
     patient = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
     if dist.get_rank() == 0 and settings.preset == "small":
-        if settings.images is None and settings.clips is None:
+        by_name = settings.images is not None or settings.clips is not None
+        if not by_name and settings.rendered_samples() is None:
             ensure_shards(settings.data, settings.make_images, settings.make_clips)
+        data = settings.data_settings(stage)
         if not (data.precomputed or (settings.vae / "config.json").exists()):
             from gentron_train.small_world.autoencoder import main as train_vae
 
@@ -79,7 +82,7 @@ def build_parts(settings: Settings, stage: str, data: DataSettings, device: torc
     if (parameters := parameter_count(config)) > WHOLE_MODEL:
         source = fresh_weights(config, settings.seed)
         if folder is not None:
-            source = stored_weights(folder, config, settings.seed)
+            source = stored_weights(folder, config, settings.seed, settings.fresh_temporal)
         zero = deepspeed_config(settings, parameters, device)
         dtype = DTYPES[settings.parameters]
         transformer = sharded_model(config, source, zero, dtype, device)
@@ -88,6 +91,8 @@ def build_parts(settings: Settings, stage: str, data: DataSettings, device: torc
             transformer = GenTron(config)
         else:
             transformer = GenTron.from_pretrained(folder, torch.float32)
+            if transformer.config.temporal and settings.fresh_temporal:
+                transformer = _image_model(transformer)
             if config.temporal and not transformer.config.temporal:
                 transformer = GenTron.from_t2i(transformer)
         source = None
@@ -103,6 +108,27 @@ def build_parts(settings: Settings, stage: str, data: DataSettings, device: torc
         dtype = torch.float32 if train_text else DTYPES[settings.parameters]
         text_encoder = load_text_encoder(settings, config, dtype)
     return Parts(transformer, source, text_encoder, train_text)
+
+
+def _image_model(model: GenTron) -> GenTron:
+    """The shared layers of a T2V model."""
+    image_model = GenTron(replace(model.config, temporal=False))
+    shared = {key: tensor for key, tensor in model.state_dict().items() if TEMPORAL not in key}
+    image_model.load_state_dict(shared)
+    return image_model
+
+
+def build_loader(
+    settings: Settings, data: DataSettings, parts: Parts, device: torch.device
+) -> Loader:
+    """This rank's micro-batches, of shards or of the small world rendered on demand."""
+    tokenize = None if parts.text_encoder is None else parts.text_encoder.tokenize
+    place = {"rank": dist.get_rank(), "ranks": dist.get_world_size(), "device": device}
+    if counts := settings.rendered_samples():
+        from gentron_train.small_world.on_demand import rendering_loader
+
+        return rendering_loader(data, counts, settings.vae, tokenize, **place)
+    return make_loader(data, settings.vae, tokenize, **place)
 
 
 def load_text_encoder(settings: Settings, config: GenTronConfig, dtype: torch.dtype) -> TextEncoder:

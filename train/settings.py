@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import types
 import typing
 from dataclasses import dataclass, field, replace
@@ -11,9 +12,11 @@ import yaml
 
 from gentron_fast.config import PRESETS, GenTronConfig
 from gentron_fast.model import CONFIG_NAME, read_json
+from gentron_fast.pipeline import ASSETS
 from gentron_fast.text import SUBFOLDERS
 from gentron_train.data.loader import TIMESTEPS, DataSettings
 from gentron_train.data.shards import CACHE
+from gentron_train.small_world.renderer import INDEX_NAME as SHARDS_INDEX
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = CONFIGS / "small.yaml"
@@ -38,18 +41,23 @@ class Settings:
 
     run: Path = option(Path("runs/t2i"), "folder of this run")
     init: Path | None = option(None, "pipeline to start from; its parts count over a file's")
+    fresh_temporal: bool = option(False, "T2V takes --init's shared layers, no temporal one")
     preset: str = option("small", "model size", choices=[n for n in PRESETS if "T2V" not in n])
     vae: Path = option(Path("runs/vae"), "autoencoder folder; the small one is trained if missing")
     clip: str | None = option(None, "pretrained CLIP, frozen: folder or hub name")
     t5: str | None = option(None, "pretrained T5, frozen: folder or hub name")
     text: Path | None = option(None, "the small text encoders' folder; they are trained if missing")
     train_text: bool = option(True, "train the small text encoders on, in T2I")
+    shipped_parts: bool = option(
+        False,
+        "of the small model, where a file's init, vae and text are not there: those that ship",
+    )
 
     data: Path = option(Path("data/shapes"), "folder of shards images-*.tar, clips-*.tar")
     images: str | None = option(None, "shards of images: glob, or URLs as WebDataset reads them")
     clips: str | None = option(None, "shards of clips, likewise")
-    make_images: int = option(20000, "images to make if the data folder has no shards")
-    make_clips: int = option(6000, "clips to make if the data folder has no shards")
+    make_images: int = option(20000, "images of the small world if the folder has no shards")
+    make_clips: int = option(6000, "clips of the small world if the folder has no shards")
     size: str | None = option(None, "pixels, 256 or HxW; without, as the data is, all of one size")
     buckets: str | None = option(None, "sizes HxW, HxW … instead: the nearest in aspect ratio")
     in_memory: bool = option(False, "encode once, beside the shards, and hold the latents")
@@ -179,8 +187,10 @@ class Settings:
 
     def text_sources(self, encoders: tuple[str, ...]) -> dict[str, tuple[str | Path, str | Path]]:
         """Model and tokenizer of those of the text encoders that are named: by --clip and --t5,
-        else by --text, else by --init."""
-        stored = {} if self.init is None else stored_encoders(self.init)
+        else by --text, else by --init; with --shipped-parts and no --init, those that ship."""
+        stored = stored_encoders(ASSETS) if self.shipped_parts else {}
+        if self.init is not None:
+            stored = stored_encoders(self.init)
         sources = {}
         for name in encoders:
             if (source := getattr(self, name)) is not None:
@@ -191,6 +201,16 @@ class Settings:
                 sources[name] = stored[name]
         return sources
 
+    def rendered_samples(self) -> dict[str, int] | None:
+        """How many samples of each kind are rendered as they are asked for: those of the small
+        world, held in memory, where no shards are named and none are there or begun."""
+        named = self.images is not None or self.clips is not None
+        if self.preset != "small" or not self.in_memory or named:
+            return None
+        if (self.data / SHARDS_INDEX).exists() or any(self.data.glob("*.tar")):
+            return None
+        return {"images": self.make_images, "clips": self.make_clips}
+
     def data_settings(self, stage: str) -> DataSettings:
         """What the loader of a stage, "t2i" or "t2v", takes."""
         return DataSettings(
@@ -200,6 +220,7 @@ class Settings:
             size=None if self.size is None else _sizes("--size", self.size)[0],
             buckets=() if self.buckets is None else _sizes("--buckets", self.buckets),
             log=self.run / "broken.jsonl",
+            rendered=self.rendered_samples() is not None,
             **{name: getattr(self, name) for name in _DATA_FIELDS},
         )
 
@@ -373,10 +394,46 @@ def _combined(defaults: Settings, given: dict) -> Settings:
     for name, other in (("size", "buckets"), ("buckets", "size")):
         if given.get(name) is not None:
             found[other] = None
-    settings = replace(defaults, **found | given)
+    settings = _with_shipped_parts(replace(defaults, **found | given), given)
     if settings.size is not None and settings.buckets is not None:
         raise ValueError(f"--size {settings.size} and --buckets {settings.buckets}: give one")
     return settings
+
+
+def _with_shipped_parts(settings: Settings, given: dict) -> Settings:
+    """The settings with the parts that ship in the place of those that a file names, not the
+    command line, and that are not there; a line tells it."""
+    if not settings.shipped_parts or settings.preset != "small":
+        return settings
+    absent = []
+    for name in ("init", "vae", "text"):
+        folder = getattr(settings, name)
+        if name not in given and folder is not None and not folder.exists():
+            absent.append(name)
+    changes = {"text": None} if "text" in absent else {}
+    if "init" in absent:
+        tell(
+            f"no T2I run in {settings.init}: starting from the shared layers of the model that "
+            "ships, temporal layers at zero"
+        )
+        changes = {"init": ASSETS, "fresh_temporal": True} | (
+            {} if "text" in given else dict.fromkeys(("clip", "t5", "text"))
+        )
+    elif absent:
+        folders = " and no ".join(str(getattr(settings, name)) for name in absent)
+        tell(
+            f"no {folders}: taking what is missing of the model that ships "
+            "(--no-shipped-parts trains it first)"
+        )
+    if "vae" not in given and ("vae" in absent or "init" in absent):
+        changes["vae"] = ASSETS / "vae"
+    return replace(settings, **changes)
+
+
+def tell(line: str) -> None:
+    """A line for the terminal, before the ranks have met: of the first one."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
 
 
 def _config_parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ from gentron_fast.layers import TemporalAttention
 from gentron_fast.model import GenTron
 from gentron_train.checkpoint import shard_of
 
+TEMPORAL = "temporal_attention."  # in the names of what a T2I model lacks
 WEIGHTS_STEM = "diffusion_pytorch_model"
 # Every part of a model in turn: its name and its fp32 tensors. The same at every call.
 Source = Callable[[], Iterator[tuple[str, dict[str, Tensor]]]]
@@ -40,15 +41,20 @@ def fresh_weights(config: GenTronConfig, seed: int) -> Source:
     return parts
 
 
-def stored_weights(folder: Path, config: GenTronConfig, seed: int) -> Source:
-    """A saved model's weights; layers that it lacks, temporal ones, are fresh."""
+def stored_weights(
+    folder: Path, config: GenTronConfig, seed: int, fresh_temporal: bool = False
+) -> Source:
+    """A saved model's weights; temporal layers that it lacks, or all of them with fresh_temporal,
+    are fresh."""
     fresh = fresh_weights(config, seed)
 
     def parts() -> Iterator[tuple[str, dict[str, Tensor]]]:
         stored = open_weights(folder, WEIGHTS_STEM)
         for part, tensors in fresh():
             known = {key for key in tensors if f"{part}.{key}" in stored.specs}
-            missing = [key for key in tensors.keys() - known if "temporal_attention." not in key]
+            if fresh_temporal:
+                known = {key for key in known if TEMPORAL not in key}
+            missing = [key for key in tensors.keys() - known if TEMPORAL not in key]
             if missing:
                 raise ValueError(f"{folder} lacks the tensor {part}.{min(missing)}")
             read = {key: stored.read(f"{part}.{key}").float() for key in known}

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from gentron_train.assembly import (
     Parts,
+    build_loader,
     build_parts,
     check_start,
     gather_persistent,
@@ -25,7 +26,7 @@ from gentron_train.assembly import (
 )
 from gentron_train.checkpoint import check_run_folder, latest_checkpoint
 from gentron_train.data.broken import in_words
-from gentron_train.data.loader import Batch, Loader, TooManyBroken, make_loader
+from gentron_train.data.loader import Batch, Loader, TooManyBroken
 from gentron_train.ema import ShardedEMA
 from gentron_train.log import RunLog
 from gentron_train.memory import report
@@ -282,16 +283,9 @@ def trainer_of(settings: Settings, stage: str) -> Trainer:
     launcher = Launcher()
     device = start_distributed(settings.timeout)
     settings = settings.on(dist.get_world_size())
-    data = settings.data_settings(stage)
     check_start(settings, stage)  # before data are made for it
-    make_missing(settings, data)
+    make_missing(settings, stage)
+    data = settings.data_settings(stage)
     parts = build_parts(settings, stage, data, device)
-    loader = make_loader(
-        data,
-        settings.vae,
-        None if parts.text_encoder is None else parts.text_encoder.tokenize,
-        rank=dist.get_rank(),
-        ranks=dist.get_world_size(),
-        device=device,
-    )
+    loader = build_loader(settings, data, parts, device)
     return Trainer(settings, parts, loader, device, launcher)

@@ -7,8 +7,15 @@ from pathlib import Path
 import pytest
 
 from gentron_fast import PRESETS
+from gentron_fast.pipeline import ASSETS
 from gentron_train.memory import model_config
-from gentron_train.settings import CONFIGS, Settings, load_config, parse_settings
+from gentron_train.settings import (
+    CONFIGS,
+    Settings,
+    load_config,
+    parse_settings,
+    stored_encoders,
+)
 
 FILES = sorted(CONFIGS.glob("*.yaml"))
 
@@ -32,7 +39,66 @@ def test_small_is_the_default():
     assert (images.preset, images.run, images.init) == ("small", Path("runs/t2i"), None)
     assert (images.batch, images.draws, images.steps, images.lr) == (16, 4, 8300, 1e-3)
     assert (clips.batch, clips.draws, clips.steps) == (16, 1, 8000)
-    assert clips.init == Path("runs/t2i/pipeline")
+    defaults = load_config(CONFIGS / "small.yaml", "t2v")
+    assert defaults["init"] == Path("runs/t2i/pipeline")
+
+
+@pytest.mark.parametrize("stage", ["t2i", "t2v"])
+def test_missing_parts_are_the_shipped_models(stage, tmp_path, monkeypatch, capsys):
+    """Those that the file names; what the command line names is taken as it is."""
+    monkeypatch.chdir(tmp_path)
+    both, shipped = ("clip", "t5"), stored_encoders(ASSETS)
+    settings = parse_settings(stage, "", [])
+    assert (settings.vae, settings.text) == (ASSETS / "vae", None)
+    assert settings.text_sources(both) == shipped
+    assert settings.fresh_temporal == (stage == "t2v")
+    told = capsys.readouterr().out.splitlines()
+    if stage == "t2v":
+        assert settings.init == ASSETS
+        assert told == [
+            "no T2I run in runs/t2i/pipeline: starting from the shared layers of the model that "
+            "ships, temporal layers at zero"
+        ]
+    else:
+        assert settings.init is None
+        assert len(told) == 1 and told[0].startswith("no runs/vae and no runs/text: taking")
+    assert parse_settings(stage, "", ["--vae=mine"]).vae == Path("mine")
+    assert parse_settings(stage, "", ["--init=mine"]).init == Path("mine")
+    nothing = parse_settings(stage, "", ["--no-shipped-parts"])
+    assert nothing == Settings(
+        **load_config(CONFIGS / "small.yaml", stage) | {"shipped_parts": False}
+    )
+    Path("runs/vae").mkdir(parents=True)
+    Path("runs/text").mkdir()
+    Path("runs/t2i/pipeline").mkdir(parents=True)
+    there = parse_settings(stage, "", [])
+    first, second = Path("runs/text"), Path("runs/t2i/pipeline")
+    expected = (None, second) if stage == "t2v" else (first, None)
+    assert there.vae == Path("runs/vae") and (there.text, there.init) == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, there, rendered",
+    [
+        ([], None, True),
+        (["--no-in-memory"], None, False),
+        (["--images=a.tar"], None, False),
+        (["--preset=XL/2"], None, False),
+        ([], "index.json", False),
+        ([], "images-00000.tar", False),
+    ],
+    ids=str,
+)
+def test_only_a_small_world_that_no_shard_holds_is_rendered(
+    arguments, there, rendered, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    if there:
+        Path("data/shapes").mkdir(parents=True)
+        Path("data/shapes", there).touch()
+    settings = parse_settings("t2i", "", arguments)
+    counts = {"images": 20000, "clips": 6000}
+    assert settings.rendered_samples() == (counts if rendered else None)
 
 
 # Paper: size, samples a step, steps (none given for T2V).

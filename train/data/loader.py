@@ -69,6 +69,7 @@ class DataSettings:
     log: Path = Path("runs/broken.jsonl")  # names every broken sample
     cache: Path = CACHE  # copies of the shards that are no local files
     cache_gib: float | None = None  # of them that are kept; None: all
+    rendered: bool = False  # the small world's samples instead, which no shards hold
 
     def __post_init__(self):
         if not self.kinds or set(self.kinds) - {"images", "clips"}:
@@ -108,19 +109,23 @@ class DataSettings:
     @functools.cached_property
     def shards(self) -> dict[str, list[Shard]]:
         """The shards of each kind; ValueError where a pattern names none."""
+        if self.rendered:
+            return {kind: [] for kind in self.kinds}
         room = None if self.cache_gib is None else int(self.cache_gib * 2**30)
         return {kind: find_shards(getattr(self, kind), self.cache, room) for kind in self.kinds}
 
     @functools.cached_property
     def precomputed(self) -> bool:
         """Whether the shards hold latents in place of pixels: the first one says it."""
-        return read_facts(self.shards[self.kinds[0]][0]) is not None
+        return not self.rendered and read_facts(self.shards[self.kinds[0]][0]) is not None
 
     @functools.cached_property
     def has_text(self) -> bool:
         """Whether they hold the texts' embeddings too."""
+        if not self.precomputed:
+            return False
         first = self.shards[self.kinds[0]][0]
-        return self.precomputed and load_facts(read_facts(first), first.url)[1] is not None
+        return load_facts(read_facts(first), first.url)[1] is not None
 
 
 @dataclass(frozen=True)

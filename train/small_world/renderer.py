@@ -29,6 +29,8 @@ from gentron_fast.commandline import refuse
 SIZE = 64  # pixels, both ways
 FPS = 24
 FRAMES = 48  # two seconds
+INDEX_NAME = "index.json"  # of a folder's shards
+SHARD_SIZE = 500  # samples
 SPAN = (FRAMES - 1) / FPS  # seconds from the first frame to the last
 TEXT_BYTES = 110  # no caption is longer
 
@@ -483,7 +485,7 @@ def write_shards(
     images: int = 20000,
     clips: int = 6000,
     seed: int = 0,
-    shard_size: int = 500,
+    shard_size: int = SHARD_SIZE,
     processes: int | None = None,
     progress: bool = True,
 ) -> list[Path]:
@@ -502,7 +504,7 @@ def write_shards(
         raise ValueError(f"processes is {processes}, must be at least 1")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    index = out / "index.json"
+    index = out / INDEX_NAME
     if index.exists():
         found = json.loads(index.read_text())
         if found != wanted:
@@ -536,7 +538,7 @@ def ensure_shards(folder, images: int = 20000, clips: int = 6000) -> None:
 
     A folder of other shards, without our index.json, is left as it is.
     """
-    index = Path(folder) / "index.json"
+    index = Path(folder) / INDEX_NAME
     if index.exists():
         write_shards(folder, **json.loads(index.read_text()))
     elif not list(Path(folder).glob("*.tar")):
@@ -553,7 +555,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=20000)
     parser.add_argument("--clips", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shard-size", type=int, default=500, help="samples in a shard")
+    parser.add_argument("--shard-size", type=int, default=SHARD_SIZE, help="samples in a shard")
     parser.add_argument("--processes", type=int, help="default: one a core")
     try:
         args = parser.parse_args(argv)
