@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 
 import gentron_fast
 from gentron_fast import EncodedText, GenTron, TextCondition
+from gentron_fast.compiled import CompiledSampler, export_sampler
 from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
-from gentron_fast.export import CompiledSampler, export_sampler
 from gentron_fast.guidance import GuidedDenoiser
 from gentron_fast.solvers import make_table
 

@@ -33,13 +33,13 @@ SECTIONS = {
             "save_pretrained",
         ],
         "gentron_fast.pipeline.PipelineOutput": [],
-        "gentron_fast.export.CompiledSampler": ["load", "__call__"],
+        "gentron_fast.compiled.sampler.CompiledSampler": ["load", "__call__"],
     },
     "Guidance: `gentron_fast.guidance`": {
-        "gentron_fast.guidance.guided_prediction": [],
-        "gentron_fast.guidance.guidance_weights": [],
-        "gentron_fast.guidance.guidance_schedule": [],
-        "gentron_fast.guidance.GuidedDenoiser": ["step", "branches"],
+        "gentron_fast.guidance.definition.guided_prediction": [],
+        "gentron_fast.guidance.definition.guidance_weights": [],
+        "gentron_fast.guidance.definition.guidance_schedule": [],
+        "gentron_fast.guidance.denoiser.GuidedDenoiser": ["step", "branches"],
     },
     "Noise and solvers: `gentron_fast.diffusion`, `gentron_fast.solvers`": {
         "gentron_fast.diffusion.NoiseSchedule": [],

@@ -8,7 +8,7 @@ __version__ = "0.2.0"
 
 # Loaded when asked for: torch takes seconds, and the pipeline needs diffusers and transformers.
 _LAZY = {
-    "CompiledSampler": "export",
+    "CompiledSampler": "compiled",
     "EncodedText": "model",
     "GenTron": "model",
     "GenTronPipeline": "pipeline",

@@ -112,7 +112,7 @@ def generate(args: argparse.Namespace) -> None:
 
 def generate_compiled(args: argparse.Namespace, prompts: list[str], folder: Path) -> None:
     """`generate` with a compiled sampler; the text encoders and VAE it lacks are the folder's."""
-    from gentron_fast.export import CompiledPipeline, CompiledSampler
+    from gentron_fast.compiled import CompiledPipeline, CompiledSampler
     from gentron_fast.guidance import guidance_schedule
 
     start = time.perf_counter()

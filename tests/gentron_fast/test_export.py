@@ -24,8 +24,17 @@ from safetensors.torch import save_file
 from torch._inductor import config as inductor_config
 
 from gentron_fast import GenTronPipeline, export, generate
+from gentron_fast.compiled import (
+    CompiledPipeline,
+    CompiledSampler,
+    export_sampler,
+    exporter,
+    graphs,
+)
+from gentron_fast.compiled import package as package_module
+from gentron_fast.compiled.package import MAGIC, part_digests
 from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
-from gentron_fast.export import HELP, MAGIC, CompiledSampler, export_sampler
+from gentron_fast.export import HELP
 from gentron_fast.guidance import GuidedDenoiser
 from gentron_fast.media import read_video
 from gentron_fast.model import TextCondition
@@ -136,7 +145,7 @@ def test_a_negative_prompt_and_a_schedule_of_guidance(pipeline, sampler):
         progress=False,
         **options,
     )
-    compiled = export.CompiledPipeline(sampler, None)
+    compiled = CompiledPipeline(sampler, None)
     got = compiled([PROMPT], negative_prompt=LONG, guidance_range=(0.0, 0.5), **options)
     assert error(got.latents, wanted.latents) <= 1e-4
 
@@ -181,7 +190,7 @@ def image_package(tiny_t2i_folder, tmp_path_factory):
         inductor_config.patch("aot_inductor.compile_wrapper_opt_level", "O0"),
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(export, "MAX_TOKENS", {"clip": 8, "t5": 8})
+        patch.setattr(exporter, "MAX_TOKENS", {"clip": 8, "t5": 8})
         assert export.main([*arguments, "--batch", "2"]) == 0
     return path
 
@@ -203,7 +212,7 @@ def test_a_file_without_encoders_in_bfloat16_with_noise_at_every_step(
     assert 1e-4 < bound < 0.02
 
     sampler = CompiledSampler.load(image_package)
-    got = export.CompiledPipeline(sampler, tiny_t2i_folder)(prompts, **options)
+    got = CompiledPipeline(sampler, tiny_t2i_folder)(prompts, **options)
     assert error(got.latents, reference) <= bound
     assert got.frames.shape == (2, 1, 64, 32, 3)
     assert (got.frames.float() - wanted.frames.float()).abs().mean() <= 1
@@ -233,16 +242,16 @@ def test_a_file_of_other_encoders_is_not_run_with_these(image_package, tmp_path,
 @pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "vae"])
 def test_a_part_is_known_by_its_configuration_and_weights(tiny_t2i_folder, tmp_path, part):
     shutil.copytree(tiny_t2i_folder, folder := tmp_path / "pipeline")
-    before = export.part_digests(tiny_t2i_folder, [part])
-    assert export.part_digests(folder, [part]) == before
+    before = part_digests(tiny_t2i_folder, [part])
+    assert part_digests(folder, [part]) == before
     for path in (folder / part / "config.json", *(folder / part).glob("*.safetensors")):
         content = path.read_bytes()
         path.write_bytes(content + b" ")
-        assert export.part_digests(folder, [part]) != before
+        assert part_digests(folder, [part]) != before
         path.write_bytes(content)
     shutil.rmtree(folder / part)
     with pytest.raises(FileNotFoundError, match=f"no {part} in {folder}"):
-        export.part_digests(folder, [part])
+        part_digests(folder, [part])
 
 
 def start_loading(package, tmp_path, ignored=False):
@@ -555,7 +564,7 @@ def test_generate_takes_what_a_file_lacks_from_the_folder(sampler, pipeline):
     partial.metadata = metadata
     with pytest.raises(ValueError, match="no text encoders"):
         partial(PROMPT)
-    compiled = export.CompiledPipeline(partial, Path(export.__file__).parent / "assets")
+    compiled = CompiledPipeline(partial, Path(export.__file__).parent / "assets")
     frames = compiled([PROMPT], seed=[5]).frames
     wanted = pipeline([PROMPT], steps=STEPS, seed=5, progress=False).frames
     assert (frames.int() - wanted.int()).abs().max() <= 1
@@ -590,7 +599,7 @@ def test_a_failed_export_leaves_the_old_file(pipeline, tmp_path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "_compile_all", fail)
+    monkeypatch.setattr(exporter, "compile_all", fail)
     path = tmp_path / "clip.gentron"
     path.write_text("old")
     null_text = pipeline.text_encoder.encode([""])
@@ -614,7 +623,7 @@ def test_the_files_name_is_free(make_model, make_text, tiny_config, tmp_path, mo
         for graph in graphs:
             (folder / f"{graph.name}.pt2").write_text(graph.name)
 
-    monkeypatch.setattr(export, "_compile_all", compile_none)
+    monkeypatch.setattr(exporter, "compile_all", compile_none)
     model = make_model(tiny_config, torch.float32)
     null_text = make_text(tiny_config, batch=1, dtype=torch.float32)
     shape = {"frames": 2, "latent_size": (4, 4)}
@@ -637,7 +646,7 @@ def test_the_files_name_is_free(make_model, make_text, tiny_config, tmp_path, mo
     ids=["x86", "Arm", "none"],
 )
 def test_instruction_sets_are_read(line, flags):
-    assert export._cpu_flags(f"processor\t: 0\n{line}\nbugs\t: none\n") == flags
+    assert package_module._cpu_flags(f"processor\t: 0\n{line}\nbugs\t: none\n") == flags
 
 
 def test_help_fits_one_screen_and_names_every_option(capsys):
@@ -676,7 +685,7 @@ def test_a_learned_range_takes_the_same_step(make_model, make_text, tiny_config,
     if table.log_variance is not None:
         rest.append(table.log_variance[step].float())
     with torch.no_grad():
-        got = export._step(
+        got = graphs._step(
             *(model, *captured[0], latents, weights, table.rows[step], x0, *rest),
             branches="111",
             draws=draws,

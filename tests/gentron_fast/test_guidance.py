@@ -10,7 +10,6 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from gentron_fast import PRESETS, EncodedText, GenTron, TextCondition
-from gentron_fast import guidance as guidance_module
 from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
 from gentron_fast.guidance import (
     GuidedDenoiser,
@@ -18,6 +17,7 @@ from gentron_fast.guidance import (
     guidance_weights,
     guided_prediction,
 )
+from gentron_fast.guidance import denoiser as denoiser_module
 from gentron_fast.solvers import learned_range_d, make_table, solver_step
 
 
@@ -304,7 +304,7 @@ def test_modulation_in_chunks_changes_nothing(case, monkeypatch):
     inputs = model, text, null_text, TABLE, 7.5, 1.2, latents.shape[1:]
     whole = [guided(GuidedDenoiser(*inputs), latents, step) for step in range(4)]
     row = (6 * model.config.depth + 2) * model.config.width * 8
-    monkeypatch.setattr(guidance_module, "MODULATION_BYTES", 2 * row * 4)
+    monkeypatch.setattr(denoiser_module, "MODULATION_BYTES", 2 * row * 4)
     denoiser = GuidedDenoiser(*inputs)
     assert denoiser._chunk == 2
     for step in (0, 3, 1, 2):  # chunks are made again where steps go back

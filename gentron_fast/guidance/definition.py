@@ -1,0 +1,74 @@
+"""Classifier-free and motion-free guidance, as the paper defines it.
+
+    ε̃ = ε(∅,∅) + λ_T · (ε(c_T,c_M) - ε(∅,c_M)) + λ_M · (ε(∅,c_M) - ε(∅,∅))
+
+c_T is the text and c_M the motion: full temporal attention, where ∅ is the identity mask.
+"""
+
+# Shapes: B batch, C channels, T frames, H × W latents, S sampling steps.
+
+import torch
+from torch import Tensor
+
+from gentron_fast.model import GenTron, TextCondition
+
+
+def guidance_weights(
+    lambda_t: float | Tensor, lambda_m: float | Tensor, has_motion: bool = True
+) -> tuple[float | Tensor, float | Tensor, float | Tensor]:
+    """Weights of ε(∅,∅), ε(∅,c_M) and ε(c_T,c_M); they add up to 1 (paper, section 3.3).
+
+    lambda_t, lambda_m: numbers, or one a sample (B,). Without motion (one frame, or a model without
+    temporal layers) ε(∅,c_M) is ε(∅,∅): their weights are added and the second is 0.
+    """
+    if has_motion:
+        return 1 - lambda_m, lambda_m - lambda_t, lambda_t
+    return 1 - lambda_t, 0.0, lambda_t
+
+
+def guided_prediction(
+    model: GenTron,
+    latents: Tensor,
+    timestep: Tensor,
+    text: TextCondition,
+    null_text: TextCondition,
+    lambda_t: float | Tensor,
+    lambda_m: float | Tensor,
+) -> Tensor:
+    """The guided noise ε̃, (B, C, T, H, W) fp32 (fp64 for fp64 latents).
+
+    latents (B, C, T, H, W); timestep (B,); text and null_text of B prompts each, null_text the
+    empty or the negative prompt; lambda_t, lambda_m numbers or (B,). A branch whose weight is 0
+    does not run. Learned-range variance channels are those of the branch that runs last, the text's
+    where it runs (DiT practice), and come behind the noise: (B, 2 · C, T, H, W).
+    """
+    has_motion = model.config.temporal and latents.shape[2] > 1
+    weights = guidance_weights(lambda_t, lambda_m, has_motion)
+    branches = (null_text, True), (null_text, False), (text, False)
+    channels = model.config.in_channels
+    guided = variance = None
+    for weight, (condition, motion_free) in zip(weights, branches, strict=True):
+        weight = torch.as_tensor(weight, dtype=torch.float64)
+        if not weight.any():
+            continue
+        prediction = model(latents, timestep, condition, motion_free)
+        prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        noise, variance = prediction[:, :channels], prediction[:, channels:]
+        noise = weight.to(noise).reshape(-1, 1, 1, 1, 1) * noise
+        guided = noise if guided is None else guided + noise
+    return torch.cat([guided, variance], dim=1)
+
+
+def guidance_schedule(
+    scale: float | Tensor, steps: int, start: float = 0.0, stop: float = 1.0
+) -> Tensor:
+    """A guidance scale within a range of the steps and 1, no guidance, outside: (S, B) float64.
+
+    scale a number or one a sample (B,); start and stop in 0 … 1 of the steps, from the noisiest on
+    (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+    """
+    if not 0 <= start <= stop <= 1:
+        raise ValueError(f"the guidance range must be 0 ≤ start ≤ stop ≤ 1, got {start}, {stop}")
+    place = torch.arange(steps, dtype=torch.float64)[:, None] / steps
+    scale = torch.as_tensor(scale, dtype=torch.float64).reshape(1, -1)
+    return torch.where((place >= start) & (place < stop), scale, 1.0)
