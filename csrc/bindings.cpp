@@ -51,6 +51,17 @@ Tensor sample(
       {from_python(text), from_python(null_text), std::move(seeds), lambda_t, lambda_m, step_done});
 }
 
+py::dict plan(
+    const Sampler& sampler, const Tensor& lambda_t, const Tensor& lambda_m, int64_t batch) {
+  const gentron::SamplingPlan made = sampler.plan(lambda_t, lambda_m, batch);
+  py::dict result;
+  result["weights"] = made.weights;
+  result["branches"] = made.branches;
+  result["conditions"] = made.conditions;
+  result["chunk"] = made.chunk;
+  return result;
+}
+
 py::bytes section(const Sampler& sampler, const std::string& name) {
   const Tensor& bytes = sampler.section(name);
   return {static_cast<const char*>(bytes.const_data_ptr()), static_cast<size_t>(bytes.numel())};
@@ -71,6 +82,7 @@ PYBIND11_MODULE(_runtime, m) {
       .def_property_readonly("header", &Sampler::header)
       .def("section", &section)
       .def("encode", &encode)
+      .def("plan", &plan)
       .def("sample", &sample)
       .def("decode", &Sampler::decode, py::call_guard<py::gil_scoped_release>());
 }

@@ -30,6 +30,7 @@ FIXED = (
     "--steps",
     "--solver",
     "--eta",
+    "--reuse",
     "--dtype",
     "--compile",
     "--fp8",
@@ -54,7 +55,7 @@ PROMPT...               one or many prompts, each in quotes
 --lambda-t X            text guidance (7.5)
 --lambda-m X            motion guidance (1.2)
 --guidance-range A B    guide in this part of the steps alone (0 1)
---eta X                 noise of ddim, 0 to 1 (0)
+--eta X --reuse N       ddim's noise (0); approximation: guide each Nth step (1)
 --device D --dtype T    cpu, cuda, cuda:1; float32, bfloat16, float16
 --batch N               clips made at once (1)
 --compile --fp8         torch.compile; fp8 products, by torchao on a GPU
@@ -163,6 +164,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--lambda-m", type=number, default=1.2)
     parser.add_argument("--guidance-range", type=number, nargs=2, default=(0.0, 1.0))
     parser.add_argument("--eta", type=number, default=0.0)
+    parser.add_argument("--reuse", type=whole_number(1), default=1)
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--batch", type=whole_number(1), default=1)
@@ -348,6 +350,7 @@ def make_clips(pipeline, args: argparse.Namespace, clips: list[Clip], frames: in
                 steps=args.steps,
                 solver=args.solver,
                 eta=args.eta,
+                reuse=args.reuse,
                 lambda_t=args.lambda_t,
                 lambda_m=args.lambda_m,
                 guidance_range=tuple(args.guidance_range),

@@ -16,7 +16,6 @@ from gentron_kernels.layernorm_modulate import add_residual_ref, residual_layern
 from gentron_kernels.linear import linear
 from gentron_kernels.spatial_attention import spatial_attention
 from gentron_kernels.temporal_attention import (
-    merge_values,
     temporal_attention,
     temporal_values,
 )
@@ -127,32 +126,6 @@ class CrossContext(NamedTuple):
     mask: Tensor | None
 
 
-class FoldedContext(NamedTuple):
-    """Text of fewer tokens than the head size, with W_Q in its keys and W_O in its values.
-
-    keys, values (B, H · S, D), key_bias (B, H · S), -inf where a token is padding; out_bias (D,).
-    A sample may stand for several in a row, as in a CrossContext.
-    """
-
-    keys: Tensor
-    key_bias: Tensor
-    values: Tensor
-    out_bias: Tensor
-
-
-class ConstantContext(NamedTuple):
-    """Text of one token: softmax over one key is 1, and the output is one row (B, D) a sample."""
-
-    row: Tensor
-
-
-class BranchContexts(NamedTuple):
-    """Contexts of neighbouring parts of a batch: `sizes` samples each."""
-
-    sizes: tuple[int, ...]
-    parts: tuple[CrossContext | FoldedContext | ConstantContext, ...]
-
-
 class CrossAttention(nn.Module):
     """Attention from the tokens of all frames to one encoder's text."""
 
@@ -165,69 +138,20 @@ class CrossAttention(nn.Module):
 
     def project(self, tokens: Tensor, mask: Tensor | None) -> CrossContext:
         """tokens (B, S, text width), mask (B, S) → the keys and values that `forward` takes."""
-        return CrossContext(*self._split(self.kv(tokens)), mask)
+        k, v = rearrange(self.kv(tokens), "b s (two h d) -> two b s h d", two=2, h=self.heads)
+        return CrossContext(k, v, mask)
 
-    def fold(self, tokens: Tensor, mask: Tensor | None) -> FoldedContext | ConstantContext:
-        """The same as `project`, with the products of `q` and `out` made ahead.
+    def forward(self, x: Tensor, context) -> Tensor:
+        """x (B, T, N, D) → like x; one row (B, D) where a shared form says it is the same for all.
 
-        scores = (W_Q·x + b_Q)·k / √Dh = x·(W_Qᵀk / √Dh) + b_Q·k / √Dh, and W_O·Σ p·v + b_O =
-        Σ p·(W_O·v) + b_O, head by head. Made in fp32 (fp64 for fp64 weights), cast once.
+        context: a CrossContext, or a form of `gentron_fast.guidance.contexts`, which attends for
+        itself. The text is repeated neither over frames nor over samples in a row that share it.
         """
-        dtype = self.q.weight.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        k, v = self._split(linear(tokens.to(wide), *(p.to(wide) for p in self.kv.parameters())))
-        q_weight, q_bias = (
-            rearrange(p.to(wide) * self.head_size**-0.5, "(h d) ... -> h d ...", h=self.heads)
-            for p in (self.q.weight, self.q.bias)
-        )
-        out_weight = rearrange(self.out.weight.to(wide), "o (h d) -> h d o", h=self.heads)
-        values = torch.einsum("bshd,hdo->bhso", v, out_weight)
-        if tokens.shape[1] == 1:
-            return ConstantContext((values.sum((1, 2)) + self.out.bias.to(wide)).to(dtype))
-        keys = torch.einsum("bshd,hdi->bhsi", k, q_weight)
-        key_bias = torch.einsum("bshd,hd->bhs", k, q_bias)
-        if mask is not None:
-            key_bias = key_bias.masked_fill(~mask[:, None], float("-inf"))
-        flat = (t.flatten(1, 2).to(dtype) for t in (keys, key_bias, values))
-        return FoldedContext(*flat, self.out.bias)
-
-    def _split(self, kv: Tensor) -> Tensor:
-        return rearrange(kv, "b s (two h d) -> two b s h d", two=2, h=self.heads)
-
-    def forward(self, x: Tensor, context) -> Tensor | tuple[Tensor, ...]:
-        """x (B, T, N, D) → like x, a row (B, D) for a ConstantContext, a tuple for BranchContexts.
-
-        The text is repeated neither over frames nor over samples in a row that share it.
-        """
-        if isinstance(context, BranchContexts):
-            parts = zip(x.split(context.sizes), context.parts, strict=True)
-            return tuple(self(part, own) for part, own in parts)
-        if isinstance(context, ConstantContext):
-            texts, width = context.row.shape
-            return context.row[:, None].expand(-1, x.shape[0] // texts, -1).reshape(-1, width)
-        tokens = x.reshape(context[0].shape[0], -1, x.shape[-1])
-        if isinstance(context, FoldedContext):
-            return self._attend_folded(tokens, context).view_as(x)
+        if not isinstance(context, CrossContext):
+            return context.attend(self, x)
+        tokens = x.reshape(context.k.shape[0], -1, x.shape[-1])
         q = rearrange(self.q(tokens), "b l (h d) -> b l h d", h=self.heads)
         return self.out(attention(q, *context)).view_as(x)
-
-    def _attend_folded(self, x: Tensor, context: FoldedContext) -> Tensor:
-        if context.keys.shape[0] == 1:
-            scores = linear(x, context.keys[0], context.key_bias[0])
-        else:
-            scores = torch.baddbmm(context.key_bias[:, None], x, context.keys.mT)
-        weights = scores.unflatten(-1, (self.heads, -1)).softmax(-1).flatten(-2)
-        if context.keys.shape[0] == 1:
-            return linear(weights, context.values[0].T, context.out_bias)
-        return torch.baddbmm(context.out_bias, weights, context.values)
-
-
-class LeadingMotionFree(NamedTuple):
-    """The first `count` samples of a batch are motion-free; merged: `TemporalAttention.merged` of
-    the block, or None."""
-
-    count: int
-    merged: tuple[Tensor, Tensor] | None = None
 
 
 class TemporalAttention(nn.Module):
@@ -249,31 +173,21 @@ class TemporalAttention(nn.Module):
         steps = torch.arange(frames, device=self.positions.device)
         self.positions = sincos(steps, width).to(self.positions.dtype)
 
-    def forward(self, x: Tensor, motion_free) -> Tensor | tuple[Tensor, ...]:
-        """x (B, T, N, D), positions already added → like x, or in two parts.
+    def forward(self, x: Tensor, motion_free) -> Tensor:
+        """x (B, T, N, D), positions already added → like x.
 
-        motion_free: (B,) bool, one bool for the batch, None as False, or LeadingMotionFree.
+        motion_free: (B,) bool, one bool for the batch, None as False, or a form of
+        `gentron_fast.guidance.contexts`, which attends for itself.
         """
-        if isinstance(motion_free, LeadingMotionFree):
-            count = x.shape[0] if x.shape[1] == 1 else motion_free.count
-            if count == 0:
-                return self(x, False)
-            values = self.values(x[:count], motion_free.merged)
-            return (values, self(x[count:], False)) if count < x.shape[0] else values
+        if not (motion_free is None or isinstance(motion_free, bool | Tensor)):
+            return motion_free.attend(self, x)
         if x.shape[1] == 1 or motion_free is True:
-            return self.values(x)
+            return temporal_values(x, *self.value_and_out())
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         return self.out(temporal_attention(qkv, motion_free))
 
-    def values(self, x: Tensor, merged: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """What the identity mask leaves: out(value(x)), in one product with `merged`."""
-        return temporal_values(x, *self._projections(), merged)
-
-    def merged(self) -> tuple[Tensor, Tensor]:
-        """The value and the output projection as one: weight (D, D), bias (D,)."""
-        return merge_values(*self._projections())
-
-    def _projections(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def value_and_out(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight (D, D) and bias (D,) of the value projection, then of the output projection."""
         width = self.out.weight.shape[0]
         value = self.qkv.weight[-width:], self.qkv.bias[-width:]
         return *value, self.out.weight, self.out.bias
@@ -320,17 +234,12 @@ class Block(nn.Module):
         """Condition c (B, D) → rows (B, 6, D): shift, scale, gate of attention, then of the MLP."""
         return self.adaln(F.silu(c)).unflatten(1, (6, -1))
 
-    def context(self, text, fold: bool = False):
-        """The block's keys and values of a TextCondition; None without cross-attention.
-
-        fold: in the form of `CrossAttention.fold` where the text is shorter than the head size.
-        """
+    def context(self, text) -> CrossContext | None:
+        """The block's keys and values of a TextCondition; None without cross-attention."""
         if self.encoder is None:
             return None
-        encoded, attention = getattr(text, self.encoder), self.cross_attention
-        short = encoded.tokens.shape[1] < attention.head_size
-        project = attention.fold if fold and short else attention.project
-        return project(encoded.tokens, encoded.mask)
+        encoded = getattr(text, self.encoder)
+        return self.cross_attention.project(encoded.tokens, encoded.mask)
 
     def forward(
         self,
@@ -338,14 +247,15 @@ class Block(nn.Module):
         y: Tensor | None,
         gate: Tensor | None,
         modulation: Tensor,
-        context: CrossContext | FoldedContext | ConstantContext | BranchContexts | None,
-        motion_free: Tensor | bool | LeadingMotionFree | None,
+        context,
+        motion_free,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One block on the stream x + gate · y.
 
         x (B, T, N, D); y like x, the last sub-layer's output not yet added, or None; gate (B, D)
         or None; modulation (B, 6, D); context of `Block.context`; motion_free (B,) bool, one bool
-        or None. Returns (x, y, gate) of the same kind.
+        or None; both also in the shared forms of `gentron_fast.guidance.contexts`. Returns
+        (x, y, gate) of the same kind.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.unbind(1)
         x, h = residual_layernorm_modulate(x, y, gate, shift_a, scale_a)
@@ -355,28 +265,14 @@ class Block(nn.Module):
                 x, h = residual_layernorm_modulate(x, y, gate)
             else:
                 x = h = add_residual_ref(x, y, gate)
-            y, gate = _joined(self.cross_attention(h, context), x), None
+            y, gate = self.cross_attention(h, context), None
         if self.temporal_attention is not None:
             frame = torch.arange(x.shape[1], device=x.device).repeat(x.shape[0])
             shift = self.temporal_attention.positions, frame
             x, h = residual_layernorm_modulate(x, y, gate, shift)
-            y, gate = _joined(self.temporal_attention(h, motion_free), x), None
+            y, gate = self.temporal_attention(h, motion_free), None
         x, h = residual_layernorm_modulate(x, y, gate, shift_m, scale_m)
         return x, self.mlp(h), gate_m
-
-
-def _joined(y: Tensor | tuple[Tensor, ...], x: Tensor) -> Tensor:
-    """A sub-layer's output, in parts of the batch, as one tensor; one row (B, D) stays one."""
-    if isinstance(y, Tensor):
-        return y
-    rows = [part.ndim == 2 for part in y]
-    if all(rows):
-        return torch.cat(y)
-    whole = [
-        part[:, None, None].expand(-1, *x.shape[1:]) if is_row else part
-        for part, is_row in zip(y, rows, strict=True)
-    ]
-    return torch.cat(whole)
 
 
 class FinalLayer(nn.Module):

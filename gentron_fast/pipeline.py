@@ -155,6 +155,7 @@ class GenTronPipeline:
         lambda_m: float | Sequence[float] = 1.2,
         guidance_range: tuple[float, float] = (0.0, 1.0),
         eta: float = 0.0,
+        reuse: int = 1,
         clips: int = 1,
         seed: int | Sequence[int] = 0,
         output_type: str = "frames",
@@ -165,9 +166,10 @@ class GenTronPipeline:
 
         negative_prompt takes the place of the null text, one or one a prompt; size in pixels;
         lambda_t, lambda_m the guidance of text and motion (paper: 7.5, and 1.0 … 1.3), a number or
-        one a clip, within guidance_range of the steps and 1 outside; eta the noise of DDIM; seed a
-        number, clip k of each prompt then has seed + k, or one a clip. The callback gets (step,
-        timestep, latents) behind each step. output_type "frames" or "latent".
+        one a clip, within guidance_range of the steps and 1 outside; eta the noise of DDIM; reuse
+        k > 1: an approximation, in which all branches run on every k-th step only; seed a number,
+        clip k of each prompt then has seed + k, or one a clip. The callback gets (step, timestep,
+        latents) behind each step. output_type "frames" or "latent".
         ValueError for anything that does not fit the model, before any work is done.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -181,11 +183,13 @@ class GenTronPipeline:
             for name, scale in (("lambda_t", lambda_t), ("lambda_m", lambda_m))
         ]
 
-        text, null_text = self._encode(prompts, negative_prompt, clips)
+        text, null_text = self._encode(prompts, negative_prompt)
         h, w = height // self.vae.factor, width // self.vae.factor
         shape = (self.transformer.config.in_channels, frames, h, w)
-        self._place(self.transformer)
-        denoiser = GuidedDenoiser(self.transformer, text, null_text, table, *scales, shape)
+        self._bring(self.transformer)
+        denoiser = GuidedDenoiser(
+            self.transformer, text, null_text, table, *scales, shape, clips=clips, reuse=reuse
+        )
         with tqdm(total=steps, unit="step", disable=not progress) as bar:
 
             def step_done(step: int, latents: Tensor) -> None:
@@ -194,12 +198,12 @@ class GenTronPipeline:
                     callback_on_step_end(step, int(table.timesteps[step]), latents)
 
             latents = self._denoise(denoiser, seeds, step_done)
-        self._replace(self.transformer)
+        self._send_back(self.transformer)
         if output_type == "latent":
             return PipelineOutput(None, latents, denoiser.describe())
-        self._place(self.vae)
+        self._bring(self.vae)
         pixels = self.vae.decode(latents.to(self.vae.dtype))
-        self._replace(self.vae)
+        self._send_back(self.vae)
         return PipelineOutput(to_frames(pixels).cpu(), latents, denoiser.describe())
 
     def _denoise(self, denoiser: GuidedDenoiser, seeds, step_done) -> Tensor:
@@ -212,17 +216,14 @@ class GenTronPipeline:
             step_done(step, latents)
         return latents
 
-    def _encode(self, prompts, negative_prompt, clips):
-        """Text and null-text conditions of every clip, in the transformer's dtype."""
+    def _encode(self, prompts, negative_prompt):
+        """Text and null-text conditions of every prompt, in the transformer's dtype."""
         if negative_prompt is None:
             negative_prompt = ""
         negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
         if len(negatives) not in (1, len(prompts)):
             raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
-        text = self._texts(prompts).repeat(clips)
-        null_text = self._texts(negatives)
-        if null_text.batch > 1:
-            null_text = null_text.repeat(clips)
+        text, null_text = self._texts(prompts), self._texts(negatives)
         dtype = self.transformer.patch_embed.weight.dtype
         return text.to(self.device, dtype), null_text.to(self.device, dtype)
 
@@ -233,7 +234,7 @@ class GenTronPipeline:
         a later prompt that is not raises RuntimeError.
         """
         prompts = sorted({"", *prompts})
-        self._place(self.text_encoder)
+        self._bring(self.text_encoder)
         for start in range(0, len(prompts), batch):
             chunk = prompts[start : start + batch]
             text = self.text_encoder.encode(chunk).to("cpu")
@@ -245,9 +246,9 @@ class GenTronPipeline:
     def _texts(self, prompts: list[str]) -> TextCondition:
         if all(prompt in self._encoded for prompt in prompts):
             return TextCondition.cat([self._encoded[prompt] for prompt in prompts])
-        self._place(self.text_encoder)
+        self._bring(self.text_encoder)
         text = self.text_encoder.encode(prompts)
-        self._replace(self.text_encoder)
+        self._send_back(self.text_encoder)
         return text
 
     def _check(self, prompts, frames, size, clips, output_type) -> None:
@@ -266,11 +267,11 @@ class GenTronPipeline:
     def _parts(self) -> tuple[nn.Module, ...]:
         return self.transformer, self.text_encoder, self.vae
 
-    def _place(self, part: nn.Module) -> None:
+    def _bring(self, part: nn.Module) -> None:
         if self._offloads:
             part.to(self.device)
 
-    def _replace(self, part: nn.Module) -> None:
+    def _send_back(self, part: nn.Module) -> None:
         if self._offloads:
             part.to("cpu")
 

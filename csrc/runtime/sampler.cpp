@@ -194,8 +194,11 @@ struct Sampler::Parts {
   std::vector<int64_t> latent_shape;
   std::vector<std::string> encoders;
   std::vector<std::string> branches;  // fewest first
-  int64_t depth = 0, width = 0, steps = 0, max_batch = 0, modulation_bytes = 0, head_size = 0;
-  bool has_motion = false, draws = false, cross_attention = false, pooled = false;
+  int64_t depth = 0, width = 0, steps = 0, max_batch = 0, head_size = 0;
+  int64_t modulation_bytes = 0, modulation_row_bytes = 0;
+  bool draws = false, cross_attention = false, pooled = false;
+  // Of each branch's weight: constant, coefficients of lambda_t and lambda_m, (3, 3) fp64.
+  Tensor coefficients;
   Tensor timesteps, rows, bounds;
 
   void load(const std::string& path, const std::string& pinned, const std::string& asked);
@@ -210,6 +213,7 @@ struct Sampler::Parts {
   bool folds(const TextCondition& text, const std::string& encoder) const;
   const std::string& block_encoder(int64_t block) const;
   Tensor latents_of(const Request& request, uint32_t step) const;
+  SamplingPlan plan(const Tensor& lambda_t, const Tensor& lambda_m, int64_t batch) const;
   Tensor sample(const Request& request) const;
 };
 
@@ -219,6 +223,9 @@ void Sampler::Parts::load(
   const Json& metadata = package.metadata();
   device = choose_device(metadata, asked);
   check_machine(metadata, device);
+  if (metadata.object().count("guidance_coefficients") == 0) {
+    refuse("the compiled sampler was made by an older version: export it again");
+  }
   const std::string& name = metadata["dtype"].string();
   dtype = name == "bfloat16" ? at::kBFloat16 : name == "float16" ? at::kHalf : at::kFloat;
 
@@ -233,25 +240,26 @@ void Sampler::Parts::load(
   for (const Json& encoder : model["encoders"].array()) encoders.push_back(encoder.string());
   for (const Json& set : metadata["branches"].array()) branches.push_back(set.string());
   latent_shape = metadata["latent_shape"].integers();
-  has_motion = metadata["has_motion"].boolean();
   max_batch = metadata["max_batch"].integer();
   modulation_bytes = metadata["modulation_bytes"].integer();
+  modulation_row_bytes = metadata["modulation_row_bytes"].integer();
 
   const std::vector<int64_t> times = metadata["timesteps"].integers();
   steps = static_cast<int64_t>(times.size());
   timesteps = at::tensor(times, at::kLong).to(device);
-  const auto table = [&](const Json& values) {
+  const auto table = [&](const Json& values, int64_t height) {
     std::vector<double> flat;
     for (const Json& row : values.array()) {
       for (const Json& value : row.array()) flat.push_back(value.number());
     }
-    return at::tensor(flat, at::kDouble).view({steps, -1});
+    return at::tensor(flat, at::kDouble).view({height, -1});
   };
-  rows = table(metadata["rows"]);
+  coefficients = table(metadata["guidance_coefficients"], 3);
+  rows = table(metadata["rows"], steps);
   draws = (rows.select(1, 5) != 0).any().item<bool>();
   rows = rows.to(device);
   if (!metadata["log_variance"].is_null()) {
-    bounds = table(metadata["log_variance"]).to(device, at::kFloat);
+    bounds = table(metadata["log_variance"], steps).to(device, at::kFloat);
   }
 
   weights = package.tensors("weights.safetensors");
@@ -400,19 +408,41 @@ Tensor Sampler::Parts::latents_of(const Request& request, uint32_t step) const {
   return noise.to(device);
 }
 
-Tensor Sampler::Parts::sample(const Request& request) const {
-  const auto batch = static_cast<int64_t>(request.seeds.size());
+SamplingPlan Sampler::Parts::plan(
+    const Tensor& lambda_t, const Tensor& lambda_m, int64_t batch) const {
   check_batch(batch);
   const Json& metadata = package.metadata();
-  const Tensor lambda_t = per_step(
-      request.lambda_t, metadata["lambda_t"].number(), steps, batch, "lambda_t");
-  const Tensor lambda_m = per_step(
-      request.lambda_m, metadata["lambda_m"].number(), steps, batch, "lambda_m");
-  const Tensor guidance = has_motion
-      ? at::stack({1 - lambda_m, lambda_m - lambda_t, lambda_t}, -1)
-      : at::stack({1 - lambda_t, at::zeros_like(lambda_t), lambda_t}, -1);
-  const Tensor active = (guidance != 0).any(1).contiguous();  // (S, 3)
-  const Tensor guidance_here = guidance.to(device);
+  const Tensor scales = at::stack(
+      {at::ones({steps, batch}, at::kDouble),
+       per_step(lambda_t, metadata["lambda_t"].number(), steps, batch, "lambda_t"),
+       per_step(lambda_m, metadata["lambda_m"].number(), steps, batch, "lambda_m")},
+      -1);
+  SamplingPlan plan;
+  plan.weights = at::mul(scales.unsqueeze(2), coefficients).sum(-1);
+  const Tensor active = (plan.weights != 0).any(1).contiguous();
+  for (int64_t step = 0; step < steps; ++step) {
+    const bool* needed = active[step].const_data_ptr<bool>();
+    const auto runs = [&](const std::string& set) {
+      for (int branch = 0; branch < 3; ++branch) {
+        if (needed[branch] && set[branch] == '0') return false;
+      }
+      return true;
+    };
+    plan.branches.push_back(*std::find_if(branches.begin(), branches.end(), runs));
+  }
+  for (const std::string& set : branches) {
+    const int64_t nulls = (count(set) - 1) * batch;
+    const Tensor own = at::arange(1, 1 + batch, at::kLong);
+    plan.conditions[set] = at::cat({at::zeros({nulls}, at::kLong), own});
+  }
+  plan.chunk = std::max<int64_t>(1, modulation_bytes / (modulation_row_bytes * (1 + batch)));
+  return plan;
+}
+
+Tensor Sampler::Parts::sample(const Request& request) const {
+  const auto batch = static_cast<int64_t>(request.seeds.size());
+  const SamplingPlan plan = this->plan(request.lambda_t, request.lambda_m, batch);
+  const Tensor guidance = plan.weights.to(device);
 
   const TextCondition text = prepared(request.text, batch, "the text");
   const TextCondition null_text = prepared(
@@ -428,13 +458,10 @@ Tensor Sampler::Parts::sample(const Request& request) const {
       summaries.push_back(at::cat({null_text.at(encoder).pooled, text.at(encoder).pooled}));
     }
   }
-  const int64_t values = (6 * depth + 2) * width * conditions;
-  const int64_t chunk = std::max<int64_t>(
-      1, modulation_bytes / (values * static_cast<int64_t>(c10::elementSize(dtype))));
   TensorList block_rows(depth);
   Tensor final_rows;
   const auto modulate = [&](int64_t start) {
-    const int64_t length = std::min(chunk, steps - start);
+    const int64_t length = std::min(plan.chunk, steps - start);
     TensorList inputs{timesteps.narrow(0, start, length).repeat_interleave(conditions)};
     for (const Tensor& summary : summaries) inputs.push_back(summary.repeat({length, 1}));
     const TensorList made = graph("condition")(std::move(inputs));
@@ -445,26 +472,16 @@ Tensor Sampler::Parts::sample(const Request& request) const {
     }
   };
 
-  // Which condition each sample of the stacked batch has, by the branches that run.
   std::map<std::string, Tensor> samples;
-  for (const std::string& set : branches) {
-    const int64_t nulls = (count(set) - 1) * batch;
-    const Tensor own = at::arange(1, conditions, at::kLong);
-    samples[set] = at::cat({at::zeros({nulls}, at::kLong), own}).to(device);
+  for (const auto& [set, conditions_of_set] : plan.conditions) {
+    samples[set] = conditions_of_set.to(device);
   }
 
   Tensor latents = latents_of(request, 0), x0 = latents;
   for (int64_t step = 0; step < steps; ++step) {
-    if (step % chunk == 0) modulate(step);
-    const bool* needed = active[step].const_data_ptr<bool>();
-    const auto runs = [&](const std::string& set) {
-      for (int branch = 0; branch < 3; ++branch) {
-        if (needed[branch] && set[branch] == '0') return false;
-      }
-      return true;
-    };
-    const std::string& set = *std::find_if(branches.begin(), branches.end(), runs);
-    const int64_t nulls = count(set) - 1, place = step % chunk;
+    if (step % plan.chunk == 0) modulate(step);
+    const std::string& set = plan.branches[step];
+    const int64_t nulls = count(set) - 1, place = step % plan.chunk;
 
     Tensor x = graph("embed")({latents})[0];
     x = x.repeat({nulls + 1, 1, 1, 1});
@@ -489,7 +506,7 @@ Tensor Sampler::Parts::sample(const Request& request) const {
     }
     TensorList inputs{
         x, y, gate, final_rows[place].index_select(0, samples[set]),
-        latents, guidance_here[step].contiguous(), rows[step], x0};
+        latents, guidance[step].contiguous(), rows[step], x0};
     if (draws) inputs.push_back(latents_of(request, static_cast<uint32_t>(step) + 1));
     if (bounds.defined()) inputs.push_back(bounds[step]);
     TensorList next = graph("step-" + set)(std::move(inputs));
@@ -573,6 +590,11 @@ TextCondition Sampler::encode(const Tokens& tokens) const {
         made[2 * i + 1]};
   }
   return text;
+}
+
+SamplingPlan Sampler::plan(
+    const Tensor& lambda_t, const Tensor& lambda_m, int64_t batch) const {
+  return parts_->plan(lambda_t, lambda_m, batch);
 }
 
 Tensor Sampler::sample(const Request& request) const {

@@ -34,6 +34,15 @@ struct Request {
   std::function<void(int64_t step)> on_step;  // behind each step; may throw to end the run
 };
 
+// What a run decides before its first step.
+struct SamplingPlan {
+  at::Tensor weights;  // of the three branches, (S, B, 3) fp64
+  std::vector<std::string> branches;  // of each step the set that runs, "1" for each branch in it
+  // By set: which condition each sample of the stacked batch has; 0 the null text, 1 … the prompts.
+  std::map<std::string, at::Tensor> conditions;
+  int64_t chunk = 1;  // steps whose modulation rows are made at once
+};
+
 // Every refusal is a std::invalid_argument of one line.
 class Sampler {
  public:
@@ -52,6 +61,7 @@ class Sampler {
 
   // Token ids → text; a package made with --whole alone.
   TextCondition encode(const Tokens& tokens) const;
+  SamplingPlan plan(const at::Tensor& lambda_t, const at::Tensor& lambda_m, int64_t batch) const;
   // Noise of the seeds → latents (B, C, T, h, w) fp32.
   at::Tensor sample(const Request& request) const;
   // Latents → frames (B, T, H, W, 3) uint8 on the CPU; a package made with --whole alone.

@@ -14,7 +14,9 @@ from gentron_fast.compiled.compilation import compile_all
 from gentron_fast.compiled.graphs import branch_sets, learns_range, sampling_graphs, whole_graphs
 from gentron_fast.compiled.package import WEIGHTS, describe_machine, write_package
 from gentron_fast.config import MAX_FRAMES
-from gentron_fast.guidance.denoiser import MODULATION_BYTES
+from gentron_fast.guidance.contexts import merged_values
+from gentron_fast.guidance.definition import guidance_coefficients
+from gentron_fast.guidance.steps import MODULATION_BYTES, modulation_row_bytes
 from gentron_fast.model import GenTron, TextCondition
 from gentron_fast.solvers import make_table
 from gentron_fast.text import MAX_TOKENS, SUBFOLDERS, TextEncoder
@@ -69,15 +71,17 @@ def export_sampler(
     most = max(max_batch, 3)  # of the graphs, whose examples are 3 clips; the runtime takes fewer
     graphs = list(sampling_graphs(model, shape, table, most, max_tokens))
     factor = factor or config.pixels_per_latent
+    has_motion = config.temporal and frames > 1
     metadata = {
         "frames": [frames],
         "size": [side * factor for side in latent_size],
         "latent_shape": list(shape),
-        "has_motion": config.temporal and frames > 1,
-        "branches": branch_sets(config.temporal and frames > 1),
+        "branches": branch_sets(has_motion),
+        "guidance_coefficients": guidance_coefficients(has_motion),
         "max_batch": max_batch,
         "max_tokens": max_tokens,
         "modulation_bytes": MODULATION_BYTES,
+        "modulation_row_bytes": modulation_row_bytes(config, weight.dtype),
         "solver": solver,
         "eta": eta,
         "lambda_t": lambda_t,
@@ -132,7 +136,7 @@ def _file_tensors(model: GenTron, null_text: TextCondition) -> dict[str, Tensor]
         if block.temporal_attention is not None:
             tensors["temporal_positions"] = block.temporal_attention.positions
             names = f"blocks.{index}.merged_weight", f"blocks.{index}.merged_bias"
-            tensors |= dict(zip(names, block.temporal_attention.merged(), strict=True))
+            tensors |= dict(zip(names, merged_values(block.temporal_attention), strict=True))
     for name in model.config.encoders:
         parts = getattr(null_text, name)._asdict().items()
         tensors |= {f"null.{name}.{part}": t for part, t in parts if t is not None}

@@ -11,13 +11,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gentron_fast.diffusion import learned_range_log_variance
-from gentron_fast.layers import BranchContexts, CrossContext, FoldedContext, LeadingMotionFree
+from gentron_fast.guidance.contexts import FoldedContext, fold, merged_values
+from gentron_fast.guidance.steps import (
+    Branches,
+    block_context,
+    embed,
+    finish,
+    leading_motion_free,
+    split,
+    update,
+)
+from gentron_fast.layers import CrossContext
 from gentron_fast.model import EncodedText, GenTron, TextCondition
 from gentron_fast.solvers import SolverTable
 from gentron_fast.text import TextEncoder
 from gentron_fast.vae import VideoVAE, to_frames
-from gentron_kernels.guided_step import guided_step
 
 
 class Graph(NamedTuple):
@@ -128,8 +136,10 @@ def sampling_graphs(
 
     module, heads, width = _BlockWithMerged(blocks[0]), config.heads, config.width
     patches = shape[2] * shape[3] // config.patch_size**2
-    for branches in branch_sets(config.temporal and shape[1] > 1):
-        k = branches.count("1")
+    has_motion = config.temporal and shape[1] > 1
+    for set_name in branch_sets(has_motion):
+        branches = branches_of(set_name)
+        k = sum(branches)
         stream, all_rows = some(k * b, shape[1], patches, width), {0: k * batch if k > 1 else batch}
         stack = stream, stream, some(k * b, width)
         for form in forms:
@@ -147,8 +157,8 @@ def sampling_graphs(
                     keys = some(b, s + 1, heads, config.head_size)
                     inputs += [keys, keys, some(b, s + 1, dtype=torch.bool)]
                     dims += [{0: batch, 1: own}] * 3
-            name = "-".join(filter(None, ("block", branches, form)))
-            run = functools.partial(_block, branches=branches, form=form)
+            name = "-".join(filter(None, ("block", set_name, form)))
+            run = functools.partial(_block, branches=branches, form=form, has_motion=has_motion)
             yield Graph(name, module, run, tuple(inputs), tuple(dims), module.weights())
 
         draws = bool((table.rows[:, -1] != 0).any())
@@ -160,7 +170,7 @@ def sampling_graphs(
             inputs, dims = [*inputs, some(2, dtype=torch.float32)], [*dims, {}]
         run = functools.partial(_step, branches=branches, draws=draws)
         names = _named(model, "final.linear")
-        yield Graph(f"step-{branches}", model, run, tuple(inputs), tuple(dims), names)
+        yield Graph(f"step-{set_name}", model, run, tuple(inputs), tuple(dims), names)
 
 
 def whole_graphs(
@@ -187,6 +197,11 @@ def whole_graphs(
     yield Graph("decode", vae, _decode, (latents,), ({},), names)
 
 
+def branches_of(set_name: str) -> Branches:
+    """The branches of a set as the file names it: "011" for ε(∅,c_M) and ε(c_T,c_M)."""
+    return tuple(digit == "1" for digit in set_name)
+
+
 def learns_range(model: GenTron, table: SolverTable) -> bool:
     return table.log_variance is not None and model.config.learned_range
 
@@ -203,14 +218,9 @@ class _BlockWithMerged(nn.Module):
         super().__init__()
         self.block = block
         if block.temporal_attention is not None:
-            weight, bias = block.temporal_attention.merged()
+            weight, bias = merged_values(block.temporal_attention)
             self.register_buffer("merged_weight", weight)
             self.register_buffer("merged_bias", bias)
-
-    def motion_free(self, count: int) -> LeadingMotionFree | None:
-        if self.block.temporal_attention is None:
-            return None
-        return LeadingMotionFree(count, (self.merged_weight, self.merged_bias))
 
     def weights(self) -> dict[str, str]:
         """As `Graph` takes them; the modulation and the context are made by other graphs."""
@@ -247,7 +257,7 @@ def _modulation(block: nn.Module, c: Tensor) -> tuple[Tensor]:
 
 
 def _embed(model: GenTron, latents: Tensor) -> tuple[Tensor]:
-    return (model.embed(latents.to(model.patch_embed.weight.dtype)),)
+    return (embed(model, latents),)
 
 
 def _caption(mlp: nn.Module, tokens: Tensor) -> tuple[Tensor]:
@@ -255,27 +265,37 @@ def _caption(mlp: nn.Module, tokens: Tensor) -> tuple[Tensor]:
 
 
 def _fold(block: nn.Module, tokens: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    return tuple(block.cross_attention.fold(tokens, mask)[:3])
+    return tuple(fold(block.cross_attention, tokens, mask)[:3])
 
 
 def _project(block: nn.Module, tokens: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
     return tuple(part.contiguous() for part in block.cross_attention.project(tokens, mask)[:2])
 
 
-def _block(module: _BlockWithMerged, x, y, gate, modulation, *contexts, branches: str, form: str):
+def _block(
+    module: _BlockWithMerged,
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    modulation: Tensor,
+    *contexts: Tensor,
+    branches: Branches,
+    form: str,
+    has_motion: bool,
+):
     """One block of a step. contexts: the null text's, folded, where one of its branches runs, then
     the text's in its form; none without cross-attention."""
-    block, nulls = module.block, branches.count("1") - 1
-    batch = x.shape[0] // (nulls + 1)
-    context = None
+    block, batch = module.block, x.shape[0] // sum(branches)
+    context = motion_free = None
     if contexts:
         out_bias = block.cross_attention.out.bias
         own = contexts[-3:]
-        context = FoldedContext(*own, out_bias) if form == "folded" else CrossContext(*own)
-        if nulls:
-            null_context = FoldedContext(*contexts[:3], out_bias)
-            context = BranchContexts((nulls * batch, batch), (null_context, context))
-    motion_free = module.motion_free(batch if branches[0] == "1" else 0)
+        own = FoldedContext(*own, out_bias) if form == "folded" else CrossContext(*own)
+        null = FoldedContext(*contexts[:3], out_bias) if len(contexts) > 3 else None
+        context = block_context(branches, batch, 1, null, own)
+    if block.temporal_attention is not None:
+        merged = module.merged_weight, module.merged_bias
+        motion_free = leading_motion_free(branches, batch, has_motion, merged)
     x, y, gate = block(x, y, gate, modulation, context, motion_free)
     return x, y, gate.contiguous()
 
@@ -283,24 +303,10 @@ def _block(module: _BlockWithMerged, x, y, gate, modulation, *contexts, branches
 def _step(model, x, y, gate, final_rows, latents, weights, row, x0, *rest, branches, draws):
     """The final layer, guidance and the solver's update. rest: the noise, where the solver draws
     any, and the bounds (2,) of a learned range."""
-    prediction = model.unpatchify(model.final(x, y, gate, final_rows), *latents.shape[-2:])
-    runs = iter(prediction.split([latents.shape[0]] * branches.count("1")))
-    predictions = [next(runs) if needed == "1" else None for needed in branches]
-    d, channels = None, latents.shape[1]
-    if len(rest) > draws:
-        variance = _last_used(predictions, weights)[:, channels:].float()
-        d = torch.exp(0.5 * learned_range_log_variance(variance, *rest[-1].unbind()))
-    predictions = [p if p is None else p[:, :channels] for p in predictions]
-    return guided_step(latents, predictions, weights, row, x0, rest[0] if draws else None, d)
-
-
-def _last_used(predictions: list[Tensor | None], weights: Tensor) -> Tensor:
-    """The last prediction that some clip gives a weight, whose variance the pipeline takes."""
-    last = None
-    for prediction, used in zip(predictions, (weights != 0).any(0).unbind(), strict=True):
-        if prediction is not None:
-            last = prediction if last is None else torch.where(used, prediction, last)
-    return last
+    predictions = split(finish(model, x, y, gate, final_rows, latents.shape[-2:]), branches)
+    noise = rest[0] if draws else None
+    bounds = rest[-1] if len(rest) > draws else None
+    return update(latents, predictions, weights, row, x0, noise, bounds)
 
 
 def _encode(text_encoder: TextEncoder, *ids_and_masks: Tensor, encoders: Sequence[str]):

@@ -12,6 +12,16 @@ from torch import Tensor
 
 from gentron_fast.model import GenTron, TextCondition
 
+# Weights of ε(∅,∅), ε(∅,c_M) and ε(c_T,c_M): a constant, and coefficients of λ_T and λ_M.
+COEFFICIENTS = ((1, 0, -1), (0, -1, 1), (0, 1, 0))
+# Without motion ε(∅,c_M) is ε(∅,∅): their weights are added, and the second is 0.
+COEFFICIENTS_WITHOUT_MOTION = ((1, -1, 0), (0, 0, 0), (0, 1, 0))
+
+
+def guidance_coefficients(has_motion: bool) -> tuple[tuple[int, int, int], ...]:
+    """Of each branch's weight: constant, coefficient of λ_T, coefficient of λ_M."""
+    return COEFFICIENTS if has_motion else COEFFICIENTS_WITHOUT_MOTION
+
 
 def guidance_weights(
     lambda_t: float | Tensor, lambda_m: float | Tensor, has_motion: bool = True
@@ -21,9 +31,10 @@ def guidance_weights(
     lambda_t, lambda_m: numbers, or one a sample (B,). Without motion (one frame, or a model without
     temporal layers) ε(∅,c_M) is ε(∅,∅): their weights are added and the second is 0.
     """
-    if has_motion:
-        return 1 - lambda_m, lambda_m - lambda_t, lambda_t
-    return 1 - lambda_t, 0.0, lambda_t
+    return tuple(
+        constant + of_text * lambda_t + of_motion * lambda_m
+        for constant, of_text, of_motion in guidance_coefficients(has_motion)
+    )
 
 
 def guided_prediction(

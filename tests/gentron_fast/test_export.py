@@ -35,7 +35,8 @@ from gentron_fast.compiled import package as package_module
 from gentron_fast.compiled.package import MAGIC, part_digests
 from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
 from gentron_fast.export import HELP
-from gentron_fast.guidance import GuidedDenoiser
+from gentron_fast.guidance import GuidedDenoiser, guidance_weights
+from gentron_fast.guidance.steps import condition_rows
 from gentron_fast.media import read_video
 from gentron_fast.model import TextCondition
 from gentron_fast.solvers import make_table
@@ -133,6 +134,40 @@ def test_the_same_as_the_pipeline(pipeline, sampler, prompts, lambda_t, lambda_m
     assert got.frames.shape == wanted.frames.shape and got.frames.dtype == torch.uint8
     assert (got.frames.int() - wanted.frames.int()).abs().max() <= 1
     assert not torch.equal(sampler(prompts, **options | {"seed": 1}).latents, got.latents)
+
+
+@pytest.mark.parametrize(
+    "lambda_t, lambda_m",
+    [(7.5, 1.2), (7.5, 1.0), (1.0, 1.0), (5.0, [1.0, 1.3]), (0.0, 1.2), (4.0, 4.0)],
+    ids=str,
+)
+def test_one_plan_three_users(pipeline, sampler, lambda_t, lambda_m):
+    """The definition's weights, the denoiser's and the runtime's; the same branches, rows of the
+    modulation and steps a chunk. gentron-sample is the same runtime."""
+    model, metadata, batch = pipeline.transformer, sampler.metadata, 2
+    scales = [
+        torch.as_tensor(scale, dtype=torch.float64).expand(batch) for scale in (lambda_t, lambda_m)
+    ]
+    text, null_text = (pipeline.text_encoder.encode(p) for p in ([PROMPT, LONG], [""]))
+    table = make_table(metadata["solver"], pipeline.scheduler, STEPS)
+    shape = metadata["latent_shape"]
+    denoiser = GuidedDenoiser(model, text, null_text, table, *scales, shape)
+    plan = sampler._runtime.plan(*scales, batch)
+    defined = torch.stack(guidance_weights(*scales, model.config.temporal), -1)
+    assert torch.equal(plan["weights"], defined.expand(STEPS, batch, 3))
+    assert torch.equal(denoiser._weights, plan["weights"])
+    assert plan["chunk"] == denoiser._chunk
+    sets = metadata["branches"]
+    for active, chosen in zip(denoiser._active, plan["branches"], strict=True):
+        wanted = [
+            name
+            for name in sets
+            if all(a <= b for a, b in zip(active, graphs.branches_of(name), strict=True))
+        ]
+        assert chosen == wanted[0]
+    for name in sets:
+        rows = condition_rows(graphs.branches_of(name), batch, 1, batch)
+        assert torch.equal(plan["conditions"][name], rows)
 
 
 def test_a_negative_prompt_and_a_schedule_of_guidance(pipeline, sampler):
@@ -427,6 +462,14 @@ def test_a_digest_pins_the_file(package, tmp_path):
     assert digest in run_program(*arguments).stderr
 
 
+def test_a_file_of_an_older_version_is_refused(package, tmp_path):
+    header, body = read_package(package)
+    del header["metadata"]["guidance_coefficients"]
+    path = write_package(tmp_path / "older.gentron", header, body)
+    with pytest.raises(ValueError, match="made by an older version: export it again"):
+        CompiledSampler.load(path)
+
+
 def test_what_the_file_was_not_made_for_is_refused(pipeline, sampler):
     text = pipeline.text_encoder.encode([PROMPT])
     narrow = TextCondition(text.clip._replace(tokens=text.clip.tokens[..., :7]), text.t5)
@@ -687,7 +730,7 @@ def test_a_learned_range_takes_the_same_step(make_model, make_text, tiny_config,
     with torch.no_grad():
         got = graphs._step(
             *(model, *captured[0], latents, weights, table.rows[step], x0, *rest),
-            branches="111",
+            branches=(True, True, True),
             draws=draws,
         )
     assert all(error(a, b) <= 1e-6 for a, b in zip(got, wanted, strict=True))

@@ -16,8 +16,8 @@ from gentron_fast.guidance import (
     guidance_schedule,
     guidance_weights,
     guided_prediction,
+    steps,
 )
-from gentron_fast.guidance import denoiser as denoiser_module
 from gentron_fast.solvers import learned_range_d, make_table, solver_step
 
 
@@ -175,13 +175,15 @@ def test_the_denoiser_is_the_definition(tiny_config, make_model, make_text, case
 def test_clips_of_one_prompt_share_its_text(tiny_config, make_model, make_text, clip, t5, nulls):
     model = make_model(tiny_config)
     latents = torch.randn(6, 4, 2, 8, 4, generator=torch.Generator().manual_seed(0)).double()
-    text = make_text(tiny_config, 2, clip, t5).repeat(3)
-    null_text = make_text(tiny_config, nulls, 2, 3, seed=2).repeat(6 // nulls)
-    denoiser = GuidedDenoiser(model, text, null_text, TABLE, 7.5, 1.2, latents.shape[1:])
-    for contexts, prompts in ((denoiser._text_contexts, 2), (denoiser._null_contexts, nulls)):
-        assert [context[0].shape[0] for context in contexts] == [prompts] * len(contexts)
+    text = make_text(tiny_config, 2, clip, t5)
+    null_text = make_text(tiny_config, nulls, 2, 3, seed=2)
+    shape = latents.shape[1:]
+    denoiser = GuidedDenoiser(model, text, null_text, TABLE, 7.5, 1.2, shape, clips=3)
+    for null_context, text_context in denoiser._contexts:
+        assert (null_context[0].shape[0], text_context[0].shape[0]) == (nulls, 2)
     timestep = TABLE.timesteps[1].expand(6)
-    expected = guided_prediction(model, latents, timestep, text, null_text, 7.5, 1.2)
+    texts = text.repeat(3), null_text.repeat(6 // nulls)
+    expected = guided_prediction(model, latents, timestep, *texts, 7.5, 1.2)
     assert relative(guided(denoiser, latents), expected) <= 1e-12
 
 
@@ -221,22 +223,18 @@ def test_every_subset_of_branches(case, lambda_t, lambda_m, runs):
 
 
 @pytest.mark.parametrize(
-    "family,frames,batch,lambda_m,null_tokens,options",
+    "family,frames,batch,lambda_m,null_tokens",
     [
-        ("both encoders", 4, 1, 1.2, (2, 1), {}),
-        ("both encoders", 4, 1, 1.2, (2, 1), {"merge": False}),
-        ("both encoders", 4, 1, 1.2, (2, 1), {"fold": False}),
-        ("both encoders", 8, 1, 1.0, (2, 1), {}),
-        ("both encoders", 2, 3, (1.2, 1.0, 1.3), (9, 30), {}),
-        ("clip", 1, 1, 1.2, (2, 1), {}),
-        ("adaLN-zero", 4, 1, 1.2, (2, 1), {}),
-        ("PixArt", 1, 3, 1.0, (2, 1), {}),
+        ("both encoders", 4, 1, 1.2, (2, 1)),
+        ("both encoders", 8, 1, 1.0, (2, 1)),
+        ("both encoders", 2, 3, (1.2, 1.0, 1.3), (9, 30)),
+        ("clip", 1, 1, 1.2, (2, 1)),
+        ("adaLN-zero", 4, 1, 1.2, (2, 1)),
+        ("PixArt", 1, 3, 1.0, (2, 1)),
     ],
     ids=str,
 )
-def test_bf16_is_no_worse_than_plain_bf16(
-    make_text, family, frames, batch, lambda_m, null_tokens, options
-):
+def test_bf16_is_no_worse_than_plain_bf16(make_text, family, frames, batch, lambda_m, null_tokens):
     config = replace(PRESETS["small-T2V"], depth=3, **FAMILY[family])
     lambda_m = torch.tensor(lambda_m, dtype=torch.float64)
     timestep = TABLE.timesteps[1:2].expand(batch)
@@ -264,9 +262,7 @@ def test_bf16_is_no_worse_than_plain_bf16(
         scales = 7.5, lambda_m
         expected = guided_prediction(exact, latents.double(), timestep, *wide, *scales)[:, :4]
         plain = guided_prediction(model, latents, timestep, *texts, *scales)[:, :4]
-        denoiser = GuidedDenoiser(
-            model, text, null_text, TABLE, *scales, latents.shape[1:], **options
-        )
+        denoiser = GuidedDenoiser(model, text, null_text, TABLE, *scales, latents.shape[1:])
         shared = guided(denoiser, latents)
         errors += torch.tensor([relative(shared, expected), relative(plain, expected)])
     assert errors[0] <= 1.1 * errors[1]
@@ -304,7 +300,7 @@ def test_modulation_in_chunks_changes_nothing(case, monkeypatch):
     inputs = model, text, null_text, TABLE, 7.5, 1.2, latents.shape[1:]
     whole = [guided(GuidedDenoiser(*inputs), latents, step) for step in range(4)]
     row = (6 * model.config.depth + 2) * model.config.width * 8
-    monkeypatch.setattr(denoiser_module, "MODULATION_BYTES", 2 * row * 4)
+    monkeypatch.setattr(steps, "MODULATION_BYTES", 2 * row * 4)
     denoiser = GuidedDenoiser(*inputs)
     assert denoiser._chunk == 2
     for step in (0, 3, 1, 2):  # chunks are made again where steps go back

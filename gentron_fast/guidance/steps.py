@@ -1,0 +1,126 @@
+"""The guided step in pure functions, for the denoiser and the graphs of a compiled sampler.
+
+A step runs branches ε(∅,∅), ε(∅,c_M), ε(c_T,c_M), in this order, one behind the other along the
+batch: `embed`, then the blocks with `block_context` and `leading_motion_free`, then `finish` and
+`update`.
+"""
+
+# Shapes: B batch, k branches that run, C channels, T frames, N tokens of a frame, D width,
+# H × W latents, S sampling steps.
+
+import torch
+from torch import Tensor
+
+from gentron_fast.config import GenTronConfig
+from gentron_fast.diffusion import learned_range_log_variance
+from gentron_fast.guidance.contexts import BranchContexts, LeadingMotionFree, repeated
+from gentron_fast.model import GenTron
+from gentron_kernels.guided_step import guided_step
+
+MODULATION_BYTES = 64 << 20  # of the modulation rows that are made ahead
+
+Branches = tuple[bool, bool, bool]  # which of ε(∅,∅), ε(∅,c_M), ε(c_T,c_M) run
+
+
+def active_branches(weights: Tensor) -> list[Branches]:
+    """The branches that each step runs: those to which some sample gives a weight.
+
+    weights (S, B, 3), of `guidance_weights`.
+    """
+    return [tuple(row) for row in (weights != 0).any(1).tolist()]
+
+
+def modulation_row_bytes(config: GenTronConfig, dtype: torch.dtype) -> int:
+    """Bytes of the modulation rows of all blocks and the final layer, for one condition."""
+    return (6 * config.depth + 2) * config.width * dtype.itemsize
+
+
+def modulation_chunk(row_bytes: int, conditions: int) -> int:
+    """Steps whose modulation rows are made at once, of so many conditions each."""
+    return max(1, MODULATION_BYTES // (row_bytes * conditions))
+
+
+def condition_rows(branches: Branches, batch: int, nulls: int, texts: int) -> Tensor:
+    """Which condition each sample of the stacked batch has, (k · B,) int64.
+
+    The conditions are `nulls` null texts, then `texts` texts, each for as many samples in a row.
+    """
+    null_rows, text_rows = (
+        torch.arange(count).repeat_interleave(batch // count) for count in (nulls, texts)
+    )
+    null_runs, text_runs = branches[0] + branches[1], int(branches[2])
+    return torch.cat([null_rows.repeat(null_runs), nulls + text_rows.repeat(text_runs)])
+
+
+def block_context(branches: Branches, batch: int, nulls: int, null_context, text_context):
+    """What a block attends to: the context of the null text's branches, then of the text's.
+
+    nulls: how many null texts the null context holds. None without cross-attention.
+    """
+    null_runs = branches[0] + branches[1]
+    if null_context is None or not null_runs:
+        return text_context
+    if nulls > 1:
+        null_context = repeated(null_context, null_runs)
+    if not branches[2]:
+        return null_context
+    return BranchContexts((null_runs * batch, batch), (null_context, text_context))
+
+
+def leading_motion_free(
+    branches: Branches, batch: int, has_motion: bool, merged
+) -> LeadingMotionFree:
+    """The branches with the identity mask: ε(∅,∅), or all where there is no motion."""
+    return LeadingMotionFree(batch * (branches[0] if has_motion else sum(branches)), merged)
+
+
+def embed(model: GenTron, latents: Tensor, count: int = 1, positions: Tensor | None = None):
+    """Latents (B, C, T, H, W) → patches of `count` branches, (k · B, T, N, D)."""
+    latents = latents.to(model.patch_embed.weight.dtype)
+    x = model.embed(latents, positions)
+    return x if count == 1 else x.repeat(count, 1, 1, 1)
+
+
+def finish(model: GenTron, x: Tensor, y: Tensor, gate: Tensor, rows: Tensor, size) -> Tensor:
+    """The stream behind the last block → predictions (k · B, C, T, H, W); size (H, W)."""
+    return model.unpatchify(model.final(x, y, gate, rows), *size)
+
+
+def split(predictions: Tensor, branches: Branches) -> tuple[Tensor | None, ...]:
+    """Stacked predictions, one behind the other, by branch; None for a branch that did not run."""
+    runs = iter(predictions.split(predictions.shape[0] // sum(branches)))
+    return tuple(next(runs) if runs_here else None for runs_here in branches)
+
+
+def update(
+    latents: Tensor,
+    predictions: tuple[Tensor | None, ...],
+    weights: Tensor,
+    row: Tensor,
+    x0_previous: Tensor | None = None,
+    noise: Tensor | None = None,
+    bounds: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Guidance and the solver's update: latents at the next noise level, and this step's x0.
+
+    weights (B, 3) or (3,), row (6,) of a SolverTable; bounds (2,): of the log variance that a
+    learned-range model chooses (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15).
+    """
+    channels, d = latents.shape[1], None
+    if bounds is not None:
+        variance = _last_used(predictions, weights)[:, channels:]
+        variance = variance.to(torch.promote_types(variance.dtype, torch.float32))
+        d = torch.exp(0.5 * learned_range_log_variance(variance, *bounds.unbind()))
+    noises = [p if p is None else p[:, :channels] for p in predictions]
+    return guided_step(latents, noises, weights, row, x0_previous, noise, d)
+
+
+def _last_used(predictions: tuple[Tensor | None, ...], weights: Tensor) -> Tensor:
+    """The last prediction that some sample gives a weight, as in the definition."""
+    last = None
+    for prediction, weight in zip(predictions, weights.unbind(-1), strict=True):
+        if last is None:
+            last = prediction
+        elif prediction is not None:
+            last = torch.where((weight != 0).any(), prediction, last)
+    return last
