@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gentron_kernels import launch
-from gentron_kernels.launch import constexpr, tl
+from gentron_kernels.launch import tl
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -125,13 +125,13 @@ def _guided_step_kernel(
     weights_batch,
     weights_branch,
     row_stride,
-    HAS_NULL_STILL: constexpr,
-    HAS_NULL_MOTION: constexpr,
-    HAS_TEXT: constexpr,
-    HAS_X0_PREVIOUS: constexpr,
-    HAS_NOISE: constexpr,
-    HAS_D: constexpr,
-    BLOCK: constexpr,
+    HAS_NULL_STILL: tl.constexpr,
+    HAS_NULL_MOTION: tl.constexpr,
+    HAS_TEXT: tl.constexpr,
+    HAS_X0_PREVIOUS: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
+    HAS_D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     blocks = (size + BLOCK - 1) // BLOCK
     program = tl.program_id(0)

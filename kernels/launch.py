@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import types
 from pathlib import Path
 
 import torch
@@ -11,9 +12,8 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-    from triton.language import constexpr
-except ImportError:
-    triton = tl = constexpr = None
+except ImportError:  # kernels are still defined, and their arguments annotated
+    triton, tl = None, types.SimpleNamespace(constexpr=None)
 
 CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 

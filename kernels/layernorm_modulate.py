@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gentron_kernels import launch
-from gentron_kernels.launch import constexpr, tl
+from gentron_kernels.launch import tl
 
 EPS = 1e-6
 Rows = Tensor | tuple[Tensor, Tensor]
@@ -93,7 +93,7 @@ def _tokens(x: Tensor) -> int:
 
 
 @launch.jit
-def _row_start(token, span, index_ptr, stride, table_rows, KIND: constexpr):
+def _row_start(token, span, index_ptr, stride, table_rows, KIND: tl.constexpr):
     """Where the row that serves a token starts, and whether the table has it."""
     row = token // span
     if KIND == 2:
@@ -125,15 +125,15 @@ def _forward_kernel(
     scale_stride,
     scale_table,
     eps,
-    D: constexpr,
-    HAS_Y: constexpr,
-    GATE: constexpr,
-    SHIFT: constexpr,
-    SCALE: constexpr,
-    TOKENS: constexpr,
-    CHUNK: constexpr,
+    D: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    GATE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SCALE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    CHUNKS: constexpr = (D + CHUNK - 1) // CHUNK
+    CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
     # A last program that overruns repeats the last token, and writes the same values again.
     token = tl.minimum(tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tokens - 1)[:, None]
     start = token.to(tl.int64) * D
@@ -234,18 +234,18 @@ def _backward_kernel(
     scale_stride,
     scale_table,
     eps,
-    D: constexpr,
-    HAS_D_RESIDUAL: constexpr,
-    GATE: constexpr,
-    SCALE: constexpr,
-    DX: constexpr,
-    DY: constexpr,
-    DY_SUM: constexpr,
-    DGATE: constexpr,
-    DSHIFT: constexpr,
-    DSCALE: constexpr,
-    BLOCK: constexpr,
-    STAGES: constexpr,
+    D: tl.constexpr,
+    HAS_D_RESIDUAL: tl.constexpr,
+    GATE: tl.constexpr,
+    SCALE: tl.constexpr,
+    DX: tl.constexpr,
+    DY: tl.constexpr,
+    DY_SUM: tl.constexpr,
+    DGATE: tl.constexpr,
+    DSHIFT: tl.constexpr,
+    DSCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     chunk = tl.program_id(0)
     first = chunk % per_row * length

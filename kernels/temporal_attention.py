@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gentron_kernels import launch
 from gentron_kernels.attention import sdpa
-from gentron_kernels.launch import constexpr, tl
+from gentron_kernels.launch import tl
 from gentron_kernels.linear import linear
 
 MAX_FRAMES = 64
@@ -95,10 +95,10 @@ def temporal_attention_ref(qkv: Tensor, motion_free: Tensor | bool | None = None
 
 
 @launch.jit
-def _tile(tokens, T: constexpr, H: constexpr, DH: constexpr, ROWS: constexpr):
+def _tile(tokens, T: tl.constexpr, H: tl.constexpr, DH: tl.constexpr, ROWS: tl.constexpr):
     """The program's tile: its sample, and each row's sequence in the tile, frame, address in qkv
     and in out, and whether there is such a row."""
-    SEQUENCES: constexpr = ROWS // T
+    SEQUENCES: tl.constexpr = ROWS // T
     tiles = tl.cdiv(tokens * H, SEQUENCES)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     row = tl.arange(0, ROWS)
@@ -111,14 +111,16 @@ def _tile(tokens, T: constexpr, H: constexpr, DH: constexpr, ROWS: constexpr):
 
 
 @launch.jit
-def _load(pointer, rows, inside, START: constexpr, BLOCK: constexpr, DH: constexpr):
+def _load(pointer, rows, inside, START: tl.constexpr, BLOCK: tl.constexpr, DH: tl.constexpr):
     column = START + tl.arange(0, BLOCK)
     mask = inside[:, None] & (column < DH)[None, :]
     return tl.load(pointer + rows[:, None] + column[None, :], mask, 0)
 
 
 @launch.jit
-def _store(pointer, rows, inside, value, START: constexpr, BLOCK: constexpr, DH: constexpr):
+def _store(
+    pointer, rows, inside, value, START: tl.constexpr, BLOCK: tl.constexpr, DH: tl.constexpr
+):
     column = START + tl.arange(0, BLOCK)
     mask = inside[:, None] & (column < DH)[None, :]
     tl.store(pointer + rows[:, None] + column[None, :], value.to(pointer.dtype.element_ty), mask)
@@ -132,7 +134,7 @@ def _dot(a, b, total=None):
 
 
 @launch.jit
-def _softmax(scores, sequence, frame, T: constexpr, DH: constexpr):
+def _softmax(scores, sequence, frame, T: tl.constexpr, DH: tl.constexpr):
     """The numerators, along the keys of each row's own sequence, and one over their sum, in fp32.
     A row that is none stays finite."""
     own = (sequence[:, None] == sequence[None, :]) & (frame < T)[None, :]
@@ -148,13 +150,13 @@ def _temporal_attention_fwd_kernel(
     motion_free_ptr,
     out_ptr,
     tokens,
-    HAS_FLAGS: constexpr,
-    T: constexpr,
-    H: constexpr,
-    DH: constexpr,
-    BLOCK: constexpr,
-    REST: constexpr,
-    ROWS: constexpr,
+    HAS_FLAGS: tl.constexpr,
+    T: tl.constexpr,
+    H: tl.constexpr,
+    DH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REST: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     sample, sequence, frame, rows, out_rows, inside = _tile(tokens, T, H, DH, ROWS)
     k_ptr, v_ptr = qkv_ptr + H * DH, qkv_ptr + 2 * H * DH
@@ -192,13 +194,13 @@ def _temporal_attention_bwd_kernel(
     motion_free_ptr,
     d_qkv_ptr,
     tokens,
-    HAS_FLAGS: constexpr,
-    T: constexpr,
-    H: constexpr,
-    DH: constexpr,
-    BLOCK: constexpr,
-    REST: constexpr,
-    ROWS: constexpr,
+    HAS_FLAGS: tl.constexpr,
+    T: tl.constexpr,
+    H: tl.constexpr,
+    DH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REST: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     sample, sequence, frame, rows, out_rows, inside = _tile(tokens, T, H, DH, ROWS)
     k_ptr, v_ptr = qkv_ptr + H * DH, qkv_ptr + 2 * H * DH

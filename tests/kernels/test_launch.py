@@ -1,8 +1,12 @@
 """Which implementation tensors get, and what is left where the C++ library or Triton is missing."""
 
+import ast
+import builtins
+import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +81,38 @@ def test_jit_without_triton_leaves_the_function(monkeypatch):
 
     monkeypatch.setattr(launch, "triton", None)
     assert launch.jit(kernel) is kernel and launch.jit(do_not_specialize=["x"])(kernel) is kernel
+
+
+def kernels() -> dict:
+    """Every Triton function of the folder by its name."""
+    from triton import JITFunction
+
+    files = sorted(Path(launch.__file__).parent.glob("*.py"))
+    modules = [importlib.import_module(f"gentron_kernels.{file.stem}") for file in files]
+    named = [item for module in modules for item in vars(module).items()]
+    return {name: value for name, value in named if isinstance(value, JITFunction)}
+
+
+def unknown_names(source: str) -> set[str]:
+    """The names that a module which holds triton, tl and this source reads without having them."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    bound = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    bound |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    return {node.id for node in names} - bound - {"tl", "triton"} - set(dir(builtins))
+
+
+def test_a_kernel_names_nothing_that_inductor_does_not_copy():
+    """Inductor writes a kernel, and what it calls, into a module that imports triton and tl."""
+    pytest.importorskip("triton")
+    from torch._inductor.codegen.wrapper import (
+        user_defined_triton_kernel_transitive_closure_source_code as copied,
+    )
+
+    assert unknown_names("def f(x, W: constexpr):\n    N: other = x") == {"constexpr", "other"}
+    found = {name: unknown_names(copied(kernel)) for name, kernel in kernels().items()}
+    assert len(found) >= 12 and not any(found.values()), found
 
 
 def test_without_triton_nothing_is_said():
