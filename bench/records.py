@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from gentron_fast.files import whole_file
+
 ROOT = Path(__file__).parents[1]
 # What makes two rows the same measurement; a newer one takes the place of an older one.
 IDENTITY = ("operator", "direction", "preset", "shape", "dtype", "device")
@@ -52,13 +54,11 @@ def append_row(folder: str | Path, part: str, row: dict) -> Path:
     """
     name = re.sub(r"[^a-z0-9]+", "-", f"{part} {row['device']}".lower()).strip("-")
     path = Path(folder) / f"{name}-{row['time'][:10]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = read_rows(path) if path.exists() else []
     rows = [old for old in rows if identity(old) != identity(row)]
-    aside = path.with_suffix(".json.tmp")
     lines = ",\n".join(json.dumps(row) for row in [*rows, row])
-    aside.write_text(f'{{"rows": [\n{lines}\n]}}\n')
-    aside.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(f'{{"rows": [\n{lines}\n]}}\n')
     return path
 
 

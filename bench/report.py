@@ -11,6 +11,8 @@ from statistics import median
 from contest import OURS
 from records import ROOT, identity, read_rows
 
+from gentron_fast.files import whole_file
+
 RESULTS = ROOT / "bench/results"
 README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs/performance.md"
@@ -183,11 +185,9 @@ def plot_roofline(rows: list[dict], path: Path) -> bool:
     for axis, device in zip(axes[0], devices, strict=True):
         _draw_device(axis, [row for row in rows if row["device"] == device], colours)
         axis.set_title(device, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp.png")
-    figure.savefig(aside, dpi=110, metadata={"Software": None})
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=110, metadata={"Software": None})
     plt.close(figure)
-    aside.replace(path)
     return True
 
 

@@ -227,7 +227,7 @@ def choose_frames(args: argparse.Namespace, folder: Path) -> int | None:
 
 def read_model_config(folder: Path) -> GenTronConfig:
     """The configuration of the model in a pipeline folder, without loading the model."""
-    from gentron_fast.model import read_json
+    from gentron_fast.files import read_json
     from gentron_fast.pipeline import INDEX_NAME
 
     if not (folder / INDEX_NAME).is_file():
@@ -282,8 +282,8 @@ def file_name(prompt: str) -> str:
 
 def check_solver(args: argparse.Namespace, folder: Path) -> None:
     """Raise ValueError unless solver, steps, eta and guidance range go with the noise schedule."""
+    from gentron_fast.files import read_json
     from gentron_fast.guidance import guidance_schedule
-    from gentron_fast.model import read_json
     from gentron_fast.pipeline import SCHEDULER_PATH
     from gentron_fast.solvers import make_table
 

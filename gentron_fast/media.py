@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 import os
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from gentron_fast.files import whole_file
 
 ENDINGS = (".mp4", ".gif", ".png")
 Frames = np.ndarray | torch.Tensor
@@ -29,16 +30,15 @@ def write_media(path: str | os.PathLike, frames: Frames, fps: float) -> None:
     frames = _as_array(frames)
     if not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"fps must be a positive number, not {fps}")
-    if ending == ".png":
-        if len(frames) != 1:
-            raise ValueError(
-                f"a png holds one frame, not {len(frames)}; join them by contact_sheet"
-            )
-        _write_whole(path, lambda name: _write_png(name, frames[0]))
-    elif ending == ".gif":
-        _write_whole(path, lambda name: _write_gif(name, frames, fps))
-    else:
-        _write_whole(path, lambda name: _write_mp4(name, frames, fps))
+    if ending == ".png" and len(frames) != 1:
+        raise ValueError(f"a png holds one frame, not {len(frames)}; join them by contact_sheet")
+    with whole_file(path) as partial:
+        if ending == ".png":
+            _write_png(str(partial), frames[0])
+        elif ending == ".gif":
+            _write_gif(str(partial), frames, fps)
+        else:
+            _write_mp4(str(partial), frames, fps)
 
 
 def check_ending(path: str | os.PathLike) -> str:
@@ -107,17 +107,6 @@ def _as_array(frames: Frames) -> np.ndarray:
             f"frames must be uint8 (T, H, W, 3), not {array.dtype} {tuple(array.shape)}"
         )
     return np.ascontiguousarray(array)
-
-
-def _write_whole(path: Path, write: Callable[[str], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target: os.replace is atomic only within one file system.
-    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
-    try:
-        write(str(partial))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_png(name: str, frame: np.ndarray) -> None:

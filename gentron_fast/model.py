@@ -1,6 +1,5 @@
 """GenTron: the diffusion transformer, its text condition, and its file format."""
 
-import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from gentron_fast.config import MAX_FRAMES, GenTronConfig
+from gentron_fast.files import read_json, whole_file, write_json
 from gentron_fast.layers import (
     Block,
     FinalLayer,
@@ -309,9 +309,8 @@ class GenTron(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         config = {"_class_name": "GenTron"} | self.config.to_dict()
         tensors = {key: tensor.contiguous() for key, tensor in self.state_dict().items()}
-        aside = folder / f".{WEIGHTS_NAME}.part"
-        save_file(tensors, aside, metadata={"format": "pt"})
-        os.replace(aside, folder / WEIGHTS_NAME)
+        with whole_file(folder / WEIGHTS_NAME) as partial:
+            save_file(tensors, partial, metadata={"format": "pt"})
         write_json(folder / CONFIG_NAME, config)
 
     @classmethod
@@ -334,27 +333,6 @@ class GenTron(nn.Module):
                 module.positions = torch.empty_like(module.positions, device=device)
                 module.reset_positions()
         return model.to(device, dtype or next(iter(tensors.values())).dtype).eval()
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; FileNotFoundError or ValueError that names the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, it holds a {type(values).__name__}")
-    return values
-
-
-def write_json(path: Path, values: dict) -> None:
-    """A JSON object into a file, written aside and renamed; the folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(aside, path)
 
 
 def _read_tensors(folder: Path, expected: dict[str, Tensor], dtype, device) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 # Shapes: N clips (prompts × clips per prompt), C channels, T frames, H × W pixels, h × w latents.
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from tqdm import tqdm
 
 from gentron_fast.config import MAX_FRAMES, GenTronConfig
 from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
+from gentron_fast.files import read_json, whole_folder, write_json
 from gentron_fast.guidance import GuidedDenoiser, guidance_schedule
-from gentron_fast.model import GenTron, TextCondition, read_json, write_json
+from gentron_fast.model import GenTron, TextCondition
 from gentron_fast.solvers import make_table
 from gentron_fast.text import SUBFOLDERS, TextEncoder
 from gentron_fast.vae import VideoVAE, to_frames
@@ -27,6 +29,8 @@ COMPONENTS = {  # folder → library and class, as model_index.json names them
     "vae": ["diffusers", "AutoencoderKL"],
     "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
 }
+# What a pipeline folder may hold; MODEL.md tells how the model that ships was made.
+PARTS = (INDEX_NAME, *COMPONENTS, *itertools.chain(*SUBFOLDERS.values()), "MODEL.md", "README.md")
 TEXT_COMPONENTS = {
     "clip": (["transformers", "CLIPTextModel"], ["transformers", "CLIPTokenizer"]),
     "t5": (["transformers", "T5EncoderModel"], ["transformers", "AutoTokenizer"]),
@@ -110,20 +114,20 @@ class GenTronPipeline:
         return pipeline.to(device)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write the folder, model_index.json last: a folder without it is not a pipeline.
+        """Write the folder; one that holds a pipeline is replaced whole.
 
-        A pipeline that was saved and loaded is saved to the same bytes.
+        A pipeline that was saved and loaded is saved to the same bytes. ValueError, before anything
+        is written, where the folder holds something that is no part of a pipeline.
         """
-        folder = Path(folder)
-        (folder / INDEX_NAME).unlink(missing_ok=True)
-        self.transformer.save_pretrained(folder / "transformer")
-        self.text_encoder.save_pretrained(folder)
-        self.vae.save_pretrained(folder / "vae")
-        write_json(folder / SCHEDULER_PATH, self.scheduler)
-        for path in folder.rglob("*.safetensors"):
-            path.chmod(0o644)  # safetensors keeps its files from other users
-        index = model_index(self.transformer.config, self.default_frames, self.default_size)
-        write_json(folder / INDEX_NAME, index)
+        with whole_folder(Path(folder), PARTS) as partial:
+            self.transformer.save_pretrained(partial / "transformer")
+            self.text_encoder.save_pretrained(partial)
+            self.vae.save_pretrained(partial / "vae")
+            write_json(partial / SCHEDULER_PATH, self.scheduler)
+            for path in partial.rglob("*.safetensors"):
+                path.chmod(0o644)  # safetensors keeps its files from other users
+            index = model_index(self.transformer.config, self.default_frames, self.default_size)
+            write_json(partial / INDEX_NAME, index)
 
     def to(
         self, device: str | torch.device | None = None, dtype: torch.dtype | None = None

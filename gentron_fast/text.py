@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gentron_fast.config import GenTronConfig
-from gentron_fast.model import EncodedText, TextCondition, read_json
+from gentron_fast.files import read_json
+from gentron_fast.model import EncodedText, TextCondition
 
 MAX_TOKENS = {"clip": 77, "t5": 256}
 # Where a pipeline folder keeps each encoder and its tokenizer.

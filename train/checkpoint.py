@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
 
-from gentron_fast.model import read_json, write_json
+from gentron_fast.files import read_json, write_json
 
 INFO_NAME = "checkpoint.json"
 PATIENCE = timedelta(days=2)  # for work in which the others wait and are not frozen

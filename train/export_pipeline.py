@@ -16,9 +16,10 @@ from torch import Tensor
 
 from gentron_fast.config import GenTronConfig
 from gentron_fast.convert.pipelines import copy_parts, vae_factor
-from gentron_fast.convert.tensors import Spec, new_folder, write_tensors
+from gentron_fast.convert.tensors import Spec, write_tensors
 from gentron_fast.diffusion import SCHEDULER_CONFIG
-from gentron_fast.model import CONFIG_NAME, WEIGHTS_NAME, read_json, write_json
+from gentron_fast.files import read_json, whole_folder, write_json
+from gentron_fast.model import CONFIG_NAME, WEIGHTS_NAME
 from gentron_fast.pipeline import INDEX_NAME, SCHEDULER_PATH, model_index
 from gentron_fast.text import MODEL_CLASSES, SUBFOLDERS, TextEncoder
 from gentron_train.checkpoint import latest_checkpoint, read_info, read_sharded
@@ -103,7 +104,7 @@ def export_pipeline(
         for name, shape in info["parameters"].items()
         if name.startswith(prefix)
     }
-    with new_folder(out) as folder:
+    with whole_folder(out) as folder:
         transformer = folder / "transformer"
         transformer.mkdir()
         write_tensors(transformer / WEIGHTS_NAME, specs, lambda name: read(prefix + name).to(dtype))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gentron_fast.files import whole_file
 from gentron_fast.media import write_media
 
 LOG_NAME = "log.jsonl"
@@ -53,9 +54,8 @@ class RunLog:
         run.mkdir(parents=True, exist_ok=True)
         if resumed_at is not None and self.path.exists():
             kept = [row for row in read_log(self.path) if row["step"] <= resumed_at]
-            aside = self.path.with_suffix(".part")
-            aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(aside, self.path)
+            with whole_file(self.path) as partial:
+                partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         elif resumed_at is None:
             self.path.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         if tensorboard and importlib.util.find_spec("tensorboard") is not None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import yaml
 
 from gentron_fast.config import PRESETS, GenTronConfig
-from gentron_fast.model import CONFIG_NAME, read_json
+from gentron_fast.files import read_json
+from gentron_fast.model import CONFIG_NAME
 from gentron_fast.pipeline import ASSETS
 from gentron_fast.text import SUBFOLDERS
 from gentron_train.data.loader import TIMESTEPS, DataSettings

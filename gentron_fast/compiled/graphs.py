@@ -303,7 +303,8 @@ def _block(
 def _step(model, x, y, gate, final_rows, latents, weights, row, x0, *rest, branches, draws):
     """The final layer, guidance and the solver's update. rest: the noise, where the solver draws
     any, and the bounds (2,) of a learned range."""
-    predictions = split(finish(model, x, y, gate, final_rows, latents.shape[-2:]), branches)
+    predictions = finish(model, x, y, gate, final_rows, latents.shape[-2:])
+    predictions = split(predictions, branches, latents.shape[0])
     noise = rest[0] if draws else None
     bounds = rest[-1] if len(rest) > draws else None
     return update(latents, predictions, weights, row, x0, noise, bounds)

@@ -36,14 +36,14 @@ from gentron_fast.convert.tensors import (
     Checkpoint,
     Spec,
     copy_weights,
-    new_folder,
     open_safetensors,
     open_torch,
     open_weights,
     write_tensors,
 )
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
-from gentron_fast.model import CONFIG_NAME, WEIGHTS_NAME, read_json, write_json
+from gentron_fast.files import read_json, whole_folder, write_json
+from gentron_fast.model import CONFIG_NAME, WEIGHTS_NAME
 from gentron_fast.pipeline import INDEX_NAME, SCHEDULER_PATH, model_index
 from gentron_fast.text import (
     LOWER_AND_STRIP,
@@ -120,7 +120,7 @@ def convert_pixart(
     check_parts(parts, config)
     scheduler = find_scheduler(source.root)
     tokenizing = {"model_max_length": caption_tokens(source), LOWER_AND_STRIP: True}
-    with new_folder(Path(out)) as folder:
+    with whole_folder(Path(out)) as folder:
         # The parts first: of the model a file of torch.save stays mapped where it was read.
         state = write_pipeline(folder, config, parts, scheduler, tokenizing)
         write_model(folder / "transformer", config, recipes, source.checkpoint)
@@ -167,7 +167,7 @@ def convert_dit(
         check_positions(source.checkpoint, config)
     check_parts(parts, config)
     scheduler = find_scheduler(source.root)
-    with new_folder(Path(out)) as folder:
+    with whole_folder(Path(out)) as folder:
         state = write_pipeline(folder, config, parts, scheduler, {})
         write_model(folder / "transformer", config, recipes, source.checkpoint, seed)
     null = embedders[CLASSES[source.layout]][0] - 1
@@ -202,7 +202,7 @@ def export_diffusers(path: str | os.PathLike, out: str | os.PathLike) -> list[st
     parts = {theirs: path / ours for ours, theirs in PIXART_PARTS.items() if (path / ours).is_dir()}
     scheduler = find_scheduler(path)
     index = pixart_index(parts, scheduler) if len(parts) == len(PIXART_PARTS) else None
-    with new_folder(Path(out)) as aside:
+    with whole_folder(Path(out)) as aside:
         target = aside / folder.relative_to(path)
         target.mkdir(exist_ok=True)
         write_tensors(target / WEIGHTS_NAME, specs, read)

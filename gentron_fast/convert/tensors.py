@@ -2,11 +2,10 @@
 
 import json
 import math
-import os
 import pickle
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gentron_fast.model import read_json, write_json
+from gentron_fast.files import read_json, write_json
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -195,26 +194,3 @@ def copy_weights(source: Path, target: Path, *stems: str) -> None:
     if files[1:]:
         index = {"metadata": {"total_size": size}, "weight_map": where}
         write_json(target / f"{name}.index.json", index)
-
-
-@contextmanager
-def new_folder(folder: Path):
-    """A folder beside `folder` that takes its place at the end, or is gone where something fails.
-
-    So are the parents that were made for it. ValueError where `folder` is there and is not empty.
-    """
-    folder = folder.absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already: wanted a new folder")
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    made = [parent for parent in folder.parents if not parent.exists()]
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        os.replace(aside, folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):
-                parent.rmdir()
-        raise

@@ -177,7 +177,7 @@ class GuidedDenoiser:
         plan = self._plans[active]
         rows = [part[plan.conditions] for part in self._modulation(step)]
         forward = self._forward if self._graphs is None else self._replay
-        return split(forward(plan, latents.to(self.dtype), *rows), active)
+        return split(forward(plan, latents.to(self.dtype), *rows), active, self.batch)
 
     def _forward(self, plan: _Plan, latents: Tensor, rows: Tensor, final_rows: Tensor) -> Tensor:
         model = self.model

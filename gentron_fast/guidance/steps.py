@@ -86,10 +86,11 @@ def finish(model: GenTron, x: Tensor, y: Tensor, gate: Tensor, rows: Tensor, siz
     return model.unpatchify(model.final(x, y, gate, rows), *size)
 
 
-def split(predictions: Tensor, branches: Branches) -> tuple[Tensor | None, ...]:
+def split(predictions: Tensor, branches: Branches, batch: int) -> tuple[Tensor | None, ...]:
     """Stacked predictions, one behind the other, by branch; None for a branch that did not run."""
-    runs = iter(predictions.split(predictions.shape[0] // sum(branches)))
-    return tuple(next(runs) if runs_here else None for runs_here in branches)
+    # Sizes, not a quotient: torch.export would take that for a constant.
+    parts = iter(predictions.split([batch] * sum(branches)))
+    return tuple(next(parts) if is_run else None for is_run in branches)
 
 
 def update(

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gentron_fast.commandline import refuse
+from gentron_fast.files import whole_file
 from gentron_fast.model import TextCondition
 from gentron_fast.text import SUBFOLDERS, TextEncoder
 from gentron_fast.vae import VideoVAE
@@ -132,19 +133,14 @@ def encode_in_order(records: Iterator[Record], encoder: Encoder) -> Iterator[Rec
 @contextmanager
 def new_shard(path: Path) -> Iterator[Callable[[str, bytes], None]]:
     """A function that adds a file to a new tar, which gets its name when it is whole."""
-    aside = path.with_name(f".{path.name}.part")
 
     def add(name: str, content: bytes) -> None:
         entry = tarfile.TarInfo(name)
         entry.size, entry.mode = len(content), 0o644
         tar.addfile(entry, BytesIO(content))
 
-    try:
-        with tarfile.open(aside, "w") as tar:
-            yield add
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with whole_file(path) as partial, tarfile.open(partial, "w") as tar:
+        yield add
 
 
 def precompute(

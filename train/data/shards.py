@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from gentron_fast.files import whole_file
 from gentron_train.data.broken import BrokenSample
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "gentron"
@@ -91,20 +92,19 @@ def fetch(shard: Shard) -> None:
         return
     from webdataset.gopen import gopen
 
-    shard.path.parent.mkdir(parents=True, exist_ok=True)
-    aside = shard.path.with_name(f".{shard.path.name}.{os.getpid()}.part")
     for pause in (*PAUSES, None):
         try:
-            with gopen(shard.url) as source, open(aside, "wb") as target:
+            with (
+                whole_file(shard.path) as partial,
+                gopen(shard.url) as source,
+                open(partial, "wb") as target,
+            ):
                 shutil.copyfileobj(source, target, 1 << 20)
-            os.replace(aside, shard.path)
             break
         except Exception as error:  # each scheme raises its own
             if pause is None:
                 raise ValueError(f"cannot read the shard {shard.url}: {error}") from error
             time.sleep(pause)
-        finally:
-            aside.unlink(missing_ok=True)
     if shard.room is not None:
         _make_room(shard)
 
@@ -201,15 +201,11 @@ def _kept_index(path: Path) -> Path:
 
 def _keep(index: Index, path: Path) -> None:
     kept = _kept_index(path)
-    aside = kept.with_name(f"{kept.name}.{os.getpid()}.part")
     head = {"count": len(index.samples), "cut": index.cut, "stamp": _stamp(path)}
     body = {"samples": index.samples, "facts": index.facts}
-    try:
-        aside.write_text(json.dumps(head) + "\n" + json.dumps(body) + "\n")
-        os.replace(aside, kept)
-    except OSError:  # a folder that cannot be written: the headers are read again
-        with contextlib.suppress(OSError):  # a read-only file system says so of missing files too
-            aside.unlink()
+    # A folder that cannot be written: the headers are read again.
+    with contextlib.suppress(OSError), whole_file(kept) as partial:
+        partial.write_text(json.dumps(head) + "\n" + json.dumps(body) + "\n")
 
 
 def _read_headers(path: Path) -> Index:

@@ -9,7 +9,6 @@ memory are encoded in bf16, which a CPU does in a fraction of the time.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from gentron_fast.files import whole_file
 from gentron_fast.model import EncodedText, TextCondition
 from gentron_fast.text import Tokens
 from gentron_fast.vae import VideoVAE
@@ -386,10 +386,9 @@ def _encode_shard(shard: Shard, path: Path, vae: VideoVAE, sampling: Sampling, d
     for name, parts in zip(("mean", "std"), zip(*posteriors, strict=True), strict=True):
         whole = torch.stack(parts).unflatten(0, (len(pixels), -1))
         tensors[name] = whole.new_zeros(len(captions), *whole.shape[1:]).index_copy_(0, rows, whole)
-    part = path.with_name(f".{path.name}.part")
     facts = {"captions": json.dumps(captions), "broken": json.dumps(broken)}
-    save_file(tensors, part, metadata=facts)
-    os.replace(part, path)
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata=facts)
 
 
 def _groups(pixels: list[Tensor]):

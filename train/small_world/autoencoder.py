@@ -7,7 +7,6 @@ Faster: one with --levels 3 --out runs/vae-3 first, then --init runs/vae-3.
 
 import argparse
 import json
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gentron_fast.files import check_output_folder, whole_file, whole_folder
 from gentron_fast.vae import VideoVAE
 from gentron_train.data.decode import decode_clip, decode_image
 from gentron_train.data.sources import seeded
@@ -29,6 +29,7 @@ KL_WEIGHT = 1e-4  # against an error of about 0.02 per pixel: keeps the latents 
 CHROMA_WEIGHT = 4.0  # objects cover a tenth of a frame and alone have colour
 SQUARE_WEIGHT = 2.0  # of the squared error beside the absolute one, which forgets small objects
 CLIP_FRAMES = 4  # frames taken of each clip
+WRITTEN = ("config.json", "diffusion_pytorch_model.safetensors")  # in the folder of --out
 STATE_NAME = "state.safetensors"
 
 
@@ -117,7 +118,11 @@ def train(
     resume: bool,
     init: Path | None = None,
 ) -> None:
-    """Train, write OUT as a diffusers AutoencoderKL folder, and OUT.log.jsonl beside it."""
+    """Train, write OUT as a diffusers AutoencoderKL folder, and OUT.log.jsonl beside it.
+
+    ValueError before any work where OUT holds something else.
+    """
+    check_output_folder(out, WRITTEN)
     torch.manual_seed(training.seed)
     vae = small_vae(VAE_CHANNELS[: training.levels])
     if init is not None:
@@ -157,11 +162,8 @@ def train(
             if (step + 1) % training.save_every == 0:
                 save_state(folder / STATE_NAME, vae, optimizer, step + 1)
     set_scaling(vae.eval(), frames, device)
-    aside = out.with_name(f".{out.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    vae.cpu().half().save_pretrained(aside)  # as pipelines hold it
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(aside, out)
+    with whole_folder(out, WRITTEN) as partial:
+        vae.cpu().half().save_pretrained(partial)  # as pipelines hold it
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -181,10 +183,8 @@ def save_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, 
         tensors[f"weight.{name}"] = parameter.detach()
         for moment in ("exp_avg", "exp_avg_sq", "step"):
             tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    save_file(tensors, aside, metadata={"step": str(step)})
-    os.replace(aside, path)
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata={"step": str(step)})
 
 
 def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -18,9 +18,7 @@ be right: shape 97.3, motion 100, relation 100.
 
 import argparse
 import functools
-import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from gentron_fast.commandline import refuse
+from gentron_fast.files import write_json
 from gentron_train.small_world.renderer import (
     COLOURS,
     DIRECTIONS,
@@ -435,9 +434,7 @@ def main(argv: list[str] | None = None) -> int:
         print(format_table(scores))
         if args.out:
             settings = {"prompts": args.prompts, "seed": args.seed, **options}
-            part = args.out.with_name(f".{args.out.name}.part")
-            part.write_text(json.dumps({"settings": settings, "scores": scores}, indent=2) + "\n")
-            os.replace(part, args.out)
+            write_json(args.out, {"settings": settings, "scores": scores})
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from gentron_fast.commandline import refuse
+from gentron_fast.files import whole_file, write_json
 
 SIZE = 64  # pixels, both ways
 FPS = 24
@@ -469,14 +470,12 @@ def unseen_prompts(n: int, seed: int = 0) -> list[tuple[str, Scene]]:
 
 def _write_shard(job) -> int:
     path, seed, kind, start, stop = job
-    part = path.with_name(f".{path.name}.part")
-    with tarfile.open(part, "w") as tar:
+    with whole_file(path) as partial, tarfile.open(partial, "w") as tar:
         for index in range(start, stop):
             for ending, content in make_sample(seed, kind, index).items():
                 entry = tarfile.TarInfo(f"{kind}{index:07d}.{ending}")
                 entry.size, entry.mode = len(content), 0o644
                 tar.addfile(entry, io.BytesIO(content))
-    os.replace(part, path)
     return stop - start
 
 
@@ -510,9 +509,7 @@ def write_shards(
         if found != wanted:
             raise ValueError(f"{out} holds shards of {found}, not {wanted}; choose another folder")
     else:
-        part = out / ".index.json.part"
-        part.write_text(json.dumps(wanted) + "\n")
-        os.replace(part, index)
+        write_json(index, wanted)
     jobs = [
         (out / f"{kind}-{number:05d}.tar", seed, kind, start, min(start + shard_size, total))
         for kind, total in (("images", images), ("clips", clips))

@@ -10,7 +10,6 @@ made as they are needed; held-out combinations are not among them.
 import argparse
 import json
 import math
-import os
 import re
 import shutil
 import time
@@ -23,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gentron_fast.config import ENCODERS
+from gentron_fast.files import check_output_folder, whole_folder
 from gentron_fast.model import EncodedText, TextCondition
 from gentron_fast.text import TextEncoder
 from gentron_train.small_world.architecture import TEXT_WIDTH, small_text_encoder
@@ -162,7 +163,8 @@ def batches(training: TextTraining, first: int):
 
 def train(out: Path, training: TextTraining, device: str, resume: bool) -> dict:
     """Train, and write OUT/clip and OUT/t5, each a model with its tokenizer; the accuracy on
-    captions that were not trained on."""
+    captions that were not trained on. ValueError before any work where OUT holds something else."""
+    check_output_folder(out, ENCODERS)
     torch.manual_seed(training.seed)
     lesson = Lesson(small_text_encoder(vocabulary())).to(device).train()
     optimizer = torch.optim.AdamW(lesson.parameters(), lr=training.lr, weight_decay=0.0)
@@ -202,13 +204,10 @@ def train(out: Path, training: TextTraining, device: str, resume: bool) -> dict:
 
 def write(text_encoder: TextEncoder, out: Path) -> None:
     """OUT/clip and OUT/t5, each a model with its tokenizer, as --clip and --t5 take them."""
-    aside = out.with_name(f".{out.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    for name, model in text_encoder.encoders.items():
-        model.save_pretrained(aside / name)
-        text_encoder.save_tokenizer(name, aside / name)
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(aside, out)
+    with whole_folder(out, ENCODERS) as partial:
+        for name, model in text_encoder.encoders.items():
+            model.save_pretrained(partial / name)
+            text_encoder.save_tokenizer(name, partial / name)
 
 
 def main(argv: list[str] | None = None) -> None:

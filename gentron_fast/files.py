@@ -1,0 +1,136 @@
+"""Files and folders that are there whole or not at all, and JSON."""
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+RENAME_EXCHANGE = 2  # of Linux's renameat2
+AT_FDCWD = -100
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; FileNotFoundError or ValueError that names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, it holds a {type(values).__name__}")
+    return values
+
+
+def write_json(path: Path, values: dict) -> None:
+    """A JSON object into a file, there whole or not at all; the folder is made."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside `path`, with its ending, that takes its place at the end of the block.
+
+    The name is this call's own, so that two processes do not write one file. Where the block fails
+    it is removed; what a killed process left is removed by the next one that writes `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path, ours: Collection[str] = ()) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its place at the end of the block.
+
+    `folder` may be missing, empty, or hold nothing but entries named in `ours`, which are what an
+    earlier call wrote; then the two are exchanged, so that one of them is there at every moment,
+    and the old one is removed. ValueError before any work where it holds something else. Where the
+    block fails nothing is left, no parent that was made for it either.
+    """
+    folder = folder.absolute()
+    check_output_folder(folder, ours)
+    made = [parent for parent in folder.parents if not parent.exists()]
+    partial = _partial(folder)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            _exchange(partial, folder)
+        else:
+            os.replace(partial, folder)
+        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def check_output_folder(folder: Path, ours: Collection[str] = ()) -> None:
+    """ValueError where `folder` is no folder, or holds entries that are not named in `ours`."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is there already: wanted a new folder")
+    foreign = (
+        sorted(path.name for path in folder.iterdir() if path.name not in ours)
+        if (folder.is_dir())
+        else []
+    )
+    if foreign:
+        raise ValueError(
+            f"{folder} is there already: wanted a new folder, it holds {', '.join(foreign[:3])}"
+        )
+
+
+def _partial(path: Path) -> Path:
+    """A name of this call's own beside `path`; partial ones of dead processes are removed."""
+    host = re.sub(r"\W", "-", socket.gethostname())
+    for old in path.parent.glob(f".{_escaped(path.stem)}.{_escaped(host)}.*.part*"):
+        pid = old.name.removeprefix(f".{path.stem}.{host}.").partition(".")[0]
+        if pid.isdecimal() and not _is_alive(int(pid)):
+            shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):
+                old.unlink()
+    unique = uuid.uuid4().hex[:12]
+    return path.with_name(f".{path.stem}.{host}.{os.getpid()}.{unique}.part{path.suffix}")
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([\[*?])", r"[\1]", name)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Exchange two folders' names in one step, or where the system cannot, in three."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(one), os.fsencode(other)
+    exchange = getattr(libc, "renameat2", None)
+    if exchange is not None and not exchange(
+        AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE
+    ):
+        return
+    aside = _partial(other)
+    os.replace(other, aside)
+    os.replace(one, other)
+    os.replace(aside, one)

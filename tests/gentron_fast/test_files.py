@@ -1,0 +1,131 @@
+"""Files and folders that are there whole or not at all."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gentron_fast import files
+from gentron_fast.files import check_output_folder, read_json, whole_file, whole_folder, write_json
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_takes_its_place_at_the_end(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with whole_file(path) as partial:
+        assert partial.suffix == ".txt" and not path.exists()
+        partial.write_text("whole")
+    assert path.read_text() == "whole" and names(path.parent) == ["a.txt"]
+    with pytest.raises(KeyError), whole_file(path) as partial:
+        partial.write_text("half")
+        raise KeyError
+    assert path.read_text() == "whole" and names(path.parent) == ["a.txt"]
+
+
+def test_two_writers_have_two_names_and_the_dead_ones_are_removed(tmp_path):
+    path = tmp_path / "a[1].txt"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    own = files._partial(path)
+    left = own.with_name(own.name.replace(f".{os.getpid()}.", f".{ended.pid}."))
+    left.write_text("of a process that was killed")
+    of_others = tmp_path / ".a[1].elsewhere.1.0.part.txt"
+    of_others.write_text("of another host")
+    with whole_file(path) as one, whole_file(path) as other:
+        assert one != other
+        one.write_text("1")
+        other.write_text("2")
+    assert path.read_text() == "1" and names(tmp_path) == [of_others.name, path.name]
+
+
+def test_a_folder_is_exchanged_whole(tmp_path):
+    folder = tmp_path / "out"
+    for content in ("old", "new"):
+        with whole_folder(folder, ("a",)) as partial:
+            assert folder.exists() == (content == "new")
+            (partial / "a").write_text(content)
+    assert (folder / "a").read_text() == "new" and names(tmp_path) == ["out"]
+    with pytest.raises(OSError), whole_folder(folder, ("a",)) as partial:
+        (partial / "a").write_text("half")
+        raise OSError
+    assert (folder / "a").read_text() == "new" and names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("exchange", ["renameat2", "none"])
+def test_without_the_systems_exchange_too(tmp_path, monkeypatch, exchange):
+    if exchange == "none":
+        monkeypatch.setattr(files.ctypes, "CDLL", lambda *args, **kwargs: object())
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    files._exchange(tmp_path / "one", tmp_path / "other")
+    assert names(tmp_path) == ["one", "other"]
+    assert (tmp_path / "one/other").exists() and (tmp_path / "other/one").exists()
+
+
+def test_what_is_not_ours_is_refused_and_stays(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    check_output_folder(folder)  # empty
+    (folder / "thesis.tex").write_text("years of work")
+    (folder / "config.json").write_text("{}")
+    entered = False
+    refused = pytest.raises(ValueError, match=r"wanted a new folder, it holds thesis\.tex")
+    with refused, whole_folder(folder, ("config.json",)):
+        entered = True
+    assert not entered and names(folder) == ["config.json", "thesis.tex"]
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="wanted a new folder"):
+        check_output_folder(tmp_path / "file")
+    with pytest.raises(ValueError), whole_folder(tmp_path / "new/deep/out"):
+        raise ValueError
+    assert not (tmp_path / "new").exists()
+
+
+def test_killed_at_any_moment_a_whole_folder_is_there(tmp_path):
+    folder = tmp_path / "out"
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from gentron_fast.files import whole_folder\n"
+        "while True:\n"
+        "    with whole_folder(Path(sys.argv[1]), ('a', 'b')) as partial:\n"
+        "        for name in 'ab': (partial / name).write_text('x' * 1000)\n"
+    )
+    for trial in range(6):
+        process = subprocess.Popen([sys.executable, "-c", code, str(folder)])
+        while not folder.exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.05 + 0.013 * trial)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert {name: len((folder / name).read_text()) for name in names(folder)} == {
+            "a": 1000,
+            "b": 1000,
+        }
+    with whole_folder(folder, ("a", "b")) as partial:
+        (partial / "a").touch()
+    assert names(tmp_path) == ["out"]  # what the killed ones left is gone
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [("[" * 100_000, "is not JSON"), ("[1]", "must hold a JSON object, it holds a list")],
+    ids=["deep", "list"],
+)
+def test_json_that_is_no_object(tmp_path, content, words):
+    path = tmp_path / "a.json"
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_json(path)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=words):
+        read_json(path)
+    path.write_text("\ufeff{}", encoding="utf-8")
+    assert read_json(path) == {}
+    write_json(path, {"a": 1})
+    assert read_json(path) == {"a": 1} and names(tmp_path) == ["a.json"]
