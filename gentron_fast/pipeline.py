@@ -19,7 +19,7 @@ from gentron_fast.guidance import GuidedDenoiser, guidance_schedule
 from gentron_fast.model import GenTron, TextCondition
 from gentron_fast.solvers import make_table
 from gentron_fast.text import SUBFOLDERS, TextEncoder
-from gentron_fast.vae import VideoVAE, to_frames
+from gentron_fast.vae import REASONS, VideoVAE, check_finite, to_frames
 
 ASSETS = Path(__file__).parent / "assets"
 INDEX_NAME = "model_index.json"
@@ -134,7 +134,7 @@ class GenTronPipeline:
     ) -> "GenTronPipeline":
         """Move every part and cast its weights."""
         for part in self._parts():
-            part.to(device, dtype)
+            part.to(device, dtype and part.computed_in(dtype) if part is self.vae else dtype)
         self.device = self.device if device is None else torch.device(device)
         self._offloads = False
         return self
@@ -208,16 +208,24 @@ class GenTronPipeline:
         self._bring(self.vae)
         pixels = self.vae.decode(latents.to(self.vae.dtype))
         self._send_back(self.vae)
+        check_finite(pixels, f"the pixels of the VAE in {self.vae.dtype} are")
         return PipelineOutput(to_frames(pixels).cpu(), latents, denoiser.describe())
 
     def _denoise(self, denoiser: GuidedDenoiser, seeds, step_done) -> Tensor:
         """Noise of the seeds → latents (N, C, T, h, w) fp32, one guided step a row of the table."""
         shape = denoiser.latent_shape
         latents, x0 = portable_noise(shape, seeds, 0).to(self.device), None
+        finite = []  # on the device: read once, behind the last step
         for step, draws in enumerate((denoiser.table.rows[:, -1] != 0).tolist()):
             noise = portable_noise(shape, seeds, step + 1).to(self.device) if draws else None
             latents, x0 = denoiser.step(latents, step, x0, noise)
+            finite.append(latents.isfinite().all())
             step_done(step, latents)
+        if not all(finite := torch.stack(finite).tolist()):
+            step = finite.index(False) + 1
+            raise ValueError(
+                f"the latents of step {step} of {len(finite)} are not finite: {REASONS}"
+            )
         return latents
 
     def _encode(self, prompts, negative_prompt):
@@ -228,6 +236,11 @@ class GenTronPipeline:
         if len(negatives) not in (1, len(prompts)):
             raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
         text, null_text = self._texts(prompts), self._texts(negatives)
+        for name in self.transformer.config.encoders:
+            for condition in (text, null_text):
+                check_finite(
+                    getattr(condition, name).tokens, f"the tokens of the {name} encoder are"
+                )
         dtype = self.transformer.patch_embed.weight.dtype
         return text.to(self.device, dtype), null_text.to(self.device, dtype)
 

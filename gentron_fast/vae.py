@@ -11,6 +11,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from gentron_fast.files import read_json
+
+REASONS = "the weights are damaged, or their numbers go beyond this dtype (try another --dtype)"
+
 
 class VideoVAE(nn.Module):
     """Pixels to scaled latents and back, one frame at a time.
@@ -30,8 +34,9 @@ class VideoVAE(nn.Module):
     ) -> VideoVAE:
         """Load config.json and the safetensors weights of an AutoencoderKL from a local folder.
 
-        Raises FileNotFoundError if the folder holds no autoencoder, ValueError if its tensors do
-        not fit its configuration.
+        One whose configuration says force_upcast, such as SDXL's, overflows in fp16: it is loaded
+        in fp32 then. Raises FileNotFoundError if the folder holds no autoencoder, ValueError if its
+        tensors do not fit its configuration.
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
@@ -40,9 +45,10 @@ class VideoVAE(nn.Module):
             raise FileNotFoundError(f"no autoencoder at {folder}: it has no .safetensors weights")
         from diffusers import AutoencoderKL
 
+        upcast = read_json(folder / "config.json").get("force_upcast", True)  # diffusers' default
         autoencoder, report = AutoencoderKL.from_pretrained(
             folder,
-            torch_dtype=dtype,
+            torch_dtype=_computed_in(dtype, upcast),
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
@@ -91,6 +97,10 @@ class VideoVAE(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.autoencoder.parameters()).dtype
+
+    def computed_in(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype to cast to where `dtype` is asked for: fp32 for fp16 that would overflow."""
+        return _computed_in(dtype, self.autoencoder.config.force_upcast)
 
     def check_size(self, height: int, width: int, patch: int) -> None:
         """Raise ValueError unless height and width, in pixels, are multiples of factor × patch."""
@@ -150,6 +160,17 @@ class VideoVAE(nn.Module):
         if clamp:
             pixels = pixels.clamp(-1, 1)
         return rearrange(pixels, "(b t) c h w -> b c t h w", t=latents.shape[2])
+
+
+def _computed_in(dtype: torch.dtype, force_upcast: bool) -> torch.dtype:
+    return torch.float32 if force_upcast and dtype == torch.float16 else dtype
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """ValueError where a number is none: what fp16 that overflowed or damaged weights made would
+    become black frames."""
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{what} not finite: {REASONS}")
 
 
 def to_frames(pixels: Tensor) -> Tensor:

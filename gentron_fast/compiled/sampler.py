@@ -17,7 +17,7 @@ from gentron_fast.compiled.package import part_digests
 from gentron_fast.guidance import guidance_schedule
 from gentron_fast.model import TextCondition
 from gentron_fast.text import SUBFOLDERS, TextEncoder
-from gentron_fast.vae import VideoVAE, to_frames
+from gentron_fast.vae import VideoVAE, check_finite, to_frames
 from gentron_kernels import launch
 
 
@@ -97,6 +97,7 @@ class CompiledSampler:
             for name, scale in (("lambda_t", lambda_t), ("lambda_m", lambda_m))
         ]
         latents = self._runtime.sample(text, null_text, seeds, *scales, on_step)
+        check_finite(latents, "the latents of the last step are")
         frames = self._runtime.decode(latents) if self.metadata["whole"] else None
         steps, solver = len(self.metadata["timesteps"]), self.metadata["solver"]
         return CompiledOutput(frames, latents, f"{steps} compiled steps of {solver}")
@@ -212,4 +213,5 @@ class CompiledPipeline:
         if self.vae is None:
             return output
         pixels = self.vae.decode(output.latents.to(self.vae.dtype))
+        check_finite(pixels, f"the pixels of the VAE in {self.vae.dtype} are")
         return output._replace(frames=to_frames(pixels).cpu())

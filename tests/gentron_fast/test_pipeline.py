@@ -168,3 +168,23 @@ def test_json_that_is_no_object_is_named(name, tiny_pipeline_folder, tmp_path):
     (tmp_path / name).write_text("[]")
     with pytest.raises(ValueError, match="must hold a JSON object, it holds a list"):
         GenTronPipeline.from_pretrained(tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_an_error_with_their_part(tiny_pipeline_folder):
+    pipeline = GenTronPipeline.from_pretrained(tiny_pipeline_folder)
+    damaged = {
+        "the tokens of the t5 encoder are": pipeline.text_encoder.encoders["t5"],
+        "the latents of step 1 of 3 are": pipeline.transformer,
+        "the pixels of the VAE in torch.float32 are": pipeline.vae.autoencoder.decoder,
+    }
+    for words, part in damaged.items():
+        weight = next(part.parameters()).detach()
+        kept = weight.clone()
+        weight.fill_(float("nan"))
+        with pytest.raises(ValueError, match=f"{words} not finite"):
+            pipeline("a star", **CALL)
+        weight.copy_(kept)
+    assert pipeline("a star", **CALL).frames.any()
+    pipeline.vae.autoencoder.register_to_config(force_upcast=True)
+    pipeline.to(dtype=torch.float16)
+    assert pipeline.vae.dtype == torch.float32

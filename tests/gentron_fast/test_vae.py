@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from gentron_fast.vae import VideoVAE
+from gentron_fast.vae import VideoVAE, check_finite
 
 
 def make_vae(**changes):
@@ -130,3 +130,21 @@ def test_a_folder_without_an_autoencoder_gives_one_clear_error(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"no \.safetensors weights"):
         VideoVAE.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_an_autoencoder_that_overflows_in_fp16_stays_fp32(tmp_path):
+    for upcast in (True, False):
+        vae = make_vae(force_upcast=upcast)
+        vae.autoencoder.decoder.conv_in.weight *= 3e5  # activations beyond 65504, as SDXL's
+        vae.save_pretrained(tmp_path / str(upcast))
+    latents = torch.randn(1, 4, 1, 8, 8)
+    stays = VideoVAE.from_pretrained(tmp_path / "True", torch.float16)
+    assert stays.dtype == torch.float32
+    check_finite(stays.decode(latents), "the pixels are")
+    assert stays.computed_in(torch.float16) == torch.float32
+    assert stays.computed_in(torch.bfloat16) == torch.bfloat16
+    halved = VideoVAE.from_pretrained(tmp_path / "False", torch.float16)
+    assert halved.dtype == torch.float16
+    with pytest.raises(ValueError, match="the pixels are not finite"):
+        check_finite(halved.decode(latents), "the pixels are")
