@@ -155,7 +155,7 @@ def objective_engine(
         parts.text_encoder if parts.train_text else None,
         NoiseSchedule.from_config(SCHEDULER_CONFIG),
         DTYPES[settings.dtype],
-        settings.weight_cap,
+        settings.max_loss_weight,
     ).train()
     weights = {}
     if rounded := settings.parameters == "bf16":
@@ -211,7 +211,7 @@ def deepspeed_config(
     config = {
         "train_micro_batch_size_per_gpu": settings.batch,
         "gradient_accumulation_steps": settings.accumulation,
-        "gradient_clipping": settings.clip_norm,
+        "gradient_clipping": settings.max_grad_norm,
         "zero_optimization": zero,
         "steps_per_print": 2**31,
     }

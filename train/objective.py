@@ -34,15 +34,16 @@ class Objective(nn.Module):
         text_encoder: TextEncoder | None,
         schedule: NoiseSchedule,
         dtype: torch.dtype,
-        weight_cap: float = 1.0,
+        max_loss_weight: float = 1.0,
     ):
         super().__init__()
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.schedule = schedule
         self.dtype = dtype
-        # x0 = (x - σ·ε) / α: an error of ε is an error of x0, 1 / ᾱ times as large in square.
-        self.weights = (1 / schedule.alphas_cumprod).clamp(max=weight_cap).float()
+        # 1 / ᾱ makes the ε loss the v loss, or x0's with weight SNR + 1 (Salimans & Ho, 2022,
+        # section 4); the cap is there for the reason of min-SNR's (Hang et al., 2023).
+        self.weights = (1 / schedule.alphas_cumprod).clamp(max=max_loss_weight).float()
 
     @property
     def config(self) -> GenTronConfig:

@@ -15,7 +15,7 @@ from gentron_train.data.loader import Loader
 from gentron_train.ema import ShardedEMA
 from gentron_train.export_pipeline import DTYPES, export_pipeline
 from gentron_train.process import say
-from gentron_train.settings import Settings
+from gentron_train.settings import Settings, with_new_names
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Saver:
         """trained_text: the text encoder whose weights train, for its tokenizers and shape."""
         self.settings, self.state = settings, state
         self.engine, self.ema, self.loader = engine, ema, loader
-        self.checkpoints = Checkpoints(settings.run, settings.keep, device)
+        self.checkpoints = Checkpoints(settings.run, settings.save_total_limit, device)
         self._trained_text = trained_text
         self._saved_step: int | None = None  # the same on every rank
 
@@ -117,7 +117,7 @@ class Saver:
         for name in ("step", "seconds", "skipped"):
             setattr(self.state, name, info[name])
         self._saved_step = self.state.step
-        changed = _changes(info["settings"], self.settings.to_dict())
+        changed = _changes(with_new_names(info["settings"], str(folder)), self.settings.to_dict())
         if resumed.resharded:
             changed.append(f"ranks {resumed.ranks} → {dist.get_world_size()}")
         what = f" with {', '.join(changed)}" if changed else ""

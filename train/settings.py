@@ -3,9 +3,10 @@
 import argparse
 import dataclasses
 import os
+import sys
 import types
 import typing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -15,8 +16,16 @@ from gentron_fast.files import read_json
 from gentron_fast.model import CONFIG_NAME
 from gentron_fast.pipeline import ASSETS
 from gentron_fast.text import SUBFOLDERS
-from gentron_train.data.loader import TIMESTEPS, DataSettings
-from gentron_train.data.shards import CACHE
+from gentron_train.data.loader import DataSettings
+from gentron_train.data.options import (
+    DataOptions,
+    check_choices,
+    check_least,
+    check_positive,
+    check_share,
+    flag,
+    option,
+)
 from gentron_train.small_world.renderer import INDEX_NAME as SHARDS_INDEX
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -24,17 +33,22 @@ DEFAULT_CONFIG = CONFIGS / "small.yaml"
 STAGES = ("t2i", "t2v")
 EXPORT_DTYPES = ("fp32", "bf16", "fp16")
 CHECKPOINTING = ("none", "attention", "full")
+# Former names of settings, which files, command lines and checkpoints still hold.
+RENAMED = {
+    "clip_norm": "max_grad_norm",
+    "decay_last": "decay_ratio",
+    "ema": "ema_decay",
+    "keep": "save_total_limit",
+    "narrow_first": "timestep_range_portion",
+    "starts": "windows_per_clip",
+    "weight_cap": "max_loss_weight",
+}
 SIZE_FIELDS = ("depth", "width", "heads", "patch_size")  # what the name of a preset stands for
-
-
-def option(default, text: str, **keywords):
-    """A field of Settings with its line of --help."""
-    return field(default=default, metadata={"help": text, **keywords})
 
 
 # ruff: noqa: RUF009 (each default is a dataclasses.field)
 @dataclass(frozen=True)
-class Settings:
+class Settings(DataOptions):
     """A training run. Each field is a command-line option, and a field of a configuration file.
 
     Raises ValueError, naming the option, for a value out of range or for two that do not fit.
@@ -61,34 +75,22 @@ class Settings:
     make_clips: int = option(6000, "clips of the small world if the folder has no shards")
     size: str | None = option(None, "pixels, 256 or HxW; without, as the data is, all of one size")
     buckets: str | None = option(None, "sizes HxW, HxW … instead: the nearest in aspect ratio")
-    in_memory: bool = option(False, "encode once, beside the shards, and hold the latents")
-    crop: str = option("center", "which part of a picture is kept", choices=["center", "random"])
-    frames: int = option(8, "frames of a clip")
-    fps: float = option(4.0, "their rate")
-    starts: int = option(0, "random starts of each clip that are encoded; 0: a new one each time")
-    workers: int = option(2, "processes that read data, a rank")
-    cache: Path = option(CACHE, "folder for copies of the shards that are no local files")
-    cache_gib: float | None = option(None, "GiB of them to keep (all); 64 shards are read at once")
-    max_broken: float = option(0.05, "share of broken samples that ends the run")
-    p_null: float = option(0.1, "probability of the empty caption")
-    p_motion_free: float = option(0.2, "share of image-text pairs in T2V training")
-    draws: int = option(1, "noises and timesteps per sample; they share its text encoding")
-    min_timestep: int = option(0, "smallest timestep drawn")
-    max_timestep: int = option(TIMESTEPS - 1, "largest timestep drawn")
-    narrow_first: float = option(1.0, "first share of the run within them; then all are drawn")
-    weight_cap: float = option(1.0, "weight of a timestep: 1 / ᾱ up to this; 1: the plain ε loss")
+    timestep_range_portion: float = option(
+        1.0, "first portion of the run with timesteps in that range; then all are drawn"
+    )
+    max_loss_weight: float = option(
+        1.0, "cap on a timestep's loss weight 1 / ᾱ, that of the v loss; 1: the plain ε loss"
+    )
 
     steps: int = option(500_000, "optimizer steps")
     minutes: float | None = option(None, "stop, with checkpoint and export, after this time")
     global_batch: int | None = option(None, "samples a step over all ranks; sets the accumulation")
-    batch: int = option(32, "samples per rank and micro-step")
     accumulation: int | None = option(None, "micro-steps a step (1 without --global-batch)")
     lr: float = option(1e-4, "AdamW learning rate")
     warmup: int = option(0, "steps of linear warm-up")
-    decay_last: float = option(0.0, "share of the run at whose end the rate falls linearly to 0")
-    clip_norm: float = option(1.0, "largest gradient norm")
-    ema: float = option(0.9999, "decay of the weights' moving average")
-    seed: int = option(0, "seed of the weights and of the data")
+    decay_ratio: float = option(0.0, "last share of the run, in which the rate falls linearly to 0")
+    max_grad_norm: float = option(1.0, "largest gradient norm")
+    ema_decay: float = option(0.9999, "decay of the weights' moving average")
     dtype: str = option("bf16", "what is computed in", choices=["fp32", "bf16"])
     parameters: str = option(
         "bf16",
@@ -107,7 +109,7 @@ class Settings:
     sample_every: int = option(0, "steps between sample pictures; 0: none")
     prompts: Path | None = option(None, "prompts of the samples, one a line")
     save_every: int = option(500, "steps between checkpoints")
-    keep: int = option(2, "checkpoints to keep")
+    save_total_limit: int = option(2, "checkpoints to keep")
     export_every: int = option(0, "steps between exports; 0: at the end only")
     export_dtype: str = option("fp16", "weights of the exported pipeline", choices=EXPORT_DTYPES)
     resume: bool = option(False, "go on from the last checkpoint of this run")
@@ -116,41 +118,23 @@ class Settings:
     gpu_memory: float | None = option(None, "GiB of a GPU, for --dry-run; else this machine's")
 
     def __post_init__(self):
-        for name, least in {
-            **dict.fromkeys(("steps", "batch", "draws", "log_every", "save_every", "keep"), 1),
-            **dict.fromkeys(("frames", "global_batch", "accumulation"), 1),
-            **dict.fromkeys(("warmup", "workers", "starts", "sample_every", "export_every"), 0),
-            **dict.fromkeys(("make_images", "make_clips"), 0),
-        }.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{_flag(name)} is {value}, must be at least {least}")
+        super().__post_init__()
+        check_least(self, 1, "steps", "log_every", "save_every", "save_total_limit")
+        check_least(self, 1, "global_batch", "accumulation")
+        check_least(self, 0, "warmup", "sample_every", "export_every", "make_images", "make_clips")
         for name in ("size", "buckets"):
             if getattr(self, name) is not None:
-                _sizes(f"--{name}", getattr(self, name))
-        for name in ("decay_last", "narrow_first", "p_null", "p_motion_free", "max_broken"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{_flag(name)} is {getattr(self, name)}, must be in 0 … 1")
-        for name in ("lr", "fps", "timeout", "clip_norm", "minutes", "gpu_memory", "cache_gib"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"--{_flag(name)} is {value}, must be above 0")
-        if not 0 <= self.min_timestep <= self.max_timestep < TIMESTEPS:
-            raise ValueError(
-                f"--min-timestep {self.min_timestep} and --max-timestep {self.max_timestep} "
-                f"must be a range within 0 … {TIMESTEPS - 1}"
-            )
-        if not self.weight_cap >= 1:
-            raise ValueError(f"--weight-cap is {self.weight_cap}, must be at least 1")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"--ema is {self.ema}, must be at least 0 and below 1")
+                _sizes(flag(name), getattr(self, name))
+        check_share(self, "decay_ratio", "timestep_range_portion")
+        check_positive(self, "lr", "timeout", "max_grad_norm", "minutes", "gpu_memory")
+        if not self.max_loss_weight >= 1:
+            raise ValueError(f"--max-loss-weight is {self.max_loss_weight}, must be at least 1")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema-decay is {self.ema_decay}, must be at least 0 and below 1")
         if self.dtype == "fp32" and self.parameters != "fp32":
             raise ValueError("--dtype fp32 needs --parameters fp32")
-        for item in dataclasses.fields(self):
-            choices, value = item.metadata.get("choices"), getattr(self, item.name)
-            if choices is not None and value not in choices:
-                wanted = ", ".join(choices)
-                raise ValueError(f"--{_flag(item.name)} is {value!r}, must be one of {wanted}")
+        choices = [i.name for i in dataclasses.fields(self) if "choices" in i.metadata]
+        check_choices(self, *choices)
 
     def on(self, ranks: int) -> "Settings":
         """The same with the accumulation that makes the global batch on so many ranks.
@@ -222,7 +206,7 @@ class Settings:
             buckets=() if self.buckets is None else _sizes("--buckets", self.buckets),
             log=self.run / "broken.jsonl",
             rendered=self.rendered_samples() is not None,
-            **{name: getattr(self, name) for name in _DATA_FIELDS},
+            **{item.name: getattr(self, item.name) for item in dataclasses.fields(DataOptions)},
         )
 
     def batch_line(self, ranks: int) -> str:
@@ -257,12 +241,6 @@ def stored_encoders(pipeline: Path) -> dict[str, tuple[Path, Path]]:
     return {name: tuple(pair) for name, pair in folders.items() if pair[0].is_dir()}
 
 
-_DATA_FIELDS = (
-    *("frames", "fps", "starts", "crop", "batch", "draws", "p_null", "p_motion_free", "seed"),
-    *("min_timestep", "max_timestep", "workers", "cache", "cache_gib", "in_memory", "max_broken"),
-)
-
-
 def _sizes(option: str, text: str) -> tuple[tuple[int, int], ...]:
     """Pixels (H, W) of "256", of "256x320", or of several with commas between them."""
     sizes = []
@@ -274,10 +252,6 @@ def _sizes(option: str, text: str) -> tuple[tuple[int, int], ...]:
     return tuple(sizes)
 
 
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
-
-
 def _kind(item: dataclasses.Field) -> tuple[type, bool]:
     """A field's type without None, and whether it takes None."""
     if isinstance(item.type, types.UnionType):
@@ -286,9 +260,30 @@ def _kind(item: dataclasses.Field) -> tuple[type, bool]:
     return item.type, False
 
 
+def with_new_names(values: dict, where: str) -> dict:
+    """Settings by name, former names replaced; ValueError where a setting is there by both."""
+    for name in values.keys() & RENAMED.keys():
+        if RENAMED[name] in values:
+            raise ValueError(f"{name} and {RENAMED[name]} in {where} are one setting: give one")
+    return {RENAMED.get(name, name): value for name, value in values.items()}
+
+
+def _argv_with_new_names(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """A command line with former options replaced, and by which these were."""
+    options = {flag(name): flag(new) for name, new in RENAMED.items()}
+    result, found = [], {}
+    for word in argv:
+        option, equals, value = word.partition("=")
+        if option in options:
+            found[option] = options[option]
+        result.append(options.get(option, option) + equals + value)
+    return result, found
+
+
 def converted(values: dict, where: str) -> dict:
     """Fields of Settings in the types they have; YAML reads 1e-4 as text, and paths are text."""
     known = {item.name: item for item in dataclasses.fields(Settings)}
+    values = with_new_names(values, where)
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(f"unknown field {', '.join(map(str, unknown))} in {where}")
     result = {}
@@ -327,7 +322,10 @@ def load_config(path: Path, stage: str) -> dict:
     for name, section in sections.items():
         if not isinstance(section, dict):
             raise ValueError(f"section {name} of {path} must hold fields with values")
-    own = [converted(part, str(path)) for part in (values, *sections.values())]
+    parts = (values, *sections.values())
+    former = [name for part in parts for name in part if name in RENAMED]
+    _tell_renamed({name: RENAMED[name] for name in former}, str(path))
+    own = [converted(part, str(path)) for part in parts]
     return own[0] | own[1 + STAGES.index(stage)]
 
 
@@ -342,19 +340,24 @@ def parse_settings(stage: str, description: str, argv: list[str] | None = None) 
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+    argv, former = _argv_with_new_names(sys.argv[1:] if argv is None else argv)
+    _tell_renamed(former, "command line")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="file of these fields")
     try:
         chosen, _ = _config_parser().parse_known_args(argv)
         defaults = Settings(**load_config(chosen.config, stage))
+        own = DataOptions.__dataclass_fields__.keys()
+        data = parser.add_argument_group("data")
         for item in dataclasses.fields(Settings):
+            group = data if item.name in own else parser
             keywords, (kind, optional) = dict(item.metadata), _kind(item)
             if kind is bool:
                 keywords["action"] = argparse.BooleanOptionalAction
             else:
                 keywords["type"] = _or_none(kind) if optional else kind
             default = getattr(defaults, item.name)
-            parser.add_argument(f"--{_flag(item.name)}", default=default, **keywords)
+            group.add_argument(flag(item.name), default=default, **keywords)
         # argparse sets a default where there is no value yet: what stays a mark was not given.
         marks = {item.name: parser for item in dataclasses.fields(Settings)}
         values = vars(parser.parse_args(argv, argparse.Namespace(**marks)))
@@ -429,6 +432,11 @@ def _with_shipped_parts(settings: Settings, given: dict) -> Settings:
     if "vae" not in given and ("vae" in absent or "init" in absent):
         changes["vae"] = ASSETS / "vae"
     return replace(settings, **changes)
+
+
+def _tell_renamed(names: dict[str, str], where: str) -> None:
+    if names:
+        tell(f"{where}: " + ", ".join(f"{name} is now {now}" for name, now in names.items()))
 
 
 def tell(line: str) -> None:

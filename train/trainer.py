@@ -43,8 +43,8 @@ BAD_STEPS = 10  # without a finite loss, one after the other, end the run
 def learning_rate(settings: Settings, step: int, progress: float) -> float:
     """Rate of step `step` (from 0) when `progress` of the run, 0 … 1, is behind it."""
     rate = settings.lr * min(1.0, (step + 1) / max(settings.warmup, 1))
-    if settings.decay_last:
-        rate *= min(1.0, max(0.0, (1 - progress) / settings.decay_last))
+    if settings.decay_ratio:
+        rate *= min(1.0, max(0.0, (1 - progress) / settings.decay_ratio))
     return rate
 
 
@@ -83,7 +83,7 @@ class Trainer:
         resumed = checkpoint_to_resume(settings, config)
         resharded = resumed is not None and resumed.resharded
         self.engine = objective_engine(parts, settings, device, resharded)
-        self.ema = ShardedEMA(self.engine.module, settings.ema)
+        self.ema = ShardedEMA(self.engine.module, settings.ema_decay)
         # Which generators the checkpoint restores, if it was written by as many ranks.
         torch.manual_seed(settings.seed * 1_000_003 + 7919 * dist.get_rank())
         self.log = RunLog(
@@ -116,7 +116,7 @@ class Trainer:
         with tqdm(total=settings.steps, initial=state.step, unit="step", disable=hidden) as bar:
             while state.step < settings.steps and agreed.progress < 1:
                 rate = learning_rate(settings, state.step, agreed.progress)
-                self.loader.narrow = agreed.progress < settings.narrow_first
+                self.loader.narrow = agreed.progress < settings.timestep_range_portion
                 loss = self.train_step(rate)
                 agreed = self._agree(loss, bool(stop))
                 self._count(agreed.loss)

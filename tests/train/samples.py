@@ -77,6 +77,7 @@ def settings(shards, log, **options) -> DataSettings:
     both = {"kinds": ("images", "clips"), "p_motion_free": 0.5, "p_null": 0.2, "size": (32, 32)}
     both |= {"images": f"{shards}/images-*.tar", "clips": f"{shards}/clips-*.tar"}
     both |= {"batch": 3, "workers": 0, "max_broken": 1.0, "log": log / "broken.jsonl"}
+    both |= {"windows_per_clip": 2}
     return DataSettings(**both | options)
 
 

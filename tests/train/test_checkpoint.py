@@ -20,8 +20,14 @@ from gentron_train.data.sources import folder_digest
 
 # Eight samples a step on one rank as on two.
 OPTIONS = ("--global-batch=8", "--batch=2", "--draws=2", "--steps=6", "--save-every=2")
-OPTIONS += ("--starts=1", "--log-every=1", "--no-tensorboard", "--warmup=1", "--keep=3")
-OPTIONS += ("--dtype=fp32", "--parameters=fp32", "--decay-last=0")
+OPTIONS += (
+    "--windows-per-clip=1",
+    "--log-every=1",
+    "--no-tensorboard",
+    "--warmup=1",
+    "--save-total-limit=3",
+)
+OPTIONS += ("--dtype=fp32", "--parameters=fp32", "--decay-ratio=0")
 
 
 def train(world: Path, init: Path, run: Path, *options: str) -> None:

@@ -20,7 +20,13 @@ from gentron_train.process import run as run_entry
 from gentron_train.trainer import train
 
 TRIALS = int(os.environ.get("FAULTS", "2"))
-OPTIONS = ("--batch=1", "--steps=100000", "--save-every=2", "--keep=1", "--no-tensorboard")
+OPTIONS = (
+    "--batch=1",
+    "--steps=100000",
+    "--save-every=2",
+    "--save-total-limit=1",
+    "--no-tensorboard",
+)
 OPTIONS += ("--dtype=fp32",)
 slow = pytest.mark.skipif("FAULTS" not in os.environ, reason="takes a minute: make faults")
 
@@ -113,7 +119,7 @@ def resume(world: Path, init: Path, run: Path, steps: int) -> None:
         "--train-text",
         "--warmup=1",
         "--log-every=1",
-        "--starts=1",
+        "--windows-per-clip=1",
         *OPTIONS,
         "--resume",
         f"--steps={steps}",

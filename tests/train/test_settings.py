@@ -5,12 +5,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gentron_fast import PRESETS
 from gentron_fast.pipeline import ASSETS
+from gentron_train.data.loader import DataSettings
+from gentron_train.data.options import DataOptions, flag
 from gentron_train.memory import model_config
 from gentron_train.settings import (
     CONFIGS,
+    RENAMED,
     Settings,
     load_config,
     parse_settings,
@@ -121,8 +125,8 @@ def test_the_papers_stages(name, stage, size, batch, steps, preset):
     height, width = settings.pixels()
     assert abs(height * width - size**2) < 0.05 * size**2
     assert settings.global_batch == batch and (steps is None or settings.steps == steps)
-    assert (settings.lr, settings.warmup, settings.decay_last) == (1e-4, 0, 0.0)
-    assert (settings.ema, settings.weight_cap, settings.p_null) == (0.9999, 1.0, 0.1)
+    assert (settings.lr, settings.warmup, settings.decay_ratio) == (1e-4, 0, 0.0)
+    assert (settings.ema_decay, settings.max_loss_weight, settings.p_null) == (0.9999, 1.0, 0.1)
     assert (settings.frames, settings.fps, settings.p_motion_free) == (8, 4.0, 0.2)
     assert (settings.dtype, settings.parameters) == ("bf16", "bf16")
     for ranks in (8, 16):
@@ -185,7 +189,7 @@ def test_wrong_files(tmp_path, capsys, text, message):
         (["--size", "big"], "--size is 'big', wanted a side or HxW"),
         (["--dtype", "fp32", "--parameters", "bf16"], "--dtype fp32 needs --parameters fp32"),
         (["--lr", "0"], "--lr is 0.0, must be above 0"),
-        (["--ema", "1"], "--ema is 1.0, must be at least 0 and below 1"),
+        (["--ema-decay", "1"], "--ema-decay is 1.0, must be at least 0 and below 1"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -272,6 +276,42 @@ def test_none_and_sizes_on_the_command_line(tmp_path, capsys):
     assert "invalid int value: 'none'" in refused(capsys, "t2i", "--batch=none")
     both = refused(capsys, "t2i", "--size=64", "--buckets=64x64,32x96")
     assert "--size 64 and --buckets 64x64,32x96: give one" in both
+
+
+# Values that are no defaults, by the names that files, command lines and checkpoints had once.
+FORMER = {"decay_last": 0.5, "narrow_first": 0.25, "weight_cap": 3.0, "keep": 9, "starts": 4}
+FORMER |= {"clip_norm": 2.0, "ema": 0.5}
+
+
+def test_former_names(tmp_path, capsys):
+    """Read as the settings that they are now, and told in one line."""
+    assert FORMER.keys() == RENAMED.keys()
+    wanted = {RENAMED[name]: value for name, value in FORMER.items()}
+    config = written(tmp_path, yaml.safe_dump(FORMER))
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in FORMER.items()]
+    for argv in ([config], flags):
+        settings = parse_settings("t2i", "", argv)
+        assert {name: getattr(settings, name) for name in wanted} == wanted
+        told = [line for line in capsys.readouterr().out.splitlines() if " is now " in line]
+        assert len(told) == 1
+        for name, new in RENAMED.items():
+            old, now = (name, new) if argv == [config] else (flag(name), flag(new))
+            assert f"{old} is now {now}" in told[0]
+    assert parse_settings("t2i", "", ["--keep", "9"]).save_total_limit == 9
+    stored = Settings(**wanted).to_dict()
+    former = {new: name for name, new in RENAMED.items()}
+    stored = {former.get(name, name): value for name, value in stored.items()}
+    assert Settings.from_dict(stored) == Settings(**wanted)
+    both = refused(capsys, "t2i", written(tmp_path, "keep: 1\nsave_total_limit: 2\n"))
+    assert "keep and save_total_limit in " in both and "are one setting" in both
+
+
+def test_the_loader_takes_the_settings_own_values():
+    settings = Settings(frames=3, seed=7, p_null=0.5, windows_per_clip=2, in_memory=True)
+    data = settings.data_settings("t2v")
+    for item in fields(DataOptions):
+        assert getattr(data, item.name) == getattr(settings, item.name)
+        assert item.default == getattr(DataSettings(), item.name)
 
 
 def test_settings_go_to_json_and_back():

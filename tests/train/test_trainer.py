@@ -55,7 +55,7 @@ def plain_steps(settings: Settings, ranks: int) -> dict:
     ]
     schedule = NoiseSchedule.from_config(SCHEDULER_CONFIG)
     model = Objective(
-        parts.transformer, parts.text_encoder, schedule, torch.float32, settings.weight_cap
+        parts.transformer, parts.text_encoder, schedule, torch.float32, settings.max_loss_weight
     ).train()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -69,10 +69,10 @@ def plain_steps(settings: Settings, ranks: int) -> dict:
             loss = model(*inputs) / ranks
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        decay = min(settings.ema, (1 + step) / (10 + step))
+        decay = min(settings.ema_decay_decay, (1 + step) / (10 + step))
         for name, parameter in model.named_parameters():
             ema[name] = decay * ema[name] + (1 - decay) * parameter.detach()
         losses.append(total)
@@ -355,7 +355,7 @@ def drawn_timesteps(settings: Settings) -> list:
 
 
 def test_the_first_share_of_a_run_draws_narrow_timesteps(ranks, world, tiny_t2i_folder, tmp_path):
-    narrow = {"min_timestep": 500, "max_timestep": 501, "narrow_first": 0.5, "steps": 4}
+    narrow = {"min_timestep": 500, "max_timestep": 501, "timestep_range_portion": 0.5, "steps": 4}
     settings = settings_of(world, tiny_t2i_folder, tmp_path, "t2v", batch=8, **narrow)
     drawn = ranks.call(1, drawn_timesteps, settings)[0]
     assert {t for step in drawn[:2] for t in step} == {500, 501}

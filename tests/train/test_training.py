@@ -170,7 +170,7 @@ def test_text_stands_for_several_draws():
 
 
 def test_learning_rate():
-    settings = Settings(lr=1.0, warmup=10, decay_last=0.25)
+    settings = Settings(lr=1.0, warmup=10, decay_ratio=0.25)
     assert learning_rate(settings, 0, 0.0) == pytest.approx(0.1)
     assert learning_rate(settings, 500, 0.5) == 1.0
     assert learning_rate(settings, 900, 0.875) == pytest.approx(0.5)

@@ -17,7 +17,7 @@ STEPS = 10
 
 def settings_of(world: Path, init: Path, run: Path, stage: str = "t2i", **changes) -> Settings:
     argv = [f"--data={world / 'data'}", f"--vae={world / 'vae'}", f"--init={init}"]
-    argv += [f"--run={run}", "--starts=1", "--batch=2", "--draws=2", "--no-tensorboard"]
+    argv += [f"--run={run}", "--windows-per-clip=1", "--batch=2", "--draws=2", "--no-tensorboard"]
     argv += ["--train-text"]
     argv += ["--warmup=2", f"--steps={STEPS}", "--dtype=fp32", "--log-every=1"]
     return replace(parse_settings(stage, "", argv), **changes)
@@ -31,7 +31,13 @@ def launch(script: str, world: Path, run: Path, *options, ranks: int = 2) -> sub
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
     command += [f"--num_gpus={ranks}", f"--master_port={port}", script]
     command += [f"--data={world / 'data'}", f"--vae={world / 'vae'}", f"--run={run}"]
-    command += ["--train-text", "--warmup=1", "--log-every=1", "--starts=1", *map(str, options)]
+    command += [
+        "--train-text",
+        "--warmup=1",
+        "--log-every=1",
+        "--windows-per-clip=1",
+        *map(str, options),
+    ]
     if not any(str(option).startswith("--init") for option in options):
         command.append(f"--text={world / 'text'}")
     return subprocess.Popen(

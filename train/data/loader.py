@@ -24,7 +24,8 @@ from gentron_fast.model import TextCondition
 from gentron_fast.text import Tokens
 from gentron_train.data.broken import Broken, BrokenLog, BrokenSample, TooManyBroken
 from gentron_train.data.decode import Sampling
-from gentron_train.data.shards import CACHE, Shard, count, find_shards, index, read_facts
+from gentron_train.data.options import TIMESTEPS, DataOptions
+from gentron_train.data.shards import Shard, count, find_shards, index, read_facts
 from gentron_train.data.sources import (
     LatentSource,
     MemorySource,
@@ -39,12 +40,11 @@ from gentron_train.data.sources import (
 
 # Shapes: B batch, K draws, C channels, T frames, h × w latents.
 __all__ = ["Batch", "DataSettings", "Loader", "TooManyBroken", "make_loader"]
-TIMESTEPS = 1000
 SHUFFLED_TOGETHER = 64  # shards
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(DataOptions):
     """What a run trains on. A pattern of shards is a glob, or URLs that WebDataset reads."""
 
     kinds: tuple[str, ...] = ("images",)  # or ("images", "clips")
@@ -52,51 +52,20 @@ class DataSettings:
     clips: str = "data/shapes/clips-*.tar"
     size: tuple[int, int] | None = None  # pixels (H, W); None: as they are, all of one size
     buckets: tuple[tuple[int, int], ...] = ()  # sizes instead: the one nearest in aspect ratio
-    frames: int = 8
-    fps: float = 4.0
-    starts: int = 2  # windows of each clip; 0: a new one at every reading
-    crop: str = "center"  # or "random"
-    batch: int = 32  # captions per rank and micro-step
-    draws: int = 1  # noises and timesteps of each caption
-    min_timestep: int = 0
-    max_timestep: int = TIMESTEPS - 1
-    p_null: float = 0.1
-    p_motion_free: float = 0.2
-    seed: int = 0
-    workers: int = 2  # decoding processes of each rank
-    in_memory: bool = False  # encode once, beside the shards, and hold the latents in memory
-    max_broken: float = 0.05  # share of broken samples that stops the run
     log: Path = Path("runs/broken.jsonl")  # names every broken sample
-    cache: Path = CACHE  # copies of the shards that are no local files
-    cache_gib: float | None = None  # of them that are kept; None: all
     rendered: bool = False  # the small world's samples instead, which no shards hold
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.kinds or set(self.kinds) - {"images", "clips"}:
             raise ValueError(f"kinds is {self.kinds}, must name images, clips or both")
-        for name in ("frames", "batch", "draws"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
-        for name in ("starts", "workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, must not be negative")
-        for name in ("p_null", "p_motion_free", "max_broken"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be between 0 and 1")
-        if not 0 <= self.min_timestep <= self.max_timestep < TIMESTEPS:
-            raise ValueError(
-                f"timesteps are {self.min_timestep} to {self.max_timestep}, "
-                f"must be within 0 to {TIMESTEPS - 1}"
-            )
-        if not self.fps > 0:
-            raise ValueError(f"fps is {self.fps}, must be above 0")
-        if self.crop not in ("center", "random"):
-            raise ValueError(f"crop is {self.crop!r}, must be center or random")
         for size in (*self.buckets, *([self.size] if self.size else [])):
             if len(size) != 2 or min(size) < 1:
                 raise ValueError(f"a size is {size}, must be (height, width) in pixels")
-        if self.in_memory and (self.buckets or not self.starts):
-            raise ValueError("in_memory takes one size, no buckets, and at least one start")
+        if self.in_memory and (self.buckets or not self.windows_per_clip):
+            raise ValueError(
+                "in_memory takes one size, no buckets, and at least one of windows_per_clip"
+            )
 
     @property
     def sampling(self) -> Sampling:
@@ -104,7 +73,7 @@ class DataSettings:
             tuple(self.size) if self.size and not self.buckets else None,
             tuple(map(tuple, self.buckets)),
         )
-        return Sampling(self.frames, self.fps, self.starts, 0, *sizes, self.crop)
+        return Sampling(self.frames, self.fps, self.windows_per_clip, 0, *sizes, self.crop)
 
     @functools.cached_property
     def shards(self) -> dict[str, list[Shard]]:
@@ -438,9 +407,8 @@ def make_loader(
     """The micro-batches of one rank, in whichever way the shards and `in_memory` say.
 
     vae: an autoencoder's folder, which precomputed shards do without; where it is there, it must be
-    theirs. tokenize may be None
-    where they hold the texts' embeddings. Under torch.distributed the ranks share the work of the
-    start, and wait for each other.
+    theirs. tokenize may be None where they hold the texts' embeddings. Under torch.distributed the
+    ranks share the work of the start, and wait for each other.
     """
     together = ranks if ranks > 1 and torch.distributed.is_initialized() else 1
     everything = [(kind, shard) for kind in data.kinds for shard in data.shards[kind]]

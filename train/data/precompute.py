@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--size", type=parse_sizes, metavar="HxW,…", help="pixels; of several the nearest in shape")
     add("--frames", type=int, default=8, help="frames of a clip")
     add("--fps", type=float, default=4.0, help="frames a second that are taken")
-    add("--starts", type=int, default=2, help="random windows of each clip")
+    add("--windows-per-clip", "--starts", type=int, default=2, help="random ones, that are encoded")
     add("--crop", default="center", choices=["center", "random"], help="which part is cut out")
     add("--workers", type=int, default=os.cpu_count(), help="processes that decode")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="that encodes")
@@ -281,13 +281,13 @@ def main(argv: list[str] | None = None) -> int:
             buckets=sizes if len(sizes) > 1 else (),
             frames=args.frames,
             fps=args.fps,
-            starts=args.starts,
+            windows_per_clip=args.windows_per_clip,
             crop=args.crop,
             workers=args.workers,
             max_broken=args.max_broken,
         )
-        if args.starts < 1:
-            raise ValueError(f"starts is {args.starts}, must be at least 1")
+        if args.windows_per_clip < 1:
+            raise ValueError(f"--windows-per-clip is {args.windows_per_clip}, must be at least 1")
         shards = [shard for pattern in args.shards for shard in find_shards(pattern)]
         broken = precompute(
             shards,

@@ -134,7 +134,7 @@ def test_timesteps_within_their_range():
         {"max_timestep": 1000},
         {"min_timestep": 999, "max_timestep": 9},
     ):
-        with pytest.raises(ValueError, match="must be within 0 to 999"):
+        with pytest.raises(ValueError, match="must be a range within 0 … 999"):
             replace(BOTH, **wrong)
 
 
@@ -164,6 +164,7 @@ def test_loader_in_memory(world):
         images=str(world / "data/images-*.tar"),
         clips=str(world / "data/clips-*.tar"),
         batch=5,
+        windows_per_clip=2,
         in_memory=True,
     )
     loader = make_loader(settings, world / "vae", encoder.tokenize)
@@ -291,7 +292,9 @@ def test_a_batch_by_hand(shards, models, encoder, tmp_path):
 
 def test_a_clip_by_hand(shards, models, encoder, tmp_path):
     """Frames from the file by PyAV, every sixth of 24 a second from the start that is drawn."""
-    data = settings(shards, tmp_path, kinds=("clips",), draws=2, seed=5, batch=1, starts=2)
+    data = settings(
+        shards, tmp_path, kinds=("clips",), draws=2, seed=5, batch=1, windows_per_clip=2
+    )
     loader = make_loader(data, models / "vae", encoder.tokenize)
     vae = VideoVAE.from_pretrained(models / "vae")
     for _ in range(3):
@@ -415,7 +418,7 @@ def test_every_epoch_sees_each_sample_once(together, monkeypatch):
 def test_windows_of_a_run_without_starts_are_new_at_every_reading(
     shards, models, encoder, tmp_path
 ):
-    data = settings(shards, tmp_path, kinds=("clips",), starts=0, p_null=0.0, batch=1)
+    data = settings(shards, tmp_path, kinds=("clips",), windows_per_clip=0, p_null=0.0, batch=1)
     loader = make_loader(data, models / "vae", encoder.tokenize)
     means = {}
     for number in range(80):
@@ -429,10 +432,10 @@ def test_windows_of_a_run_without_starts_are_new_at_every_reading(
     "options, message",
     [
         ({"kinds": ("pictures",)}, "kinds is"),
-        ({"batch": 0}, "batch is 0, must be at least 1"),
-        ({"workers": -1}, "workers is -1, must not be negative"),
-        ({"p_motion_free": 1.5}, "p_motion_free is 1.5, must be between 0 and 1"),
-        ({"crop": "left"}, "crop is 'left', must be center or random"),
+        ({"batch": 0}, "--batch is 0, must be at least 1"),
+        ({"workers": -1}, "--workers is -1, must be at least 0"),
+        ({"p_motion_free": 1.5}, "--p-motion-free is 1.5, must be in 0 … 1"),
+        ({"crop": "left"}, "--crop is 'left', must be one of center, random"),
         ({"size": (32, 0)}, "a size is"),
         ({"in_memory": True, "buckets": ((8, 8), (8, 16))}, "in_memory takes one size"),
     ],

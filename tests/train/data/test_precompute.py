@@ -60,6 +60,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 from gentron_train.data.loader import DataSettings, make_loader
 data = DataSettings(kinds=("images", "clips"), size=(32, 32), batch=2, workers=1, max_broken=1.0,
+    windows_per_clip=2,
     images={str(precomputed / "images-*.tar")!r}, clips={str(precomputed / "clips-*.tar")!r},
     log=Path({str(tmp_path / "log")!r}))
 batch = next(make_loader(data, Path("nowhere"), None))
@@ -158,7 +159,7 @@ def test_precompute_goes_on_where_it_was_cut_off(shards, models, tmp_path, monke
         (["SHARDS/clips-0.tar", "out", "--vae=v"], "name text encoders"),
         (["SHARDS/clips-0.tar", "out", "--vae=v", "--no-text"], "no autoencoder at v"),
         (["SHARDS/clips-0.tar", "out", "--size=32"], "'32', wanted HxW"),
-        (["SHARDS/clips-0.tar", "out", "--starts=0"], "starts is 0"),
+        (["SHARDS/clips-0.tar", "out", "--windows-per-clip=0"], "--windows-per-clip is 0"),
         (["SHARDS/clips-0.tar", "out", "--fps=0"], "fps is 0.0, must be above 0"),
         (["SHARDS/clips-0.tar", "out", "--size=30x30", "--pipeline=MODELS"], "size 30x30"),
         (["SHARDS/clips-0.tar", "SHARDS", "--pipeline=MODELS"], "over itself"),

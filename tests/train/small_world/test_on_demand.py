@@ -16,8 +16,13 @@ def loaders(world, tmp_path, monkeypatch):
     monkeypatch.setattr(on_demand, "SHARD_SIZE", 2)
     write_shards(tmp_path, IMAGES, CLIPS, shard_size=2, processes=1, progress=False)
     patterns = {kind: str(tmp_path / f"{kind}-*.tar") for kind in ("images", "clips")}
-    common = {"kinds": ("images", "clips"), "in_memory": True, "starts": 2, "batch": 3, "draws": 2}
-    common |= {"frames": 3, "p_motion_free": 0.5, "log": tmp_path / "broken.jsonl"}
+    common = {"kinds": ("images", "clips"), "in_memory": True, "batch": 3, "draws": 2}
+    common |= {
+        "windows_per_clip": 2,
+        "frames": 3,
+        "p_motion_free": 0.5,
+        "log": tmp_path / "broken.jsonl",
+    }
 
     def tokenize(captions):
         table = torch.zeros(len(captions), 128, dtype=torch.long)
