@@ -72,7 +72,7 @@ def plain_steps(settings: Settings, ranks: int) -> dict:
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        decay = min(settings.ema_decay_decay, (1 + step) / (10 + step))
+        decay = min(settings.ema_decay, (1 + step) / (10 + step))
         for name, parameter in model.named_parameters():
             ema[name] = decay * ema[name] + (1 - decay) * parameter.detach()
         losses.append(total)
