@@ -1,9 +1,44 @@
 """GenTronConfig and PRESETS: every size of the paper and the options of its family."""
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 
 ENCODERS = ("clip", "t5")
 MAX_FRAMES = 32
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What a call samples with where it says nothing; model_index.json holds each as default_NAME.
+
+    lambda_t and lambda_m are the paper's (section 3.3): a model of another size or other data may
+    want others. ValueError for what no call takes.
+    """
+
+    steps: int = 50
+    solver: str = "dpm++"
+    lambda_t: float = 7.5
+    lambda_m: float = 1.2
+
+    def __post_init__(self):
+        if type(self.steps) is not int or self.steps < 1:
+            raise ValueError(f"default_steps must be a whole number from 1 on, got {self.steps!r}")
+        if not isinstance(self.solver, str):
+            raise ValueError(f"default_solver must be the name of a solver, got {self.solver!r}")
+        for name in ("lambda_t", "lambda_m"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise ValueError(f"default_{name} must be a number, got {value!r}")
+
+    @classmethod
+    def from_index(cls, index: dict) -> "SamplingDefaults":
+        """Of a model_index.json; what it lacks is the paper's."""
+        names = [item.name for item in fields(cls)]
+        return cls(**{n: index[f"default_{n}"] for n in names if f"default_{n}" in index})
+
+    def to_index(self) -> dict:
+        """As model_index.json holds them."""
+        return {f"default_{name}": value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)

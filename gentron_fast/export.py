@@ -8,6 +8,7 @@ The file is machine code: load only what you trust.
 import argparse
 import hashlib
 import sys
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -38,10 +39,10 @@ PIPELINE                pipeline folder (the small model that ships)
 --out FILE              the compiled sampler, such as clip.gentron
 --frames N              frames a clip (the pipeline's own)
 --size H [W]            in pixels (the pipeline's own)
---steps N --solver S    denoising steps (50), ddpm, ddim or dpm++ (dpm++)
+--steps N --solver S    denoising steps; ddpm, ddim or dpm++ (the pipeline's own)
 --eta X                 noise of ddim, 0 to 1 (0)
---lambda-t X            text guidance unless a run says otherwise (7.5)
---lambda-m X            motion guidance likewise (1.2)
+--lambda-t X            text guidance unless a run says otherwise (the pipeline's)
+--lambda-m X            motion guidance likewise (the pipeline's)
 --batch N               the most clips at once, 2 or more ({MAX_BATCH})
 --whole                 text encoders and VAE too: token ids in, frames out
 --device D --dtype T    cpu or cuda (cpu); float32, bfloat16, float16
@@ -72,6 +73,8 @@ def export(args: argparse.Namespace) -> None:
     size = pipeline.default_size if args.size is None else (args.size * 2)[:2]
     pipeline.vae.check_size(*size, pipeline.transformer.config.patch_size)
     dtype = pipeline.transformer.patch_embed.weight.dtype
+    names = [item.name for item in fields(pipeline.defaults)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     parts = [*(SUBFOLDERS[name][0] for name in pipeline.transformer.config.encoders), "vae"]
     export_sampler(
         args.out,
@@ -80,11 +83,8 @@ def export(args: argparse.Namespace) -> None:
         pipeline.scheduler,
         frames=frames,
         latent_size=tuple(side // pipeline.vae.factor for side in size),
-        steps=args.steps,
-        solver=args.solver,
         eta=args.eta,
-        lambda_t=args.lambda_t,
-        lambda_m=args.lambda_m,
+        **asdict(replace(pipeline.defaults, **given)),
         max_batch=args.batch,
         factor=pipeline.vae.factor,
         whole=(pipeline.text_encoder, pipeline.vae) if args.whole else None,
@@ -105,11 +105,11 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--frames", type=whole_number(1, MAX_FRAMES))
     parser.add_argument("--size", type=whole_number(1), nargs="+")
-    parser.add_argument("--steps", type=whole_number(1), default=50)
-    parser.add_argument("--solver", default="dpm++")
+    parser.add_argument("--steps", type=whole_number(1))
+    parser.add_argument("--solver")
     parser.add_argument("--eta", type=number, default=0.0)
-    parser.add_argument("--lambda-t", type=number, default=7.5)
-    parser.add_argument("--lambda-m", type=number, default=1.2)
+    parser.add_argument("--lambda-t", type=number)
+    parser.add_argument("--lambda-m", type=number)
     parser.add_argument("--batch", type=whole_number(2, 1024), default=MAX_BATCH)
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--device", default="cpu")

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from gentron_fast.commandline import (
     silence_libraries,
     whole_number,
 )
-from gentron_fast.config import MAX_FRAMES, GenTronConfig
+from gentron_fast.config import MAX_FRAMES, GenTronConfig, SamplingDefaults
 
 # torch and the modules that need it are imported inside the functions, after the arguments have
 # been read: --help and most refusals answer at once.
@@ -51,10 +52,10 @@ PROMPT...               one or many prompts, each in quotes
 --clips N --seed N      clips per prompt (1), seed of the first one (0)
 --model FOLDER          pipeline folder (the small model that ships)
 --compiled FILE --sha256 D   a compiled sampler in its place; its digest
---steps N --solver S    denoising steps (50), ddpm, ddim or dpm++ (dpm++)
---lambda-t X            text guidance (7.5)
---lambda-m X            motion guidance (1.2)
---guidance-range A B    guide in this part of the steps alone (0 1)
+--steps N --solver S    denoising steps; ddpm, ddim or dpm++ (the model's own)
+--lambda-t X            text guidance (the model's own; in the paper 7.5)
+--lambda-m X            motion guidance (the model's own; in the paper 1.0 to 1.3)
+--guidance-range A B    guide only in this part of the steps (0 1)
 --eta X --reuse N       ddim's noise (0); approximation: guide each Nth step (1)
 --device D --dtype T    cpu, cuda, cuda:1; float32, bfloat16, float16
 --batch N               clips made at once (1)
@@ -96,6 +97,7 @@ def generate(args: argparse.Namespace) -> None:
         return generate_compiled(args, prompts, folder)
     frames = choose_frames(args, folder)
     clips = plan_clips(args, prompts, is_image=frames == 1)
+    take_defaults(args, folder)
     check_solver(args, folder)
     device = choose_device(args.device)
     clips = clips_to_make(args, clips)
@@ -119,11 +121,11 @@ def generate_compiled(args: argparse.Namespace, prompts: list[str], folder: Path
     start = time.perf_counter()
     sampler = CompiledSampler.load(args.compiled, device=args.device, sha256=args.sha256)
     sampler.check_shape(1 if args.image else args.frames, args.size)
-    guidance_schedule(1.0, args.steps, *args.guidance_range)
     metadata = sampler.metadata
+    args.steps = len(metadata["timesteps"])
+    guidance_schedule(1.0, args.steps, *args.guidance_range)
     if args.model is None and not metadata["whole"] and not metadata["parts"]:
         raise ValueError(f"{args.compiled} has no text encoders and no VAE: --model names them")
-    args.steps = len(metadata["timesteps"])
     args.batch = min(args.batch, metadata["max_batch"])
     frames = metadata["frames"][0]
     clips = clips_to_make(args, plan_clips(args, prompts, is_image=frames == 1))
@@ -158,10 +160,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--compiled", type=Path)
     parser.add_argument("--sha256")
-    parser.add_argument("--steps", type=whole_number(1), default=50)
-    parser.add_argument("--solver", default="dpm++")
-    parser.add_argument("--lambda-t", type=number, default=7.5)
-    parser.add_argument("--lambda-m", type=number, default=1.2)
+    parser.add_argument("--steps", type=whole_number(1))
+    parser.add_argument("--solver")
+    parser.add_argument("--lambda-t", type=number)
+    parser.add_argument("--lambda-m", type=number)
     parser.add_argument("--guidance-range", type=number, nargs=2, default=(0.0, 1.0))
     parser.add_argument("--eta", type=number, default=0.0)
     parser.add_argument("--reuse", type=whole_number(1), default=1)
@@ -185,11 +187,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         raise ValueError(f"--fp8 goes with --dtype bfloat16, not {args.dtype}")
     if args.fp8 and args.offload:
         raise ValueError("--fp8 keeps the transformer on the GPU, --offload does not: give one")
-    if args.compiled is not None:
-        if fixed := sorted(given & set(FIXED)):
-            raise ValueError(f"{fixed[0]} is fixed in a compiled sampler: leave it out")
-        for name in {"--lambda-t", "--lambda-m"} - given:
-            setattr(args, name[2:].replace("-", "_"), None)  # the file's own
+    if args.compiled is not None and (fixed := sorted(given & set(FIXED))):
+        raise ValueError(f"{fixed[0]} is fixed in a compiled sampler: leave it out")
     return args
 
 
@@ -278,6 +277,24 @@ def file_name(prompt: str) -> str:
     if name.replace("-", " ") == prompt:
         return name
     return f"{name}-{zlib.crc32(prompt.encode()):08x}".lstrip("-")
+
+
+def take_defaults(args: argparse.Namespace, folder: Path) -> None:
+    """Steps, solver and guidance that the command line leaves out are the pipeline folder's own."""
+    from gentron_fast.files import read_json
+    from gentron_fast.pipeline import INDEX_NAME
+
+    path = folder / INDEX_NAME
+    try:
+        defaults = asdict(SamplingDefaults.from_index(read_json(path)))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.verbose:
+        values = ", ".join(f"{name} {getattr(args, name)}" for name in defaults)
+        print(f"sampling     {values}", flush=True)
 
 
 def check_solver(args: argparse.Namespace, folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gentron_fast.config import MAX_FRAMES, GenTronConfig
+from gentron_fast.config import MAX_FRAMES, GenTronConfig, SamplingDefaults
 from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
 from gentron_fast.files import read_json, whole_folder, write_json
 from gentron_fast.guidance import GuidedDenoiser, guidance_schedule
@@ -62,6 +62,7 @@ class GenTronPipeline:
         scheduler: dict | None = None,
         default_frames: int = 8,
         default_size: tuple[int, int] = (512, 512),
+        defaults: SamplingDefaults | None = None,
     ):
         self.transformer = transformer.eval()
         self.text_encoder = text_encoder.eval()
@@ -69,6 +70,7 @@ class GenTronPipeline:
         self.scheduler = dict(scheduler or SCHEDULER_CONFIG)
         self.default_frames = default_frames if transformer.config.temporal else 1
         self.default_size = tuple(default_size)
+        self.defaults = defaults or SamplingDefaults()
         self.device = transformer.patch_embed.weight.device
         self._offloads = False
         self._encoded: dict[str, TextCondition] = {}
@@ -110,6 +112,7 @@ class GenTronPipeline:
             read_json(folder / SCHEDULER_PATH),
             index.get("default_frames", 8),
             index.get("default_size", (512, 512)),
+            SamplingDefaults.from_index(index),
         )
         return pipeline.to(device)
 
@@ -126,7 +129,9 @@ class GenTronPipeline:
             write_json(partial / SCHEDULER_PATH, self.scheduler)
             for path in partial.rglob("*.safetensors"):
                 path.chmod(0o644)  # safetensors keeps its files from other users
-            index = model_index(self.transformer.config, self.default_frames, self.default_size)
+            index = model_index(
+                self.transformer.config, self.default_frames, self.default_size, self.defaults
+            )
             write_json(partial / INDEX_NAME, index)
 
     def to(
@@ -153,10 +158,10 @@ class GenTronPipeline:
         negative_prompt: str | Sequence[str] | None = None,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
-        steps: int = 50,
-        solver: str = "dpm++",
-        lambda_t: float | Sequence[float] = 7.5,
-        lambda_m: float | Sequence[float] = 1.2,
+        steps: int | None = None,
+        solver: str | None = None,
+        lambda_t: float | Sequence[float] | None = None,
+        lambda_m: float | Sequence[float] | None = None,
         guidance_range: tuple[float, float] = (0.0, 1.0),
         eta: float = 0.0,
         reuse: int = 1,
@@ -170,14 +175,19 @@ class GenTronPipeline:
 
         negative_prompt takes the place of the null text, one or one a prompt; size in pixels;
         lambda_t, lambda_m the guidance of text and motion (paper: 7.5, and 1.0 … 1.3), a number or
-        one a clip, within guidance_range of the steps and 1 outside; eta the noise of DDIM; reuse
-        k > 1: an approximation, in which all branches run on every k-th step only; seed a number,
-        clip k of each prompt then has seed + k, or one a clip. The callback gets (step, timestep,
-        latents) behind each step. output_type "frames" or "latent".
+        one a clip, within guidance_range of the steps and 1 outside. Guidance, steps and solver are
+        the folder's own where None (`defaults`). eta the noise of DDIM; reuse k > 1: an
+        approximation, in which all branches run on every k-th step only; seed a number, clip k of
+        each prompt then has seed + k, or one a clip. The callback gets (step, timestep, latents)
+        behind each step. output_type "frames" or "latent".
         ValueError for anything that does not fit the model, before any work is done.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         frames = self.default_frames if frames is None else frames
+        steps = self.defaults.steps if steps is None else steps
+        solver = self.defaults.solver if solver is None else solver
+        lambda_t = self.defaults.lambda_t if lambda_t is None else lambda_t
+        lambda_m = self.defaults.lambda_m if lambda_m is None else lambda_m
         height, width = self.default_size if size is None else size
         seeds = _clip_seeds(seed, len(prompts), clips)
         self._check(prompts, frames, (height, width), clips, output_type)
@@ -293,12 +303,18 @@ class GenTronPipeline:
             part.to("cpu")
 
 
-def model_index(config: GenTronConfig, default_frames: int, default_size: tuple[int, int]) -> dict:
+def model_index(
+    config: GenTronConfig,
+    default_frames: int,
+    default_size: tuple[int, int],
+    defaults: SamplingDefaults,
+) -> dict:
     """The model_index.json of a pipeline folder."""
     index = {"_class_name": "GenTronPipeline"} | COMPONENTS
     for name in config.encoders:
         index |= dict(zip(SUBFOLDERS[name], TEXT_COMPONENTS[name], strict=True))
-    return index | {"default_frames": default_frames, "default_size": list(default_size)}
+    index |= {"default_frames": default_frames, "default_size": list(default_size)}
+    return index | defaults.to_index()
 
 
 def _clip_seeds(seed: int | Sequence[int], prompts: int, clips: int) -> list[int]:

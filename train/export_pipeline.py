@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gentron_fast.config import GenTronConfig
+from gentron_fast.config import GenTronConfig, SamplingDefaults
 from gentron_fast.convert.pipelines import copy_parts, vae_factor
 from gentron_fast.convert.tensors import Spec, write_tensors
 from gentron_fast.diffusion import SCHEDULER_CONFIG
@@ -128,7 +128,9 @@ def export_pipeline(
             reasons = "; ".join(missing)
             return f"{out}: no whole pipeline, {reasons}; training takes it as --init"
         size = [side * vae_factor(vae) for side in info["latents"][-2:]]
-        write_json(folder / INDEX_NAME, model_index(config, settings.frames, size))
+        write_json(
+            folder / INDEX_NAME, model_index(config, settings.frames, size, SamplingDefaults())
+        )
     return f"{out}: step {info['step']}, {'averaged' if ema else 'last'} weights"
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gentron_fast.config import SamplingDefaults
 from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
 from gentron_fast.guidance import guided_prediction
 from gentron_fast.media import contact_sheet
@@ -13,7 +14,8 @@ from gentron_fast.vae import VideoVAE
 from gentron_train.assembly import gather_persistent
 from gentron_train.settings import Settings
 
-SAMPLE_STEPS, LAMBDA_T, LAMBDA_M = 20, 7.5, 1.2
+SAMPLE_STEPS = 20
+DEFAULTS = SamplingDefaults()  # as the exported pipeline has them
 PROMPTS = ("a red circle moving left", "a large blue star", "a green square above a yellow cross")
 
 
@@ -54,7 +56,9 @@ class SamplePictures:
         x, x0 = portable_noise(self.shape, seeds, 0).to(self.device), None
         for row, timestep in zip(table.rows, table.timesteps, strict=True):
             timestep = timestep.to(self.device).expand(count)
-            noise = guided_prediction(engine.module, x, timestep, *texts, LAMBDA_T, LAMBDA_M)
+            noise = guided_prediction(
+                engine.module, x, timestep, *texts, DEFAULTS.lambda_t, DEFAULTS.lambda_m
+            )
             x, x0 = solver_step(row, x, noise[:, : self.shape[0]], x0)
         engine.train()
         torch.set_rng_state(state)

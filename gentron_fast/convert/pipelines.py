@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gentron_fast.commandline import refuse, run, whole_number
-from gentron_fast.config import GenTronConfig
+from gentron_fast.config import GenTronConfig, SamplingDefaults
 from gentron_fast.convert.layouts import (
     CLASSES,
     DIT,
@@ -53,6 +53,7 @@ from gentron_fast.text import (
 )
 
 NAME = "gentron_fast.convert"
+PIXART_DEFAULTS = SamplingDefaults(lambda_t=4.5)  # diffusers' PixArtAlphaPipeline
 HELP = f"""\
 usage: python -m {NAME} pixart PATH OUT [options]
        python -m {NAME} dit PATH OUT [options]
@@ -122,7 +123,7 @@ def convert_pixart(
     tokenizing = {"model_max_length": caption_tokens(source), LOWER_AND_STRIP: True}
     with whole_folder(Path(out)) as folder:
         # The parts first: of the model a file of torch.save stays mapped where it was read.
-        state = write_pipeline(folder, config, parts, scheduler, tokenizing)
+        state = write_pipeline(folder, config, parts, scheduler, tokenizing, PIXART_DEFAULTS)
         write_model(folder / "transformer", config, recipes, source.checkpoint)
         keep_tables(folder / "transformer", config, recipes, source.checkpoint)
     left_out = ", ".join(sorted(LEFT_OUT & source.checkpoint.specs.keys()))
@@ -168,7 +169,7 @@ def convert_dit(
     check_parts(parts, config)
     scheduler = find_scheduler(source.root)
     with whole_folder(Path(out)) as folder:
-        state = write_pipeline(folder, config, parts, scheduler, {})
+        state = write_pipeline(folder, config, parts, scheduler, {}, SamplingDefaults())
         write_model(folder / "transformer", config, recipes, source.checkpoint, seed)
     null = embedders[CLASSES[source.layout]][0] - 1
     return [
@@ -459,10 +460,12 @@ def write_pipeline(
     parts: dict[str, Path],
     scheduler: dict,
     tokenizing: dict,
+    defaults: SamplingDefaults,
 ) -> str:
     """What stands beside the transformer, and model_index.json where nothing is missing.
 
-    tokenizing: fields for the configuration of T5's tokenizer. Returns the line of the report.
+    tokenizing: fields for the configuration of T5's tokenizer; defaults: of the pipeline's calls.
+    Returns the line of the report.
     """
     copy_parts(folder, parts)
     tokenizer = SUBFOLDERS["t5"][1]
@@ -477,7 +480,7 @@ def write_pipeline(
             f"transformer  no pipeline: {', '.join(missing)} missing; training takes it as --init"
         )
     side = config.position_base_size * config.patch_size * config.pixels_per_latent
-    write_json(folder / INDEX_NAME, model_index(config, 1, (side, side)))
+    write_json(folder / INDEX_NAME, model_index(config, 1, (side, side), defaults))
     return f"pipeline     with {', '.join(needed)}; {side} x {side} pixels"
 
 

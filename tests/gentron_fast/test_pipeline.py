@@ -1,8 +1,9 @@
 """The pipeline: folder round trip, seeds and neighbours, null text, sizes, offload, errors."""
 
 import json
+import math
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gentron_fast import GenTronPipeline
+from gentron_fast.config import SamplingDefaults
+from gentron_fast.files import read_json, write_json
 
 CALL = {"steps": 3, "frames": 2, "size": (32, 32), "progress": False}
 
@@ -188,3 +191,51 @@ def test_numbers_that_are_not_finite_are_an_error_with_their_part(tiny_pipeline_
     pipeline.vae.autoencoder.register_to_config(force_upcast=True)
     pipeline.to(dtype=torch.float16)
     assert pipeline.vae.dtype == torch.float32
+
+
+def test_a_call_takes_the_folders_own_defaults(tiny_pipeline_folder, tmp_path):
+    shutil.copytree(tiny_pipeline_folder, folder := tmp_path / "pipeline")
+    own = {"steps": 3, "solver": "ddim", "lambda_t": 2.0, "lambda_m": 1.0}
+    index = read_json(folder / "model_index.json")
+    write_json(folder / "model_index.json", index | SamplingDefaults(**own).to_index())
+    plain, chosen = map(GenTronPipeline.from_pretrained, (tiny_pipeline_folder, folder))
+    papers = {"steps": 50, "solver": "dpm++", "lambda_t": 7.5, "lambda_m": 1.2}
+    assert asdict(plain.defaults) == papers
+    assert asdict(chosen.defaults) == own
+    options = {"output_type": "latent", "progress": False}
+    wanted = plain("a red circle", **own, **options).latents
+    assert torch.equal(chosen("a red circle", **options).latents, wanted)
+    chosen.save_pretrained(tmp_path / "again")
+    assert GenTronPipeline.from_pretrained(tmp_path / "again").defaults == chosen.defaults
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 0}, {"steps": 2.5}, {"solver": 7}, {"lambda_t": "much"}, {"lambda_m": math.nan}],
+    ids=str,
+)
+def test_defaults_that_no_call_takes_are_refused(change):
+    (name,) = change
+    with pytest.raises(ValueError, match=f"default_{name} must be"):
+        SamplingDefaults.from_index({f"default_{name}": change[name]})
+
+
+def test_a_folder_without_defaults_takes_the_papers(tiny_pipeline_folder, tmp_path):
+    shutil.copytree(tiny_pipeline_folder, folder := tmp_path / "pipeline")
+    index = json.loads((folder / "model_index.json").read_text())
+    old = {name: v for name, v in index.items() if name not in SamplingDefaults().to_index()}
+    assert len(old) == len(index) - 4
+    (folder / "model_index.json").write_text(json.dumps(old))
+    assert GenTronPipeline.from_pretrained(folder).defaults == SamplingDefaults()
+
+
+def test_saving_over_a_pipeline_and_over_something_else(tiny_pipeline_folder, tmp_path):
+    pipeline = GenTronPipeline.from_pretrained(tiny_pipeline_folder)
+    shutil.copytree(tiny_pipeline_folder, folder := tmp_path / "pipeline")
+    pipeline.save_pretrained(folder)
+    assert GenTronPipeline.from_pretrained(folder).defaults == pipeline.defaults
+    (folder / "notes.txt").write_text("mine")
+    before = sorted(path for path in folder.rglob("*"))
+    with pytest.raises(ValueError, match="it holds notes"):
+        pipeline.save_pretrained(folder)
+    assert sorted(path for path in folder.rglob("*")) == before

@@ -400,9 +400,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--frames", type=int, help="frames a clip (the pipeline's)")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--solver", default="dpm++")
-    parser.add_argument("--lambda-t", type=float, default=7.5)
-    parser.add_argument("--lambda-m", type=float, default=1.2)
+    parser.add_argument("--solver", help="(the pipeline's)")
+    parser.add_argument("--lambda-t", type=float, help="(the pipeline's)")
+    parser.add_argument("--lambda-m", type=float, help="(the pipeline's)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--ceiling", action="store_true", help="score its VAE on clean clips, and sample nothing"
@@ -419,14 +419,11 @@ def main(argv: list[str] | None = None) -> int:
 
         from gentron_fast import GenTronPipeline
 
-        options = {
-            "frames": args.frames,
-            "steps": args.steps,
-            "solver": args.solver,
-            "lambda_t": args.lambda_t,
-            "lambda_m": args.lambda_m,
-        }
         pipeline = GenTronPipeline.from_pretrained(args.pipeline, device=args.device)
+        options = {"frames": args.frames, "steps": args.steps}
+        for name in ("solver", "lambda_t", "lambda_m"):
+            given = getattr(args, name)
+            options[name] = getattr(pipeline.defaults, name) if given is None else given
         if args.ceiling:
             scores = ceiling(pipeline, args.prompts, args.seed)
         else:
