@@ -6,7 +6,7 @@ import re
 import sys
 import time
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,9 +54,9 @@ PROMPT...               one or many prompts, each in quotes
 --compiled FILE --sha256 D   a compiled sampler in its place; its digest
 --steps N --solver S    denoising steps; ddpm, ddim or dpm++ (the model's own)
 --lambda-t X            text guidance (the model's own; in the paper 7.5)
---lambda-m X            motion guidance (the model's own; in the paper 1.0 to 1.3)
+--lambda-m X            motion guidance (the model's own; in the paper 1 to 1.3)
 --guidance-range A B    guide only in this part of the steps (0 1)
---eta X --reuse N       ddim's noise (0); approximation: guide each Nth step (1)
+--eta X --reuse N       noise of ddim (0); approximate: guide each Nth step (1)
 --device D --dtype T    cpu, cuda, cuda:1; float32, bfloat16, float16
 --batch N               clips made at once (1)
 --compile --fp8         torch.compile; fp8 products, by torchao on a GPU
@@ -292,9 +292,6 @@ def take_defaults(args: argparse.Namespace, folder: Path) -> None:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.verbose:
-        values = ", ".join(f"{name} {getattr(args, name)}" for name in defaults)
-        print(f"sampling     {values}", flush=True)
 
 
 def check_solver(args: argparse.Namespace, folder: Path) -> None:
@@ -343,6 +340,9 @@ def load_pipeline(args: argparse.Namespace, folder: Path, device):
         pipeline.transformer.compile_blocks()
     if args.verbose:
         print(f"loaded       {folder} on {device} in {args.dtype}", flush=True)
+        names = [item.name for item in fields(SamplingDefaults)]
+        values = ", ".join(f"{name} {getattr(args, name)}" for name in names)
+        print(f"sampling     {values}", flush=True)
     return pipeline
 
 
