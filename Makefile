@@ -4,7 +4,7 @@
 # make faults   twenty ranks killed at random moments, each run resumed
 # make large    one step of the whole G/2-T2V on the CPU, plain against shared: 12 GB of memory
 # make report   docs/performance.md and README's headline table, from bench/results
-# make api      docs/api.md, from the docstrings
+# make api      docs/api.md, from the docstrings          make picture   docs/clips.png
 # make sanitize   the C++ operators under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
 # make kernels  registers, spills and shared memory of every Triton kernel, compiled without a GPU
 
@@ -12,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test faults lint train kernels gpu large report api sanitize clean
+.PHONY: demo test faults lint train kernels gpu large report api picture sanitize clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -40,6 +40,9 @@ large: .venv/dev
 
 report: .venv/dev
 	$(BIN)/python bench/report.py
+
+picture: .venv/dev
+	$(BIN)/python -m gentron_train.small_world.picture
 
 api: .venv/dev
 	$(BIN)/python docs/api.py

@@ -1,0 +1,63 @@
+"""Twelve fixed prompts, seed 0, no choosing, as one picture: docs/clips.png (make picture)."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from gentron_fast.files import whole_file
+from gentron_fast.media import contact_sheet
+
+PROMPTS = (
+    "a red circle moving left",
+    "a blue square moving right",
+    "a green triangle moving up",
+    "a yellow star moving down",
+    "a red star is rotating",
+    "a purple cross growing",
+    "a cyan circle shrinking",
+    "a large blue star",
+    "a green square above a yellow cross",
+    "a small red triangle moving left",
+    "a striped blue circle moving right",
+    "a dotted yellow square spinning",
+)
+COLUMNS, LINE = 2, 14  # clips beside one another; pixels of a prompt's line
+
+
+def picture(frames: np.ndarray) -> np.ndarray:
+    """Frames uint8 (12, T, H, W, 3) → every clip as a row of frames below its prompt."""
+    from PIL import Image, ImageDraw
+
+    clips = []
+    for prompt, clip in zip(PROMPTS, frames, strict=True):
+        sheet = Image.fromarray(contact_sheet([clip]))
+        labelled = Image.new("RGB", (sheet.width, sheet.height + LINE), "white")
+        labelled.paste(sheet, (0, LINE))
+        ImageDraw.Draw(labelled).text((1, 1), prompt, fill="black")
+        clips.append(np.asarray(labelled))
+    rows = [np.concatenate(clips[i : i + COLUMNS], 1) for i in range(0, len(clips), COLUMNS)]
+    return np.concatenate(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="gentron_train.small_world.picture", description=__doc__)
+    parser.add_argument("pipeline", nargs="?", help="pipeline folder (the model that ships)")
+    parser.add_argument("--out", type=Path, default=Path("docs/clips.png"))
+    args = parser.parse_args(argv)
+    from PIL import Image
+
+    from gentron_fast import GenTronPipeline
+
+    pipeline = GenTronPipeline.from_pretrained(args.pipeline)
+    frames = pipeline(list(PROMPTS), seed=[0] * len(PROMPTS)).frames.numpy()
+    with whole_file(args.out) as partial:
+        Image.fromarray(picture(frames)).save(partial)
+    print(f"wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
