@@ -1,8 +1,8 @@
 """Which folder imports under which name, and the build of the C++ operators and of the runtime of
 compiled samplers; the rest of what there is to say about the package is in pyproject.toml.
 
-python setup.py build_ext --inplace   the C++ alone
-GENTRON_SANITIZE=1                    the operators alone, with sanitizers
+python setup.py build_ext --inplace   the C++ only
+GENTRON_SANITIZE=1                    the operators only, with sanitizers
 """
 
 import os

@@ -93,7 +93,7 @@ def test_guided_step(measure, contest, models, dtype, compiled):
     tokens = tokens.to(contest.device)
     blocks = len(models[1].blocks)
     # Through 28 random blocks bf16 strays by 5 % for both, past what a row may: there ours is held
-    # against theirs alone, uncompiled: Inductor rounds less often.
+    # against theirs only, uncompiled: Inductor rounds less often.
     is_exact = dtype == torch.float32 or blocks == 2
     plain = Contender("diffusers", guided_by_diffusers(theirs, tokens), exact=is_exact)
     peers = [plain]

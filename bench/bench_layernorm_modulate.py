@@ -20,7 +20,7 @@ from gentron_kernels.layernorm_modulate import (
 
 EPS = 1e-6
 HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
-BATCHES = [None, 1] if HAS_LIGER else [None]  # Liger has a twin of one sample alone
+BATCHES = [None, 1] if HAS_LIGER else [None]  # Liger has a twin of one sample only
 
 
 def modulated(x, shift, scale):

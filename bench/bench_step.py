@@ -62,7 +62,7 @@ PLAIN = {
 
 @contextlib.contextmanager
 def plain_operators():
-    """The model on eager torch operators alone, as it would be written without this engine."""
+    """The model on eager torch operators only, as it would be written without this engine."""
     with contextlib.ExitStack() as stack:
         for name, operator in PLAIN.items():
             stack.enter_context(mock.patch.object(layers, name, operator))

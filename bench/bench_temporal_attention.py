@@ -61,7 +61,7 @@ def flash() -> Contender:
 def flex(contest, shape) -> Contender:
     """All sequences of a sample end to end, with a block-diagonal mask."""
     if contest.device != "cuda" or contest.smoke:
-        return absent("FlexAttention", "compiled for CUDA alone")
+        return absent("FlexAttention", "compiled for CUDA only")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     _, frames, tokens = shape[:3]
@@ -73,7 +73,7 @@ def flex(contest, shape) -> Contender:
             return query // frames == key // frames
 
         length = frames * tokens
-        # Compiled: the mask function alone would be evaluated on length² pairs in memory.
+        # Compiled: the mask function only would be evaluated on length² pairs in memory.
         return create_block_mask(same_sequence, None, None, length, length, _compile=True)
 
     def run(qkv):

@@ -37,7 +37,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "full: measured under --full alone")
+    config.addinivalue_line("markers", "full: measured under --full only")
     command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
     config.stash[_CONTEST] = Contest(DEVICE, config.getoption("benchmark_disable"), command)
     config.stash[_ROWS] = []
@@ -79,7 +79,7 @@ def contest(request) -> Contest:
 def measure(request, contest, benchmark):
     """Contest.measure, its row kept in extra_info, in RESULTS and for the closing table.
 
-    pytest-benchmark's own record is of ours alone, call by call on warm inputs.
+    pytest-benchmark's own record is of ours only, call by call on warm inputs.
     """
 
     def run(*args, **kwargs) -> dict:

@@ -79,10 +79,10 @@ class GenTronPipeline:
                 f"the VAE makes {vae.latent_channels} latent channels, "
                 f"the transformer takes {transformer.config.in_channels}"
             )
-        told = transformer.config.pixels_per_latent
-        if transformer.config.size_embedding and told != vae.factor:
+        counted = transformer.config.pixels_per_latent
+        if transformer.config.size_embedding and counted != vae.factor:
             raise ValueError(
-                f"the transformer's size embedding counts {told} pixels a latent, "
+                f"the transformer's size embedding counts {counted} pixels a latent, "
                 f"the VAE makes a latent of {vae.factor}"
             )
         text_encoder.check_widths(transformer.config)

@@ -115,7 +115,7 @@ def _unsuitable(name: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if name == "sdpa":
         return None
     if torch.compiler.is_exporting():
-        return "an exported program holds sdpa alone"
+        return "an exported program holds sdpa only"
     if q.device.type != "cuda":
         return f"it runs on CUDA, and q is on {q.device.type}"
     if not _installed(name):

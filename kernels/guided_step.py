@@ -231,7 +231,7 @@ def compile_cases():
     signature |= dict.fromkeys(("null_still_ptr", "null_motion_ptr", "text_ptr"), "*bf16")
     signature |= {"row_ptr": "*fp64"}
     constants = {name: True for name in _guided_step_kernel.arg_names if name.startswith("HAS_")}
-    # Latents alone set the shape, and it is no constant: one kernel for XL/2 and G/2.
+    # Latents only set the shape, and it is no constant: one kernel for XL/2 and G/2.
     for name, absent in (("all", ()), ("DDIM", ("X0_PREVIOUS", "NOISE", "D"))):
         given = constants | {f"HAS_{tensor}": False for tensor in absent}
         yield name, _guided_step_kernel, signature, given | {"BLOCK": BLOCK}, NUM_WARPS

@@ -526,7 +526,7 @@ def _setup_chain(ctx, inputs, output) -> None:
     _, y, gate, gate_index, shift, shift_index, scale, scale_index, eps = inputs
     ctx.set_materialize_grads(False)
     ctx.y_shape = y.shape
-    saved_y = y if ctx.needs_input_grad[2] else None  # for the gate's gradient alone
+    saved_y = y if ctx.needs_input_grad[2] else None  # for the gate's gradient only
     ctx.save_for_backward(
         output[0], saved_y, gate, gate_index, shift, shift_index, scale, scale_index
     )

@@ -91,7 +91,7 @@ def temporal_attention_ref(qkv: Tensor, motion_free: Tensor | bool | None = None
 # A tile is 64 rows of one sample: the frames of 64 // T neighbouring sequences, frame by frame, so
 # that the rows of a frame are contiguous in memory and the tensor cores' tiles are full. A mask
 # keeps the sequences apart. A head is one or two blocks of columns, each a power of two: 72 = 64 +
-# 8 of 16 costs 80 columns of tensor-core work and not 128. Padding is in registers alone.
+# 8 of 16 costs 80 columns of tensor-core work and not 128. Padding is in registers only.
 
 
 @launch.jit

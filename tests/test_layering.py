@@ -1,4 +1,4 @@
-"""Who imports whom, downward only, and what imports with the core packages alone."""
+"""Who imports whom, downward only, and what imports with the core packages only."""
 
 import ast
 import subprocess

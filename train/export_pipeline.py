@@ -91,7 +91,7 @@ def export_pipeline(
 
     Text encoders and autoencoder come from where the run had them, the autoencoder as it is, for
     latents that were computed with it. Without them, or the packages that load them, the
-    transformer is written alone. Returns the line of a report. ValueError or FileNotFoundError, and
+    transformer is written only. Returns the line of a report. ValueError or FileNotFoundError, and
     no folder, where the checkpoint lacks something.
     """
     info = read_info(checkpoint)

@@ -132,10 +132,10 @@ class Saver:
             aside = folder.with_name(".pipeline.part")
             shutil.rmtree(aside, ignore_errors=True)
             checkpoint, dtype = latest_checkpoint(self.settings.run), self.settings.export_dtype
-            told = export_pipeline(checkpoint, aside, ema=True, dtype=DTYPES[dtype])
+            report = export_pipeline(checkpoint, aside, ema=True, dtype=DTYPES[dtype])
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(aside, folder)
-            say(told.replace(str(aside), f"pipeline in {folder}"))
+            say(report.replace(str(aside), f"pipeline in {folder}"))
         self.checkpoints.barrier()
 
 

@@ -332,7 +332,7 @@ def load_config(path: Path, stage: str) -> dict:
 def parse_settings(stage: str, description: str, argv: list[str] | None = None) -> Settings:
     """Settings of a stage, "t2i" or "t2v"; wrong input ends with exit code 2.
 
-    The command line counts over the parts that lie in the --init folder, these over the file that
+    The command line overrides the parts that lie in the --init folder, these override the file that
     --config names (default: configs/small.yaml), that over Settings' own defaults.
     """
     parser = argparse.ArgumentParser(

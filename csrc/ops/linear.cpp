@@ -1,5 +1,5 @@
 // A linear layer and its GELU as one call of oneDNN, or as torch's own operators where PyTorch was
-// built without it. An operator of ours, since compilers take oneDNN's for frozen weights alone and
+// built without it. An operator of ours, since compilers take oneDNN's for frozen weights only and
 // it has no gradient.
 
 #include <ATen/ATen.h>

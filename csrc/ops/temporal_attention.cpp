@@ -2,7 +2,7 @@
 //
 // A head of a token is a problem of its own: its rows are gathered, widened, into scratch memory
 // that stays in the first-level cache, multiplied there, and stored. Rows are padded with zeros to
-// whole vectors and frames to whole groups, in the scratch memory alone.
+// whole vectors and frames to whole groups, in the scratch memory only.
 
 #include "avx512.h"
 #include "cpu.h"

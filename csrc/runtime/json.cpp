@@ -120,7 +120,7 @@ class JsonParser {
     return unit;
   }
 
-  // Code units of surrogate pairs are kept apart: headers hold ASCII alone.
+  // Code units of surrogate pairs are kept apart: headers hold ASCII only.
   static void append_utf8(std::string& text, uint32_t unit) {
     if (unit < 0x80) {
       text.push_back(static_cast<char>(unit));

@@ -576,7 +576,7 @@ TextCondition Sampler::encode(const Tokens& tokens) const {
           std::to_string(most) + ") of ids below " + std::to_string(known) + ", got " +
           text_of(ids.sizes()));
     }
-    const int64_t extra = ids.size(1) == 1;  // no graph for one token alone
+    const int64_t extra = ids.size(1) == 1;  // no graph for one token only
     inputs.push_back(at::constant_pad_nd(ids.to(parts_->device, at::kLong), {0, extra}));
     inputs.push_back(at::constant_pad_nd(mask.to(parts_->device, at::kBool), {0, extra}));
   }

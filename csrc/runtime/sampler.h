@@ -1,4 +1,4 @@
-// Loads a compiled sampler and runs it; libtorch alone, no Python.
+// Loads a compiled sampler and runs it; libtorch only, no Python.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -59,12 +59,12 @@ class Sampler {
   const Json& metadata() const;
   const at::Tensor& section(const std::string& name) const;
 
-  // Token ids → text; a package made with --whole alone.
+  // Token ids → text; a package made with --whole only.
   TextCondition encode(const Tokens& tokens) const;
   SamplingPlan plan(const at::Tensor& lambda_t, const at::Tensor& lambda_m, int64_t batch) const;
   // Noise of the seeds → latents (B, C, T, h, w) fp32.
   at::Tensor sample(const Request& request) const;
-  // Latents → frames (B, T, H, W, 3) uint8 on the CPU; a package made with --whole alone.
+  // Latents → frames (B, T, H, W, 3) uint8 on the CPU; a package made with --whole only.
   at::Tensor decode(const at::Tensor& latents) const;
 
  private:

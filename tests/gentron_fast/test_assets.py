@@ -1,4 +1,4 @@
-"""The model that ships: its size, its text file, and the judge's score on 16 prompts."""
+"""The model that ships: its size, its text file, and the evaluator's score on 16 prompts."""
 
 import re
 from pathlib import Path

@@ -455,7 +455,7 @@ def test_a_digest_pins_the_file(package, tmp_path):
     header, body = read_package(package)
     header["metadata"]["lambda_t"] = 1.0
     forged = write_package(tmp_path / "forged.gentron", header, body)
-    CompiledSampler.load(forged)  # its own checksums tell damage alone
+    CompiledSampler.load(forged)  # its own checksums tell damage only
     with pytest.raises(ValueError, match=f"wanted {digest}"):
         CompiledSampler.load(forged, sha256=digest)
     arguments = [forged, "--tokens", "clip=1", "--out", tmp_path / "out.npy", "--sha256", digest]

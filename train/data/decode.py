@@ -25,7 +25,7 @@ class Sampling:
     """How frames are taken from a sample. Paper: 8 frames at 4 FPS from clips at 24 FPS.
 
     A window is a random first frame of a clip and a crop; `starts` of them belong to each clip, and
-    to each image if crops are random. They depend on the seed and on the sample's place alone.
+    to each image if crops are random. They depend on the seed and on the sample's place only.
     """
 
     frames: int = 8
@@ -73,7 +73,7 @@ def read_frames(
     generator: torch.Generator,
     window: int | None = None,
 ) -> Tensor:
-    """Frames (S, T, H, W, 3) of a sample's windows, T = 1 for an image; or of one window alone.
+    """Frames (S, T, H, W, 3) of a sample's windows, T = 1 for an image; or of one window only.
 
     `sample` holds its files by ending. The windows are drawn from the generator in order, so that
     each is the same, alone or among all. Raises BrokenSample.

@@ -2,7 +2,7 @@
 
 A shard is a WebDataset tar of images (.jpg .png .webp) or clips (.mp4) with captions (.txt .json),
 or what gentron_train.precompute made of one. Sample g of the endless order, its window, its noise
-and its timestep are a function of (seed, g) alone, whatever the number of ranks and of workers.
+and its timestep are a function of (seed, g) only, whatever the number of ranks and of workers.
 """
 
 import functools

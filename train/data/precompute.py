@@ -157,7 +157,7 @@ def precompute(
     ranks: int = 1,
 ) -> dict[str, int]:
     """Encode the shards that `out` lacks, this rank every `ranks`-th; without a text encoder the
-    captions alone are kept beside the latents.
+    captions only are kept beside the latents.
 
     Returns the broken samples by cause; out/broken.jsonl names them. Raises ValueError where `out`
     holds other shards, TooManyBroken as training does.
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--vae", type=Path, help="autoencoder folder")
     add("--clip", help="CLIP: folder or hub name")
     add("--t5", help="T5: folder or hub name")
-    add("--no-text", action="store_true", help="latents and captions alone, no embeddings")
+    add("--no-text", action="store_true", help="latents and captions only, no embeddings")
     add("--dtype", default="fp32", choices=list(DTYPES), help="of text encoders and embeddings")
     add("--size", type=parse_sizes, metavar="HxW,…", help="pixels; of several the nearest in shape")
     add("--frames", type=int, default=8, help="frames of a clip")

@@ -54,7 +54,7 @@ class Sample:
 
 
 def seeded(*key: object) -> torch.Generator:
-    """A generator whose stream depends on the key alone."""
+    """A generator whose stream depends on the key only."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 

@@ -26,7 +26,7 @@ from gentron_train.small_world.renderer import ensure_shards
 
 # Shapes: B batch, H × W pixels.
 KL_WEIGHT = 1e-4  # against an error of about 0.02 per pixel: keeps the latents near a normal
-CHROMA_WEIGHT = 4.0  # objects cover a tenth of a frame and alone have colour
+CHROMA_WEIGHT = 4.0  # objects cover a tenth of a frame and only have colour
 SQUARE_WEIGHT = 2.0  # of the squared error beside the absolute one, which forgets small objects
 CLIP_FRAMES = 4  # frames taken of each clip
 WRITTEN = ("config.json", "diffusion_pytorch_model.safetensors")  # in the folder of --out

@@ -1,4 +1,4 @@
-"""The small world's judge: shape, colour, position and motion read back from pixels by rule.
+"""The small world's evaluator: shape, colour, position and motion read back from pixels by rule.
 
 A model's text alignment and motion become numbers:
 
@@ -306,7 +306,7 @@ def judge(frames: np.ndarray, scene: Scene) -> dict[str, bool]:
 def score(clips: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
     """Shares of clips, uint8 (T, H, W, 3), that are right in colour, shape, motion, and all.
 
-    "direction" is motion over the left, right, up and down scenes alone, "motion NAME" over one
+    "direction" is motion over the left, right, up and down scenes only, "motion NAME" over one
     class. Images (T = 1) have no motion. A share over no clips at all is absent.
     """
     if len(clips) != len(scenes) or not len(clips):

@@ -3,7 +3,7 @@
 A scene holds one or two objects (shape, colour, size, fill), a neutral background and one motion.
 Images are clean. Clips carry motion blur, H.264 compression and a watermark, as real video data
 does. One combination of shape x colour x motion in ten never occurs in training. A sample depends
-on (seed, kind, index) alone.
+on (seed, kind, index) only.
 
     python -m gentron_train.shapes OUT --images 20000 --clips 6000 --seed 0
 """

@@ -196,10 +196,10 @@ def train(out: Path, training: TextTraining, device: str, resume: bool) -> dict:
             if (step + 1) % training.save_every == 0:
                 save_state(folder / STATE_NAME, lesson, optimizer, step + 1)
     captions, facts = draw(512, training.seed, 5)
-    told = accuracy(lesson.eval(), captions, facts.to(device))
+    shares = accuracy(lesson.eval(), captions, facts.to(device))
     write(lesson.text_encoder.cpu(), out)
     shutil.rmtree(folder, ignore_errors=True)
-    return told
+    return shares
 
 
 def write(text_encoder: TextEncoder, out: Path) -> None:
@@ -227,8 +227,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--steps and --batch must be at least 1, got {args.steps}, {args.batch}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     training = TextTraining(args.steps, args.batch, args.lr, seed=args.seed)
-    told = train(args.out, training, args.device, args.resume)
-    for name, shares in told.items():
+    accuracies = train(args.out, training, args.device, args.resume)
+    for name, shares in accuracies.items():
         print(f"{name:12}", *(f"{fact} {100 * share:.0f}" for fact, share in shares.items()))
     print(f"text encoders in {args.out}")
 

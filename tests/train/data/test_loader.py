@@ -1,4 +1,4 @@
-"""The stream of batches: its order, its randomness, and what happens to what is broken."""
+"""The stream of batches: its order, its randomness, and what happens to corrupt samples."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The judge reads back what the renderer drew, and scores what a pipeline makes."""
+"""The evaluator reads back what the renderer drew, and scores what a pipeline makes."""
 
 import io
 import json
