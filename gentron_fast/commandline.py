@@ -23,7 +23,9 @@ def run(
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     try:
-        command()
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"{name}: {message}", file=sys.stderr)
+            command()
     except KeyboardInterrupt:
         print(f"{name}: {interrupted}", file=sys.stderr)
         return 130

@@ -23,9 +23,11 @@ from gentron_fast.layers import (
     TimestepEmbedder,
     patch_positions,
 )
+from gentron_fast.weights import find_weights
 
 CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+WEIGHTS_STEM = "diffusion_pytorch_model"
+WEIGHTS_NAME = f"{WEIGHTS_STEM}.safetensors"
 COMPILED_KINDS = 64  # of blocks, before torch.compile gives up
 
 
@@ -336,13 +338,8 @@ class GenTron(nn.Module):
 
 
 def _read_tensors(folder: Path, expected: dict[str, Tensor], dtype, device) -> dict[str, Tensor]:
-    index = folder / f"{WEIGHTS_NAME}.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else None
     tensors = {}
-    for name in names or [WEIGHTS_NAME]:
-        path = folder / name
-        if not path.is_file():
-            raise FileNotFoundError(f"no such file: {path}")
+    for path in find_weights(folder, (WEIGHTS_STEM,)):
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 for key in file.keys():  # noqa: SIM118

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gentron_fast.config import GenTronConfig
 from gentron_fast.files import read_json
 from gentron_fast.model import EncodedText, TextCondition
+from gentron_fast.weights import variant
 
 MAX_TOKENS = {"clip": 77, "t5": 256}
 # Where a pipeline folder keeps each encoder and its tokenizer.
@@ -198,6 +199,7 @@ def _load_model(name: str, source: str | os.PathLike, dtype: torch.dtype) -> nn.
         return model_class.from_pretrained(
             source,
             dtype=dtype,
+            variant=variant(Path(source), "model") if Path(source).is_dir() else None,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported below, in one line
             output_loading_info=True,

@@ -12,6 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gentron_fast.files import read_json
+from gentron_fast.model import WEIGHTS_STEM
+from gentron_fast.weights import variant
 
 REASONS = "the weights are damaged, or their numbers go beyond this dtype (try another --dtype)"
 
@@ -49,6 +51,7 @@ class VideoVAE(nn.Module):
         autoencoder, report = AutoencoderKL.from_pretrained(
             folder,
             torch_dtype=_computed_in(dtype, upcast),
+            variant=variant(folder, WEIGHTS_STEM),
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,

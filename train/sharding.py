@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from gentron_fast.config import GenTronConfig
 from gentron_fast.convert.tensors import open_weights
 from gentron_fast.layers import TemporalAttention
-from gentron_fast.model import GenTron
+from gentron_fast.model import WEIGHTS_STEM, GenTron
 from gentron_train.checkpoint import shard_of
 
 TEMPORAL = "temporal_attention."  # in the names of what a T2I model lacks
-WEIGHTS_STEM = "diffusion_pytorch_model"
 # Every part of a model in turn: its name and its fp32 tensors. The same at every call.
 Source = Callable[[], Iterator[tuple[str, dict[str, Tensor]]]]
 

@@ -39,6 +39,7 @@ from gentron_fast.convert.tensors import (
     open_safetensors,
     open_torch,
     open_weights,
+    without_prefix,
     write_tensors,
 )
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
@@ -51,6 +52,7 @@ from gentron_fast.text import (
     TOKENIZER_CONFIG,
     write_tokenizer_config,
 )
+from gentron_fast.weights import SAFETENSORS
 
 NAME = "gentron_fast.convert"
 PIXART_DEFAULTS = SamplingDefaults(lambda_t=4.5)  # diffusers' PixArtAlphaPipeline
@@ -72,6 +74,7 @@ OUT               the folder to write; it must not be there yet
 --vae FOLDER      AutoencoderKL, where PATH has none, or in place of PATH's
 --size N          original layout: the side in pixels of the images it was trained on
 --heads N         original layout: attention heads, where the width does not tell
+--no-ema          original layout: the last weights, where the file has averaged ones too
 --seed N          dit: seed of what starts fresh (0)
 --verbose         a traceback where something fails
 """
@@ -103,14 +106,16 @@ def convert_pixart(
     vae: str | os.PathLike | None = None,
     size: int | None = None,
     heads: int | None = None,
+    ema: bool = True,
 ) -> list[str]:
     """Write PixArt-α (arXiv 2310.00426) as a GenTron pipeline folder: the same function.
 
     path: a diffusers folder or a file in the original layout; t5, vae: folders to take in place of
-    the pipeline's own; size (side in pixels) and heads: what an original file does not tell.
+    the pipeline's own; size (side in pixels) and heads: what an original file does not tell; ema:
+    of such a file the averaged weights, where it has them beside others.
     Returns the lines of a report. Raises ValueError or OSError in one line, and leaves no folder.
     """
-    source = open_source(Path(path))
+    source = open_source(Path(path), ema)
     parts = find_parts(source, PIXART_PARTS, {"t5": t5}, vae)
     config = pixart_config(source, vae_factor(parts), size, heads)
     recipes = make_recipes(config, PIXART, source.layout)
@@ -129,6 +134,7 @@ def convert_pixart(
     left_out = ", ".join(sorted(LEFT_OUT & source.checkpoint.specs.keys()))
     return [
         f"wrote        {out}: {config.depth} blocks of width {config.width}",
+        *source.checkpoint.notes,
         *group("converted", recipes),
         *([f"left out     {left_out}"] if left_out else []),
         state,
@@ -144,15 +150,16 @@ def convert_dit(
     vae: str | os.PathLike | None = None,
     size: int | None = None,
     heads: int | None = None,
+    ema: bool = True,
     seed: int = 0,
 ) -> list[str]:
     """Write a GenTron that starts as DiT (arXiv 2212.09748) without a class, whatever the text.
 
-    path, vae, size, heads and errors as for `convert_pixart`; t5, clip: the text encoders the model
+    path, vae, size, heads, ema, errors: as for `convert_pixart`; t5, clip: the encoders the model
     is made for, both in their usual widths when neither is given. Cross-attention and pooled text,
     which DiT lacks, start fresh from the seed with an output of zero. Returns a report's lines.
     """
-    source = open_source(Path(path))
+    source = open_source(Path(path), ema)
     parts = find_parts(source, {"vae": "vae"}, {"clip": clip, "t5": t5}, vae)
     widths = {
         name: text_width(parts[model]) for name, (model, _) in SUBFOLDERS.items() if model in parts
@@ -174,6 +181,7 @@ def convert_dit(
     null = embedders[CLASSES[source.layout]][0] - 1
     return [
         f"wrote        {out}: {config.depth} blocks of width {config.width}",
+        *source.checkpoint.notes,
         *group("copied", {key: recipe for key, recipe in recipes.items() if recipe.sources}),
         *group("fresh", {key: recipe for key, recipe in recipes.items() if not recipe.sources}),
         f"folded       class {null}, the null class, into the bias of time_embed.mlp.2",
@@ -217,8 +225,11 @@ def export_diffusers(path: str | os.PathLike, out: str | os.PathLike) -> list[st
     return [f"wrote        {out}: PixArtTransformer2DModel, {config.depth} blocks", state]
 
 
-def open_source(path: Path) -> Source:
-    """The model in a folder or a file. FileNotFoundError or ValueError where there is none."""
+def open_source(path: Path, ema: bool = True) -> Source:
+    """The model in a folder or a file, of whose averaged weights `ema` takes those.
+
+    FileNotFoundError or ValueError where there is none.
+    """
     if path.is_dir():
         folder = path / "transformer" if (path / "transformer").is_dir() else path
         config = read_json(folder / CONFIG_NAME)
@@ -228,8 +239,11 @@ def open_source(path: Path) -> Source:
         return Source(checkpoint, config, path if folder != path else None)
     if not path.is_file():
         raise FileNotFoundError(f"no such file or folder: {path}")
-    opened = open_safetensors if path.suffix == ".safetensors" else open_torch
-    checkpoint = opened(path, [path])
+    if path.suffix == SAFETENSORS:
+        checkpoint = open_safetensors(path, [path])
+    else:
+        checkpoint = open_torch(path, [path], ema)
+    checkpoint = without_prefix(checkpoint)
     if "pos_embed.proj.weight" in checkpoint.specs:
         raise ValueError(f"{path} is in the diffusers layout: give its folder, with {CONFIG_NAME}")
     return Source(checkpoint, None, None)
@@ -517,7 +531,7 @@ def convert(args: argparse.Namespace) -> list[str]:
     """Do what the arguments ask for; the lines of the report. Raises ValueError or OSError."""
     if args.command == "export-diffusers":
         return export_diffusers(args.path, args.out)
-    options = {name: getattr(args, name) for name in ("t5", "vae", "size", "heads")}
+    options = {name: getattr(args, name) for name in ("t5", "vae", "size", "heads", "ema")}
     if args.command == "pixart":
         return convert_pixart(args.path, args.out, **options)
     return convert_dit(args.path, args.out, **options, clip=args.clip, seed=args.seed)
@@ -540,6 +554,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         options.add_argument("--vae", type=Path)
         options.add_argument("--size", type=whole_number(1))
         options.add_argument("--heads", type=whole_number(1))
+        options.add_argument("--no-ema", action="store_false", dest="ema")
         if command == "dit":
             options.add_argument("--clip", type=Path)
             options.add_argument("--seed", type=whole_number(0, 2**64 - 1), default=0)

@@ -3,10 +3,12 @@
 import json
 import math
 import pickle
+import pickletools
 import shutil
-from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Callable, Collection
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gentron_fast.files import read_json, write_json
+from gentron_fast.files import write_json
+from gentron_fast.weights import SAFETENSORS, find_weights, weight_files
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -26,7 +29,15 @@ DTYPE_NAMES = {
 }
 # What a file begins with that torch.save wrote before its zip format.
 OLD_TORCH = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
-WRAPPERS = ("state_dict", "ema", "model")  # where training scripts keep the weights, best first
+ENDINGS = (SAFETENSORS, ".bin")
+# Where training scripts keep the averaged weights and the others, and what they put before names.
+AVERAGED = ("state_dict_ema", "ema_state_dict", "model_ema", "ema")
+WRAPPERS = ("state_dict", "model", "module")
+PREFIXES = ("module.", "_orig_mod.", "model.")
+SAVE_ALONE = (
+    "python -c \"import torch; w = torch.load({file!r}, 'cpu', weights_only=False); "
+    "torch.save({weights}, 'weights.pth')\""
+)
 
 
 class Spec(NamedTuple):
@@ -38,11 +49,15 @@ class Spec(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors in `path`: their specs by name, and `read`, which brings one into memory."""
+    """The tensors in `path`: their specs by name, and `read`, which brings one into memory.
+
+    notes: lines of a report on what was chosen among the content of the file.
+    """
 
     path: Path
     specs: dict[str, Spec]
     read: Callable[[str], Tensor]
+    notes: tuple[str, ...] = ()
 
 
 def open_weights(folder: Path, *stems: str) -> Checkpoint:
@@ -50,36 +65,12 @@ def open_weights(folder: Path, *stems: str) -> Checkpoint:
 
     FileNotFoundError where there are none or a shard is missing, ValueError for damaged files.
     """
-    opened, files = find_weights(folder, *stems)
-    return opened(folder, files)
+    files = find_weights(folder, stems, ENDINGS)
+    return _opener(files[0])(folder, files)
 
 
-def find_weights(folder: Path, *stems: str) -> tuple[Callable, list[Path]]:
-    """What opens the weights in a folder, and their files."""
-    for ending, opened in ((".safetensors", open_safetensors), (".bin", open_torch)):
-        for stem in stems:
-            if files := weight_files(folder, stem + ending):
-                return opened, files
-    raise FileNotFoundError(f"no weights in {folder}: wanted {stems[0]}.safetensors or its index")
-
-
-def weight_files(folder: Path, name: str) -> list[Path]:
-    """The file NAME, or the shards that NAME.index.json lists, or nothing."""
-    if (folder / name).is_file():
-        return [folder / name]
-    index = folder / f"{name}.index.json"
-    if not index.is_file():
-        return []
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(
-        isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()
-    ):
-        raise ValueError(f"{index} has no weight_map of tensors to files beside it")
-    files = [folder / shard for shard in sorted(set(shards.values()))]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"no such file: {file}")
-    return files
+def _opener(file: Path) -> Callable[[Path, list[Path]], Checkpoint]:
+    return open_safetensors if file.suffix == SAFETENSORS else open_torch
 
 
 def open_safetensors(path: Path, files: list[Path]) -> Checkpoint:
@@ -111,22 +102,52 @@ def _opened(file: Path):
         raise ValueError(f"{file} is damaged: {error}") from None
 
 
-def open_torch(path: Path, files: list[Path]) -> Checkpoint:
-    """Files of torch.save, mapped and not read; ValueError for one that needs pickle code."""
+def open_torch(path: Path, files: list[Path], averaged: bool = True) -> Checkpoint:
+    """Files of torch.save, mapped and not read; ValueError for one that needs pickle code.
+
+    averaged: where a file holds averaged weights beside others, whether they are taken.
+    """
     # One file at a time: what was read of a mapped file stays in memory.
-    mapped = lru_cache(maxsize=1)(_torch_tensors)
-    specs, where = {}, {}
+    mapped = lru_cache(maxsize=1)(lambda file: _torch_tensors(file, averaged))
+    specs, where, notes = {}, {}, []
     for file in files:
-        for key, tensor in mapped(file).items():
+        tensors, note = mapped(file)
+        notes += note
+        for key, tensor in tensors.items():
             specs[key], where[key] = Spec(tensor.dtype, tuple(tensor.shape)), file
-    return Checkpoint(path, specs, lambda key: mapped(where[key])[key].detach())
+    read = lambda key: mapped(where[key])[0][key].detach()  # noqa: E731
+    return Checkpoint(path, specs, read, tuple(notes))
 
 
-def _torch_tensors(file: Path) -> dict[str, Tensor]:
+def without_prefix(checkpoint: Checkpoint) -> Checkpoint:
+    """The same tensors without what wrappers of a model, such as DDP, put before all names."""
+    prefix = ""
+    while own := next((p for p in PREFIXES if _all_begin(checkpoint.specs, prefix + p)), None):
+        prefix += own
+    if not prefix:
+        return checkpoint
+    specs = {key.removeprefix(prefix): spec for key, spec in checkpoint.specs.items()}
+    note = f"stripped     {prefix} before every name"
+    return replace(
+        checkpoint,
+        specs=specs,
+        read=lambda key: checkpoint.read(prefix + key),
+        notes=(*checkpoint.notes, note),
+    )
+
+
+def _all_begin(names: Collection[str], prefix: str) -> bool:
+    return bool(names) and all(name.startswith(prefix) for name in names)
+
+
+def _torch_tensors(file: Path, averaged: bool) -> tuple[dict[str, Tensor], list[str]]:
     try:
         values = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{file} needs pickle code to be read: only tensors are taken") from None
+        raise ValueError(
+            f"{file} needs pickle code to be read: only tensors are taken. If you trust it, save "
+            f"the weights alone: {_save_alone(file, averaged)}"
+        ) from None
     except (RuntimeError, EOFError) as error:
         with file.open("rb") as opened:
             if opened.read(len(OLD_TORCH)) == OLD_TORCH:
@@ -135,10 +156,7 @@ def _torch_tensors(file: Path) -> dict[str, Tensor]:
                 ) from None
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{file} is no whole file of torch.save: {reason}") from None
-    for name in WRAPPERS:
-        if isinstance(values, dict) and isinstance(values.get(name), dict):
-            values = values[name]
-            break
+    values, notes = _unwrapped(file, values, averaged)
     if not isinstance(values, dict) or not values:
         raise ValueError(f"{file} holds no tensors by name, it holds a {type(values).__name__}")
     for key, tensor in values.items():
@@ -146,7 +164,35 @@ def _torch_tensors(file: Path) -> dict[str, Tensor]:
             raise ValueError(f"{file} holds not only tensors: {key} is a {type(tensor).__name__}")
         if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided:
             raise ValueError(f"tensor {key} in {file} is {tensor.dtype}, {tensor.layout}")
-    return values
+    return values, notes
+
+
+def _unwrapped(file: Path, values, averaged: bool) -> tuple[object, list[str]]:
+    """The weights among what a training script saved, and a note where it saved several."""
+    if not isinstance(values, dict):
+        return values, []
+    found = [name for name in _wrappers(averaged) if isinstance(values.get(name), dict)]
+    if not found:
+        return values, []
+    kinds = [" (averaged)" * (name in AVERAGED) for name in found]
+    told, *others = map("".join, zip(found, kinds, strict=True))
+    note = f"took         {told} of {file.name}, not {', '.join(others)}"
+    return values[found[0]], [note] if others else []
+
+
+def _wrappers(averaged: bool) -> tuple[str, ...]:
+    return AVERAGED + WRAPPERS if averaged else WRAPPERS + AVERAGED
+
+
+def _save_alone(file: Path, averaged: bool) -> str:
+    """The command that saves the weights of a file without what needs pickle code."""
+    strings = set()
+    with suppress(Exception), zipfile.ZipFile(file) as archive:  # told is what can be read
+        (content,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        with archive.open(content) as opened:
+            strings = {value for _, value, _ in pickletools.genops(opened)}
+    found = [name for name in _wrappers(averaged) if name in strings]
+    return SAVE_ALONE.format(file=str(file), weights=f"w[{found[0]!r}]" if found else "w")
 
 
 def write_tensors(path: Path, specs: dict[str, Spec], make: Callable[[str], Tensor]) -> None:
@@ -176,18 +222,18 @@ def copy_weights(source: Path, target: Path, *stems: str) -> None:
 
     Safetensors files of that name stay as they are, others become such.
     """
-    name = f"{stems[0]}.safetensors"
-    if files := weight_files(source, name):
+    name = f"{stems[0]}{SAFETENSORS}"
+    files = find_weights(source, stems, ENDINGS)
+    if weight_files(source, name) == files:
         if files != [source / name]:
             files.append(source / f"{name}.index.json")
         for file in files:
             shutil.copyfile(file, target / file.name)
         return
-    opened, files = find_weights(source, *stems)
     where, size = {}, 0
     for number, file in enumerate(files, 1):
-        checkpoint = opened(file, [file])
-        shard = f"{stems[0]}-{number:05}-of-{len(files):05}.safetensors" if files[1:] else name
+        checkpoint = _opener(file)(file, [file])
+        shard = f"{stems[0]}-{number:05}-of-{len(files):05}{SAFETENSORS}" if files[1:] else name
         write_tensors(target / shard, checkpoint.specs, checkpoint.read)
         where |= dict.fromkeys(checkpoint.specs, shard)
         size += sum(math.prod(shape) * dtype.itemsize for dtype, shape in checkpoint.specs.values())
