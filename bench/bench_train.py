@@ -38,8 +38,9 @@ class TrainingStep:
 
     def __init__(self, config, shape, dtype, device):
         self.config, self.shape, self.dtype, self.device = config, shape, dtype, device
+        self.schedule = SCHEDULE if device == "meta" else SCHEDULE.to(device)
         self.model = random_model(config, torch.float32, device).train()
-        self.objective = Objective(self.model, None, SCHEDULE, dtype)
+        self.objective = Objective(self.model, None, self.schedule, dtype)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=RATE, weight_decay=0.0, fused=device == "cuda"
         )
@@ -121,7 +122,7 @@ class TrainingStep:
         name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
         parameters = "fp32" if self.device == "cpu" else name
         settings = Settings(batch=self.shape[0], lr=RATE, dtype=name, parameters=parameters).on(1)
-        objective = Objective(model, None, SCHEDULE, self.dtype)
+        objective = Objective(model, None, self.schedule, self.dtype)
         engine = zero_engine(objective, settings, device)
 
         @torch.enable_grad()

@@ -80,6 +80,10 @@ class NoiseSchedule:
     def __len__(self) -> int:
         return len(self.betas)
 
+    def to(self, device: str | torch.device) -> "NoiseSchedule":
+        """The same with its tables on a device, where nothing of them is copied at each step."""
+        return NoiseSchedule(self.betas.to(device))
+
     @cached_property
     def alphas_cumprod(self) -> Tensor:
         return torch.cumprod(1 - self.betas, dim=0)
@@ -91,6 +95,27 @@ class NoiseSchedule:
     @cached_property
     def sigma(self) -> Tensor:
         return (1 - self.alphas_cumprod).sqrt()
+
+    @cached_property
+    def betas_log(self) -> Tensor:
+        return self.betas.log()
+
+    @cached_property
+    def posterior_log_variance(self) -> Tensor:
+        """Of x_{t-1} given x_t and x0; at t = 0, where it is -inf, that of t = 1."""
+        posterior = (1 - self._alphas_cumprod_next) / (1 - self.alphas_cumprod) * self.betas
+        posterior[0] = posterior[1]
+        return posterior.log()
+
+    @cached_property
+    def posterior_mean_scale(self) -> Tensor:
+        """By how much an error of the noise shifts the posterior's mean: that of x0, sigma / alpha
+        times as large, times x0's coefficient."""
+        return self._alphas_cumprod_next.sqrt() * self.betas / (self.sigma * self.alpha)
+
+    @cached_property
+    def _alphas_cumprod_next(self) -> Tensor:
+        return torch.cat([self.betas.new_ones(1), self.alphas_cumprod[:-1]])
 
     def sample_timesteps(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """Uniform training timesteps (batch,) int64 on the generator's device."""
@@ -132,18 +157,13 @@ def vlb_loss(
         raise ValueError(
             f"vlb_loss needs {2 * channels} predicted channels, got {prediction.shape[1]}"
         )
-    signal = schedule.alphas_cumprod
-    signal_next = torch.cat([signal.new_ones(1), signal[:-1]])
-    posterior = (1 - signal_next) / (1 - signal) * schedule.betas
-    posterior[0] = posterior[1]  # 0 at t = 0, and its logarithm is needed
-    low = _per_sample(posterior.log(), timestep, noise)
-    high = _per_sample(schedule.betas.log(), timestep, noise)
+    low = _per_sample(schedule.posterior_log_variance, timestep, noise)
+    high = _per_sample(schedule.betas_log, timestep, noise)
 
     eps, variance = prediction.to(low.dtype).split(channels, dim=1)
     log_variance = learned_range_log_variance(variance, low, high)
-    # Posterior means differ by their x0 coefficient times x0's error, (sigma / alpha) * eps error.
-    scale = signal_next.sqrt() * schedule.betas / (schedule.sigma * schedule.alpha)
-    gap = _per_sample(scale, timestep, noise) * (eps.detach() - noise)
+    scale = _per_sample(schedule.posterior_mean_scale, timestep, noise)
+    gap = scale * (eps.detach() - noise)
     squared = gap.square() * torch.exp(-log_variance)
     divergence = 0.5 * (log_variance - low + torch.exp(low - log_variance) - 1 + squared)
     density = 0.5 * (math.log(2 * math.pi) + log_variance + squared)
@@ -162,7 +182,7 @@ def learned_range_log_variance(
 def _per_sample(values: Tensor, timestep: Tensor, like: Tensor) -> Tensor:
     """values (T,) at timestep (B,) as (B, 1, ...), float32 or like's float64."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    picked = values.to(device=timestep.device, dtype=dtype)[timestep]
+    picked = values.to(timestep.device)[timestep].to(dtype)
     return picked.view(-1, *[1] * (like.ndim - 1))
 
 

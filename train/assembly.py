@@ -153,7 +153,7 @@ def objective_engine(
     objective = Objective(
         parts.transformer,
         parts.text_encoder if parts.train_text else None,
-        NoiseSchedule.from_config(SCHEDULER_CONFIG),
+        NoiseSchedule.from_config(SCHEDULER_CONFIG).to(device),
         DTYPES[settings.dtype],
         settings.max_loss_weight,
     ).train()

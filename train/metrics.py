@@ -30,10 +30,10 @@ class Metrics:
     def start(self, step: int) -> None:
         """The next line covers the steps after `step`, from now on."""
         self._since, self._since_step = time.monotonic(), step
-        self._losses: list[float] = []
+        self._losses: list[Tensor] = []
 
-    def add(self, loss: float) -> None:
-        """The loss of a step that was applied."""
+    def add(self, loss: Tensor) -> None:
+        """This rank's loss of a step that was applied; it is read when it is logged."""
         self._losses.append(loss)
 
     def count_flops(self, latents: Tensor, text: Tokens | TextCondition) -> None:
@@ -44,7 +44,7 @@ class Metrics:
 
     def log(self, state: RunState, rate: float, grad_norm: float) -> str:
         """Keep the figures of the steps since `start`; their line, empty on all ranks but the
-        first."""
+        first. Collective."""
         settings, ranks = self.settings, dist.get_world_size()
         seconds = (time.monotonic() - self._since) / (state.step - self._since_step)
         captions = settings.batch * settings.accumulation * ranks
@@ -53,10 +53,11 @@ class Metrics:
         left = (settings.steps - state.step) * seconds
         if settings.minutes:
             left = min(left, 60 * settings.minutes - state.seconds)
+        losses = mean_over_ranks(self._losses)
         unit = "clips_per_s" if self.config.temporal else "samples_per_s"
         values = {
             "step": state.step,
-            "loss": sum(self._losses) / len(self._losses) if self._losses else None,
+            "loss": sum(losses) / len(losses) if losses else None,
             "lr": rate,
             "grad_norm": round(grad_norm, 4) if math.isfinite(grad_norm) else None,
             unit: round(samples / seconds, 2),
@@ -70,6 +71,16 @@ class Metrics:
         }
         self.start(state.step)
         return self.run_log.step(settings.steps, values) if self.run_log.main else ""
+
+
+def mean_over_ranks(losses: list[Tensor]) -> list[float]:
+    """Scalars that every rank has as many of, each averaged; they leave the device together."""
+    if not losses:
+        return []
+    values = torch.stack(losses).double()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return (values / dist.get_world_size()).tolist()
 
 
 def _lengths(text: Tokens | TextCondition) -> dict[str, int]:

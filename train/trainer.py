@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from copy import deepcopy
+from datetime import timedelta
 from typing import NamedTuple
 
 import psutil
@@ -48,10 +49,16 @@ def learning_rate(settings: Settings, step: int, progress: float) -> float:
     return rate
 
 
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there. To a GPU it is copied from pinned memory, beside what the CPU does next."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class Agreed(NamedTuple):
     """What all ranks know after a step."""
 
-    loss: float  # their mean
     progress: float  # share of the run, 0 … 1, as rank 0 measures it
     stop: bool  # a rank was told to stop
     broken: bool  # a rank met too many broken samples
@@ -99,6 +106,9 @@ class Trainer:
         self.saver = Saver(
             settings, self.state, self.engine, self.ema, loader, trained_text, device
         )
+        self._cpu_group = dist.new_group(
+            backend="gloo", timeout=timedelta(seconds=settings.timeout)
+        )
         self._bad_steps = 0  # one after the other
         if resumed is not None:
             self.saver.load(resumed)
@@ -109,8 +119,7 @@ class Trainer:
         settings, state, stop = self.settings, self.state, StopRequest(self.launcher)
         self._began = time.monotonic() - state.seconds
         self.metrics.start(state.step)
-        progress = self._agree(torch.zeros(()), stop=False).progress
-        agreed = Agreed(0.0, progress, stop=False, broken=False)
+        agreed = self._agree(stop=False)
         say(settings.batch_line(dist.get_world_size()))
         hidden = dist.get_rank() != 0
         with tqdm(total=settings.steps, initial=state.step, unit="step", disable=hidden) as bar:
@@ -118,8 +127,8 @@ class Trainer:
                 rate = learning_rate(settings, state.step, agreed.progress)
                 self.loader.narrow = agreed.progress < settings.timestep_range_portion
                 loss = self.train_step(rate)
-                agreed = self._agree(loss, bool(stop))
-                self._count(agreed.loss)
+                agreed = self._agree(bool(stop))
+                self._count(loss)
                 bar.update()
                 if self._due(settings.log_every) or state.step == settings.steps:
                     norm = float(self.engine.get_global_grad_norm())
@@ -154,11 +163,11 @@ class Trainer:
         self.metrics.count_flops(batch.latents, text)
         motion_free = batch.motion_free
         loss = self.engine(
-            batch.latents.to(self.device, non_blocking=True),
-            batch.timestep.to(self.device),
+            on_device(batch.latents, self.device),
+            on_device(batch.timestep, self.device),
             text,
-            None if motion_free is None else motion_free.to(self.device),
-            batch.noise.to(self.device, non_blocking=True),
+            None if motion_free is None else on_device(motion_free, self.device),
+            on_device(batch.noise, self.device),
         )
         # A loss that is not finite makes every gradient NaN, and DeepSpeed skips the step.
         good = torch.isfinite(loss.detach()) & (self._broken is None)
@@ -185,19 +194,21 @@ class Trainer:
             share = max(share, (time.monotonic() - self._began) / (60 * settings.minutes))
         return share
 
-    def _agree(self, loss: Tensor, stop: bool) -> Agreed:
-        """What all ranks know together; keeps the number of their broken samples."""
-        progress = self._progress() if dist.get_rank() == 0 else 0.0
-        own = [float(loss), progress, stop, self._broken is not None]
-        own.append(sum(self.loader.broken().values()))
-        values = torch.tensor(own, dtype=torch.float64, device=self.device)
-        if dist.get_world_size() > 1:
-            dist.all_reduce(values)
-        loss, progress, stops, broken, samples = values.tolist()
-        self.state.broken = int(samples)
-        return Agreed(loss / dist.get_world_size(), progress, stops > 0, broken > 0)
+    def _agree(self, stop: bool) -> Agreed:
+        """What all ranks know together; keeps the number of their broken samples.
 
-    def _count(self, loss: float) -> None:
+        On the CPU: a GPU goes on with what it has to do.
+        """
+        progress = self._progress() if dist.get_rank() == 0 else 0.0
+        own = [progress, stop, self._broken is not None, sum(self.loader.broken().values())]
+        values = torch.tensor(own, dtype=torch.float64)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(values, group=self._cpu_group)
+        progress, stops, broken, samples = values.tolist()
+        self.state.broken = int(samples)
+        return Agreed(progress, stops > 0, broken > 0)
+
+    def _count(self, loss: Tensor) -> None:
         """Keep the loss of a step, or count one that was skipped; ten in a row are an error."""
         self.state.seconds = time.monotonic() - self._began
         if self.engine.was_step_applied():

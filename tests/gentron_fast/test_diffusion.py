@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch.distributions import Normal, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gentron_fast.diffusion import (
     SCHEDULER_CONFIG,
@@ -261,3 +262,29 @@ def test_portable_noise_in_a_plain_fp32_library_is_close(monkeypatch):
 def test_portable_noise_refuses(seeds, step, samples, message):
     with pytest.raises(ValueError, match=message):
         portable_noise((4,), seeds, step, samples)
+
+
+class WholeTables(TorchDispatchMode):
+    """The operators that make something of a whole table of the schedule."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length, self.found = length, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and self.length in out.shape:
+            self.found.append(str(function))
+        return out
+
+
+def test_the_tables_stay_where_they_are():
+    """After the first step no table is copied, cast or made again, only looked up."""
+    schedule = NoiseSchedule.from_config(SCHEDULER_CONFIG).to("cpu")
+    noise, timestep = torch.randn(2, 4, 3), torch.tensor([0, 700])
+    prediction = torch.randn(2, 8, 3)
+    for found in (True, False):
+        with WholeTables(len(schedule)) as mode:
+            schedule.add_noise(noise, noise, timestep)
+            vlb_loss(schedule, prediction, noise, timestep)
+        assert bool(mode.found) == found, mode.found

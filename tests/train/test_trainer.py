@@ -24,6 +24,7 @@ from gentron_train.checkpoint import (
     shard_of,
 )
 from gentron_train.data.loader import Loader, TooManyBroken, make_loader
+from gentron_train.metrics import mean_over_ranks
 from gentron_train.objective import Objective
 from gentron_train.process import run
 from gentron_train.settings import Settings
@@ -36,7 +37,7 @@ def run_steps(settings: Settings, stage: str = "t2i") -> dict:
     losses = []
     for step in range(STEPS):
         loss = trainer.train_step(learning_rate(settings, step, step / STEPS))
-        losses.append(trainer._agree(loss, stop=False).loss)
+        losses += mean_over_ranks([loss])
     parameters = dict(trainer.engine.module.named_parameters())
     return {
         "losses": losses,
