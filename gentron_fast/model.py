@@ -1,5 +1,6 @@
 """GenTron: the diffusion transformer, its text condition, and its file format."""
 
+import inspect
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -202,8 +203,11 @@ class GenTron(nn.Module):
         """torch.compile each block in place, with its options: blocks of one kind share one
         compilation."""
         # Kinds: first block or not, by encoder, by the branches that run, by the form of the text.
-        limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(limit, COMPILED_KINDS)
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            options["recompile_limit"] = COMPILED_KINDS
+        else:  # torch before 2.13 has one limit for the process
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, COMPILED_KINDS)
         for block in self.blocks:
             block.compile(fullgraph=True, **options)
 

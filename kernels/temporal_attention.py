@@ -16,7 +16,7 @@ from gentron_kernels.attention import sdpa
 from gentron_kernels.launch import tl
 from gentron_kernels.linear import linear
 
-MAX_FRAMES = 64
+TILE_ROWS = 64  # of a tile, and so the most frames that a kernel takes
 MAX_SIZE = 128  # of a head, in the Triton kernels
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,7 +37,7 @@ def temporal_attention(qkv: Tensor, motion_free: Tensor | bool | None = None) ->
     backend = launch.backend(qkv)
     if backend == "cpu":
         return torch.ops.gentron.temporal_attention_cpu(qkv, flags)
-    if backend == "cuda" and frames <= MAX_FRAMES and size <= MAX_SIZE and qkv.dtype in CUDA_DTYPES:
+    if backend == "cuda" and frames <= TILE_ROWS and size <= MAX_SIZE and qkv.dtype in CUDA_DTYPES:
         return torch.ops.gentron.temporal_attention_cuda(qkv, flags)
     return temporal_attention_ref(qkv, flags)
 
@@ -111,6 +111,24 @@ def _tile(tokens, T: tl.constexpr, H: tl.constexpr, DH: tl.constexpr, ROWS: tl.c
 
 
 @launch.jit
+def _program(
+    motion_free_ptr,
+    tokens,
+    HAS_FLAGS: tl.constexpr,
+    T: tl.constexpr,
+    H: tl.constexpr,
+    DH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The program's tile, and whether its sample is motion-free."""
+    sample, sequence, frame, rows, out_rows, inside = _tile(tokens, T, H, DH, ROWS)
+    motion_free = 0
+    if HAS_FLAGS:
+        motion_free = tl.load(motion_free_ptr + sample)
+    return sequence, frame, rows, out_rows, inside, motion_free
+
+
+@launch.jit
 def _load(pointer, rows, inside, START: tl.constexpr, BLOCK: tl.constexpr, DH: tl.constexpr):
     column = START + tl.arange(0, BLOCK)
     mask = inside[:, None] & (column < DH)[None, :]
@@ -158,11 +176,10 @@ def _temporal_attention_fwd_kernel(
     REST: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    sample, sequence, frame, rows, out_rows, inside = _tile(tokens, T, H, DH, ROWS)
+    sequence, frame, rows, out_rows, inside, motion_free = _program(
+        motion_free_ptr, tokens, HAS_FLAGS, T, H, DH, ROWS
+    )
     k_ptr, v_ptr = qkv_ptr + H * DH, qkv_ptr + 2 * H * DH
-    motion_free = 0
-    if HAS_FLAGS:
-        motion_free = tl.load(motion_free_ptr + sample)
     v = _load(v_ptr, rows, inside, 0, BLOCK, DH)
     if REST:
         v_rest = _load(v_ptr, rows, inside, BLOCK, REST, DH)
@@ -202,12 +219,11 @@ def _temporal_attention_bwd_kernel(
     REST: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    sample, sequence, frame, rows, out_rows, inside = _tile(tokens, T, H, DH, ROWS)
+    sequence, frame, rows, out_rows, inside, motion_free = _program(
+        motion_free_ptr, tokens, HAS_FLAGS, T, H, DH, ROWS
+    )
     k_ptr, v_ptr = qkv_ptr + H * DH, qkv_ptr + 2 * H * DH
     dk_ptr, dv_ptr = d_qkv_ptr + H * DH, d_qkv_ptr + 2 * H * DH
-    motion_free = 0
-    if HAS_FLAGS:
-        motion_free = tl.load(motion_free_ptr + sample)
     d_out = _load(d_out_ptr, out_rows, inside, 0, BLOCK, DH)
     if REST:
         d_rest = _load(d_out_ptr, out_rows, inside, BLOCK, REST, DH)
@@ -295,7 +311,7 @@ def _constants(
 ) -> dict[str, int]:
     # A tile holds rows // T sequences of T frames. fp32 is computed outside the tensor cores, where
     # every row of a tile is work, and a large tile does not fit the registers.
-    rows = MAX_FRAMES if itemsize < 4 else max(16, 1 << (frames - 1).bit_length())
+    rows = TILE_ROWS if itemsize < 4 else max(16, 1 << (frames - 1).bit_length())
     whole = max(16, 1 << (size - 1).bit_length())  # 16: the least that a tensor core takes
     block = 1 << (size.bit_length() - 1)
     rest = max(16, 1 << (size - block - 1).bit_length())

@@ -1,7 +1,5 @@
 """What a run keeps in its folder: checkpoints to go on from, and the pipeline folder."""
 
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +7,8 @@ import torch
 from torch import distributed as dist
 
 from gentron_fast.config import GenTronConfig
+from gentron_fast.files import whole_folder
+from gentron_fast.pipeline import PARTS
 from gentron_fast.text import TextEncoder
 from gentron_train.checkpoint import Checkpoints, latest_checkpoint, read_info
 from gentron_train.data.loader import Loader
@@ -129,13 +129,10 @@ class Saver:
             raise OSError(f"no export without a checkpoint: {failure}")
         if dist.get_rank() == 0:
             folder = self.settings.run / "pipeline"
-            aside = folder.with_name(".pipeline.part")
-            shutil.rmtree(aside, ignore_errors=True)
             checkpoint, dtype = latest_checkpoint(self.settings.run), self.settings.export_dtype
-            report = export_pipeline(checkpoint, aside, ema=True, dtype=DTYPES[dtype])
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(aside, folder)
-            say(report.replace(str(aside), f"pipeline in {folder}"))
+            with whole_folder(folder, PARTS) as partial:
+                report = export_pipeline(checkpoint, partial, ema=True, dtype=DTYPES[dtype])
+            say(report.replace(str(partial), f"pipeline in {folder}"))
         self.checkpoints.barrier()
 
 

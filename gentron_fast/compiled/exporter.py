@@ -14,6 +14,7 @@ from gentron_fast.compiled.compilation import compile_all
 from gentron_fast.compiled.graphs import branch_sets, learns_range, sampling_graphs, whole_graphs
 from gentron_fast.compiled.package import WEIGHTS, describe_machine, write_package
 from gentron_fast.config import MAX_FRAMES
+from gentron_fast.files import whole_file
 from gentron_fast.guidance.contexts import merged_values
 from gentron_fast.guidance.definition import guidance_coefficients
 from gentron_fast.guidance.steps import MODULATION_BYTES, modulation_row_bytes
@@ -125,8 +126,8 @@ def export_sampler(
         compile_all(graphs, folder, on_graph)
         sections |= {f"graphs/{graph.name}": folder / f"{graph.name}.pt2" for graph in graphs}
         sections |= {WEIGHTS: folder / WEIGHTS}
-        write_package(folder / "package", metadata, sections)
-        os.replace(folder / "package", path)
+        with whole_file(path) as partial:
+            write_package(partial, metadata, sections)
 
 
 def _file_tensors(model: GenTron, null_text: TextCondition) -> dict[str, Tensor]:

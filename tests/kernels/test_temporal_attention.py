@@ -13,7 +13,7 @@ from pairwise import pairwise
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gentron_kernels import launch
-from gentron_kernels.launch import constexpr, tl
+from gentron_kernels.launch import tl
 from gentron_kernels.temporal_attention import (
     _tile,
     merge_values,
@@ -201,7 +201,9 @@ def test_kernels_run_by_the_interpreter(run_interpreted):
 
 
 @launch.jit
-def _addresses_kernel(out_ptr, tokens, T: constexpr, H: constexpr, DH: constexpr, ROWS: constexpr):
+def _addresses_kernel(
+    out_ptr, tokens, T: tl.constexpr, H: tl.constexpr, DH: tl.constexpr, ROWS: tl.constexpr
+):
     _, _, _, rows, out_rows, inside = _tile(tokens, T, H, DH, ROWS)
     lane = tl.arange(0, ROWS)
     tl.store(out_ptr + lane, tl.where(inside, rows, -1))
