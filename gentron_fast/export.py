@@ -39,10 +39,10 @@ PIPELINE                pipeline folder (the small model that ships)
 --out FILE              the compiled sampler, such as clip.gentron
 --frames N              frames a clip (the pipeline's own)
 --size H [W]            in pixels (the pipeline's own)
---steps N --solver S    denoising steps; ddpm, ddim or dpm++ (the pipeline's own)
+--steps N --solver S    denoising steps; ddpm, ddim, dpm++ (the pipeline's own)
 --eta X                 noise of ddim, 0 to 1 (0)
---lambda-t X            text guidance unless a run says otherwise (the pipeline's)
---lambda-m X            motion guidance likewise (the pipeline's)
+--lambda-t X            text guidance if a run gives none (the pipeline's own)
+--lambda-m X            motion guidance likewise (the pipeline's own)
 --batch N               the most clips at once, 2 or more ({MAX_BATCH})
 --whole                 text encoders and VAE too: token ids in, frames out
 --device D --dtype T    cpu or cuda (cpu); float32, bfloat16, float16

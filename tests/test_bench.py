@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -176,10 +177,10 @@ def test_rows_are_kept_at_once_and_replaced_by_newer_ones(tmp_path, monkeypatch)
     assert [row["dtype"] for row in records.read_rows(path)] == ["float32", "bfloat16"]
     assert records.read_rows(path)[1]["commit"] == "newer"
 
-    def killed(self, target):
+    def killed(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         records.append_row(tmp_path, "ops", row_of(preset="G/2-T2V"))
     assert len(records.read_rows(path)) == 2
