@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from gentron_fast import files
 from gentron_train.small_world import renderer
 from gentron_train.small_world.renderer import (
     BACKGROUNDS,
@@ -222,11 +224,16 @@ def test_shards_are_the_same_bytes_from_any_number_of_processes(shards, tmp_path
     assert set(contents(shards)) == {"index.json", *(path.name for path in paths)}
 
 
-def test_cut_off_run_goes_on(shards, tmp_path):
+def test_cut_off_run_goes_on(shards, tmp_path, monkeypatch):
     shutil.copytree(shards, tmp_path / "copy")
     lost, kept = tmp_path / "copy" / "clips-00001.tar", tmp_path / "copy" / "images-00000.tar"
     lost.unlink()
-    (tmp_path / "copy" / ".clips-00001.tar.part").write_bytes(b"half")
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    monkeypatch.setattr(os, "getpid", lambda: killed.pid)
+    partial_of_killed = files._partial(lost)
+    monkeypatch.undo()
+    partial_of_killed.write_bytes(b"half")
     before = kept.stat().st_mtime_ns
     renderer.write_shards(tmp_path / "copy", 6, 4, shard_size=3, progress=False)
     assert kept.stat().st_mtime_ns == before
