@@ -92,7 +92,12 @@ class Writes:
 def _sync(path: Path, deep: bool = True) -> None:
     """Bring a file, or a folder and, if deep, all that is in it, to the disk."""
     for part in (*path.rglob("*"), path) if deep else (path,):
-        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            descriptor = os.open(part, os.O_RDONLY)
+        except FileNotFoundError:
+            if part == path:
+                raise
+            continue  # another rank's partial file, renamed by now: that rank brings it to the disk
         try:
             os.fsync(descriptor)
         finally:

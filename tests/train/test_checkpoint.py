@@ -224,3 +224,21 @@ def test_shards(tmp_path, size, count):
     for rank, path in enumerate(paths):
         save_file({"weight": shard_of(whole, part, rank)}, path)
     assert torch.equal(read_sharded(paths, "weight", (size, 1)), whole[:, None])
+
+
+def test_another_ranks_partial_file_may_be_renamed_meanwhile(tmp_path, monkeypatch):
+    for name in ("own", ".partial-of-another"):
+        (tmp_path / name).touch()
+    opened, opens = [], os.open
+
+    def renamed(path, *args, **kwargs):
+        if Path(path).name == ".partial-of-another":
+            raise FileNotFoundError(path)
+        opened.append(Path(path).name)
+        return opens(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", renamed)
+    checkpoint_module._sync(tmp_path)
+    assert sorted(opened) == sorted(["own", tmp_path.name])
+    with pytest.raises(FileNotFoundError):
+        checkpoint_module._sync(tmp_path / ".partial-of-another")
