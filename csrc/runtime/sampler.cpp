@@ -195,7 +195,7 @@ struct Sampler::Parts {
   std::vector<std::string> encoders;
   std::vector<std::string> branches;  // fewest first
   int64_t depth = 0, width = 0, steps = 0, max_batch = 0, head_size = 0;
-  int64_t modulation_bytes = 0, modulation_row_bytes = 0;
+  std::vector<int64_t> modulation_chunks;  // by the number of clips, from 1 on
   bool draws = false, cross_attention = false, pooled = false;
   // Of each branch's weight: constant, coefficients of lambda_t and lambda_m, (3, 3) fp64.
   Tensor coefficients;
@@ -223,8 +223,10 @@ void Sampler::Parts::load(
   const Json& metadata = package.metadata();
   device = choose_device(metadata, asked);
   check_machine(metadata, device);
-  if (metadata.object().count("guidance_coefficients") == 0) {
-    refuse("the compiled sampler was made by an older version: export it again");
+  if (metadata.object().count("modulation_chunks") == 0) {
+    refuse(
+        "the compiled sampler was made by an older version: export it again, "
+        "python -m gentron_fast.export PIPELINE --out FILE");
   }
   const std::string& name = metadata["dtype"].string();
   dtype = name == "bfloat16" ? at::kBFloat16 : name == "float16" ? at::kHalf : at::kFloat;
@@ -241,8 +243,12 @@ void Sampler::Parts::load(
   for (const Json& set : metadata["branches"].array()) branches.push_back(set.string());
   latent_shape = metadata["latent_shape"].integers();
   max_batch = metadata["max_batch"].integer();
-  modulation_bytes = metadata["modulation_bytes"].integer();
-  modulation_row_bytes = metadata["modulation_row_bytes"].integer();
+  modulation_chunks = metadata["modulation_chunks"].integers();
+  const auto made_at_once = [](int64_t chunk) { return chunk >= 1; };
+  if (static_cast<int64_t>(modulation_chunks.size()) != max_batch ||
+      !std::all_of(modulation_chunks.begin(), modulation_chunks.end(), made_at_once)) {
+    refuse("the compiled sampler's modulation_chunks must be one of 1 or more for each clip");
+  }
 
   const std::vector<int64_t> times = metadata["timesteps"].integers();
   steps = static_cast<int64_t>(times.size());
@@ -435,7 +441,7 @@ SamplingPlan Sampler::Parts::plan(
     const Tensor own = at::arange(1, 1 + batch, at::kLong);
     plan.conditions[set] = at::cat({at::zeros({nulls}, at::kLong), own});
   }
-  plan.chunk = std::max<int64_t>(1, modulation_bytes / (modulation_row_bytes * (1 + batch)));
+  plan.chunk = modulation_chunks[batch - 1];
   return plan;
 }
 

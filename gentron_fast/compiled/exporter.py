@@ -17,7 +17,7 @@ from gentron_fast.config import MAX_FRAMES
 from gentron_fast.files import whole_file
 from gentron_fast.guidance.contexts import merged_values
 from gentron_fast.guidance.definition import guidance_coefficients
-from gentron_fast.guidance.steps import MODULATION_BYTES, modulation_row_bytes
+from gentron_fast.guidance.steps import modulation_chunk, modulation_row_bytes
 from gentron_fast.model import GenTron, TextCondition
 from gentron_fast.solvers import make_table
 from gentron_fast.text import MAX_TOKENS, SUBFOLDERS, TextEncoder
@@ -81,8 +81,11 @@ def export_sampler(
         "guidance_coefficients": guidance_coefficients(has_motion),
         "max_batch": max_batch,
         "max_tokens": max_tokens,
-        "modulation_bytes": MODULATION_BYTES,
-        "modulation_row_bytes": modulation_row_bytes(config, weight.dtype),
+        # Steps whose modulation rows are made at once, for 1, 2, … clips and the null text.
+        "modulation_chunks": [
+            modulation_chunk(modulation_row_bytes(config, weight.dtype), 1 + batch)
+            for batch in range(1, max_batch + 1)
+        ],
         "solver": solver,
         "eta": eta,
         "lambda_t": lambda_t,
