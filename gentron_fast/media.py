@@ -50,22 +50,81 @@ def check_ending(path: str | os.PathLike) -> str:
 
 
 def read_video(path: str | os.PathLike) -> tuple[np.ndarray, float]:
-    """Read a video: its frames, uint8 (T, H, W, 3), and its frames per second."""
+    """Read a video: its frames as shown, uint8 (T, H, W, 3), and its frames per second."""
     av = _import_av()
     if not Path(path).is_file():
         raise FileNotFoundError(f"no video at {path}")
     try:
-        with av.open(str(path)) as container:
+        with av.open(_local(path)) as container:
             if not container.streams.video:
                 raise ValueError(f"{path} holds no video")
-            stream = container.streams.video[0]
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            stream, shown, frames = container.streams.video[0], None, []
+            for frame in container.decode(stream):
+                shown = shown or ShownFrames(stream, frame)
+                frames.append(shown(frame))
             rate = stream.average_rate
     except av.FFmpegError as error:
         raise ValueError(f"{path} is no readable video: {error.strerror}") from error
     if not frames:
         raise ValueError(f"{path} holds no frames")
     return np.stack(frames), float(rate)
+
+
+class ShownFrames:
+    """A video stream's decoded frames to pictures as a player shows them.
+
+    They are turned and mirrored as the display matrix says, their pixels are square, and what is
+    transparent is laid over white. size is (H, W) of a picture, from the first frame.
+    """
+
+    def __init__(self, stream, first):
+        av = _import_av()
+        # One converter for all: a new one for each frame costs ten times a small clip's decoding.
+        self._reformatter = av.video.reformatter.VideoReformatter()
+        a, b, _, c, d = _display_matrix(first)
+        self._is_turned = abs(b) > abs(a)
+        down, right = (b, c) if self._is_turned else (d, a)
+        self._steps = (
+            slice(None, None, -1 if down < 0 else 1),
+            slice(None, None, -1 if right < 0 else 1),
+        )
+        aspect = stream.sample_aspect_ratio or 1
+        self.size = self._turn(
+            first.height if aspect >= 1 else round(first.height / aspect),
+            first.width if aspect <= 1 else round(first.width * aspect),
+        )
+
+    def _turn(self, height: int, width: int) -> tuple[int, int]:
+        return (width, height) if self._is_turned else (height, width)
+
+    def __call__(self, frame, size: tuple[int, int] | None = None) -> np.ndarray:
+        """A frame as uint8 (H, W, 3), scaled to `size`, which is `self.size` where it is None."""
+        height, width = self._turn(*(size or self.size))
+        if any(component.is_alpha for component in frame.format.components):
+            rgba = self._reformatter.reformat(frame, format="rgba", threads=1).to_ndarray()
+            frame = type(frame).from_ndarray(over_white(rgba), "rgb24")
+        scaling = {"height": height, "width": width, "interpolation": "BICUBIC"}
+        if (frame.height, frame.width) == (height, width):
+            scaling = {}
+        picture = self._reformatter.reformat(frame, format="rgb24", threads=1, **scaling)
+        array = picture.to_ndarray()
+        array = array.swapaxes(0, 1) if self._is_turned else array
+        return np.ascontiguousarray(array[self._steps])
+
+
+def over_white(rgba: np.ndarray) -> np.ndarray:
+    """Pictures with transparency, uint8 (…, 4), over white: uint8 (…, 3)."""
+    alpha = rgba[..., 3:].astype(np.uint16)
+    mixed = rgba[..., :3] * alpha + 255 * (255 - alpha)
+    return ((mixed + 127) // 255).astype(np.uint8)
+
+
+def _display_matrix(frame) -> list[int]:
+    """The first five of its nine numbers, from (x, y) to (a·x + c·y, b·x + d·y): a b _ c d."""
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            return np.frombuffer(bytes(data), np.int32)[:5].tolist()
+    return [1, 0, 0, 0, 1]
 
 
 def contact_sheet(clips: Sequence[Frames], padding: int = 2) -> np.ndarray:
@@ -130,13 +189,18 @@ def _write_mp4(name: str, frames: np.ndarray, fps: float) -> None:
     if height % 2 or width % 2:
         raise ValueError(f"an mp4 takes even sizes, not {height}x{width}")
     av = _import_av()
-    with av.open(name, "w") as container:
+    with av.open(_local(name), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.options = {"crf": "18"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+def _local(path: str | os.PathLike) -> str:
+    """A path as FFmpeg takes it, which reads what stands before a colon as a protocol."""
+    return f"file:{os.fspath(path)}"
 
 
 def _import_av():

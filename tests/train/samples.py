@@ -29,16 +29,28 @@ def as_file(image: Image.Image, ending: str, **options) -> bytes:
     return file.getvalue()
 
 
-def video(times, time_base=Fraction(1, 24), size=(32, 32), file=None, **options) -> bytes:
-    """An mp4 whose nth frame, shown at times[n], is a picture with blue at 5·n."""
+def video(
+    times,
+    time_base=Fraction(1, 24),
+    size=(32, 32),
+    file=None,
+    container="mp4",
+    codec="libx264",
+    gop=12,
+    aspect=None,
+    **options,
+) -> bytes:
+    """A clip whose nth frame, shown at times[n], is a picture with blue at 5·n."""
     file = file or io.BytesIO()
-    with av.open(file, "w", format="mp4", options=options) as container:
-        stream = container.add_stream("libx264", rate=24, options={"crf": "1", "g": "12"})
+    with av.open(file, "w", format=container, options=options) as container:
+        stream = container.add_stream(codec, rate=24, options={"crf": "1", "g": str(gop)})
+        if aspect is not None:  # of a pixel
+            stream.codec_context.sample_aspect_ratio = aspect
         stream.height, stream.width = size
         stream.pix_fmt, stream.codec_context.time_base = "yuv444p", time_base
         for number, time in enumerate(times):
             pixels = numpy.array(picture(*size))
-            pixels[..., 2] = 5 * number
+            pixels[..., 2] = 5 * number % 256
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = time, time_base
             container.mux(stream.encode(frame))

@@ -7,16 +7,21 @@ import math
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gentron_fast.media import ShownFrames, over_white
 from gentron_train.data.broken import BrokenSample
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
-CLIP_ENDINGS = ("mp4",)
+CLIP_ENDINGS = ("mp4", "m4v", "mov", "mkv", "webm", "avi", "gif")
+ENDINGS = {"images": IMAGE_ENDINGS, "clips": CLIP_ENDINGS}
+MOST_PIXELS = 2**27  # of a frame before it is cut: a line of a pixel's height would fill the memory
 CAPTION_KEYS = ("caption", "text")  # of a .json without a .txt beside it
 
 
@@ -50,21 +55,24 @@ class Sampling:
 
 def read_caption(sample: Mapping[str, bytes]) -> str:
     """The .txt of a sample, else "caption" or "text" of its .json; BrokenSample without either."""
-    try:
+    with _broken_by("unreadable caption"):
         if "txt" in sample:
-            caption = sample["txt"].decode()
+            captions = [sample["txt"].decode("utf-8-sig")]
         else:
             facts = json.loads(sample.get("json", b"{}"))
-            caption = next((facts[key] for key in CAPTION_KEYS if key in facts), None)
-    except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
-        raise BrokenSample("unreadable caption", str(error)) from error
-    if caption is None:
-        raise BrokenSample("no caption", f"files: {', '.join(sorted(sample))}")
-    if not isinstance(caption, str):
-        raise BrokenSample("unreadable caption", f"{type(caption).__name__}, not text")
-    if not caption.strip():
+            if not isinstance(facts, dict):
+                raise BrokenSample("unreadable caption", f"{type(facts).__name__}, not an object")
+            captions = [facts[key] for key in CAPTION_KEYS if facts.get(key) is not None]
+        for caption in captions:
+            if not isinstance(caption, str):
+                kind = type(caption).__name__
+                raise BrokenSample("unreadable caption", f"{kind}, not text")
+            caption.encode()  # half a surrogate pair cannot be
+            if caption.strip():
+                return caption
+    if captions:
         raise BrokenSample("empty caption")
-    return caption
+    raise _lacking("no caption", sample)
 
 
 def read_frames(
@@ -72,19 +80,27 @@ def read_frames(
     sampling: Sampling,
     generator: torch.Generator,
     window: int | None = None,
+    kind: str | None = None,
 ) -> Tensor:
     """Frames (S, T, H, W, 3) of a sample's windows, T = 1 for an image; or of one window only.
 
-    `sample` holds its files by ending. The windows are drawn from the generator in order, so that
-    each is the same, alone or among all. Raises BrokenSample.
+    `sample` holds its files by ending; of "images" or "clips" the kind is read, else the clip if
+    there is one: an image beside it is its thumbnail. The windows are drawn from the generator in
+    order, so that each is the same, alone or among all. Raises BrokenSample.
     """
-    for ending in IMAGE_ENDINGS:
-        if ending in sample:
-            return _image_windows(sample[ending], sampling, generator, window)
-    for ending in CLIP_ENDINGS:
-        if ending in sample:
-            return _clip_windows(sample[ending], sampling, generator, window)
-    raise BrokenSample("no image or clip", f"files: {', '.join(sorted(sample))}")
+    for one in (kind,) if kind else ("clips", "images"):
+        for ending in ENDINGS[one]:
+            if ending in sample:
+                return READERS[one](sample[ending], sampling, generator, window)
+    raise _lacking(f"no {kind[:-1]}" if kind else "no image or clip", sample)
+
+
+def _lacking(cause: str, sample: Mapping[str, bytes]) -> BrokenSample:
+    """What a sample has not, and why: a name "v1.0.jpg" is file 0.jpg of the sample v1."""
+    known = {"txt", "json", *IMAGE_ENDINGS, *CLIP_ENDINGS}
+    if any("." in name and name.rpartition(".")[2] in known for name in sample):
+        cause += " (a sample's name ends at its first dot)"
+    return BrokenSample(cause, f"files: {', '.join(sorted(sample))}")
 
 
 def decode_image(content: bytes) -> Tensor:
@@ -93,12 +109,12 @@ def decode_image(content: bytes) -> Tensor:
 
 
 def decode_clip(content: bytes) -> tuple[Tensor, float]:
-    """An mp4 file's bytes -> all frames, uint8 (T, H, W, 3), and frames per second."""
-    import av
-
-    with av.open(io.BytesIO(content)) as container:
-        stream, convert = _open_stream(container)
-        frames = [convert(frame) for frame in container.decode(stream)]
+    """A video file's bytes -> all frames, uint8 (T, H, W, 3), and frames per second."""
+    with _open_clip(content) as (container, stream):
+        shown, frames = None, []
+        for frame in container.decode(stream):
+            shown = shown or ShownFrames(stream, frame)
+            frames.append(torch.from_numpy(shown(frame)))
         return torch.stack(frames), float(stream.average_rate)
 
 
@@ -136,103 +152,201 @@ def _nearest(times: list[int], moment: Fraction) -> int:
 def _image_windows(content, sampling, generator, window) -> Tensor:
     from PIL import Image
 
-    try:
+    with _broken_by("unreadable image"):
         image = _open_image(content)
-    except Exception as error:  # Pillow's decoders raise many kinds
-        raise BrokenSample("unreadable image", _one_line(error)) from error
-    target, scaled = _sizes(image.height, image.width, sampling)
-    if scaled != (image.height, image.width):
-        image = image.resize(scaled[::-1], Image.Resampling.BICUBIC)
-    frames = _to_tensor(image)[None]
+        target, scaled = _sizes(image.height, image.width, sampling)
+        if scaled != (image.height, image.width):
+            image = image.resize(scaled[::-1], Image.Resampling.BICUBIC)
+        frames = _to_tensor(image)[None]
     crops = [_crop(scaled, target, sampling, generator) for _ in range(sampling.windows("images"))]
     chosen = crops if window is None else [crops[window]]
     return torch.stack([_cut(frames, corner, target) for corner in chosen])
 
 
 def _clip_windows(content, sampling, generator, window) -> Tensor:
-    import av
-
-    try:
-        with av.open(io.BytesIO(content)) as container:
-            stream, _ = _open_stream(container)
-            times = _frame_times(container, stream)
-            size = stream.codec_context.height, stream.codec_context.width
-            target, scaled = _sizes(*size, sampling)
+    with _broken_by("unreadable video"):
+        if is_cut_off(content):
+            raise BrokenSample("unreadable video", "the file is cut off")
+        timing = _read_timing(content)
+        with _open_clip(content) as (container, stream):
+            first = next(container.decode(stream), None)
+            if first is None:
+                raise BrokenSample("unreadable video", "no frame decodes")
+            shown = ShownFrames(stream, first)
+            target, scaled = _sizes(*shown.size, sampling)
             windows = [
                 (
-                    pick_frames(times, stream.time_base, sampling, generator),
+                    pick_frames(timing.times, stream.time_base, sampling, generator),
                     _crop(scaled, target, sampling, generator),
                 )
                 for _ in range(sampling.windows("clips"))
             ]
             chosen = windows if window is None else [windows[window]]
-            wanted = {times[pick] for picks, _ in chosen for pick in picks}
-            frames = _decode_at(container, wanted, scaled if scaled != size else None)
-            return torch.stack(
-                [
-                    _cut(torch.stack([frames[times[pick]] for pick in picks]), corner, target)
-                    for picks, corner in chosen
-                ]
+            wanted = {timing.times[pick] for picks, _ in chosen for pick in picks}
+
+            def convert(frame) -> Tensor:
+                return torch.from_numpy(shown(frame, scaled))
+
+            frames = (
+                {} if timing.by_order else _decode_at(container, stream, wanted, timing, convert)
             )
+        if len(frames) < len(wanted):
+            frames = _decode_all(content, wanted, timing, convert)
+        return torch.stack(
+            [
+                _cut(torch.stack([frames[timing.times[pick]] for pick in picks]), corner, target)
+                for picks, corner in chosen
+            ]
+        )
+
+
+READERS = {"images": _image_windows, "clips": _clip_windows}
+
+
+@contextmanager
+def _broken_by(cause: str):
+    """A BrokenSample of this cause in the place of whatever a damaged file raises."""
+    try:
+        yield
     except BrokenSample:
         raise
-    except Exception as error:  # a damaged file can fail anywhere
-        raise BrokenSample("unreadable video", _one_line(error)) from error
+    except Exception as error:
+        raise BrokenSample(cause, _one_line(error)) from error
 
 
-def _open_stream(container, size: tuple[int, int] | None = None):
-    """The video stream, and a function from its frames to uint8 (H, W, 3), scaled to `size`."""
+@contextmanager
+def _open_clip(content: bytes):
+    """A video file and its stream; the picture of a cover is no video."""
     import av
 
-    if not container.streams.video:
-        raise BrokenSample("unreadable video", "holds no video stream")
-    stream = container.streams.video[0]
-    # Threads and a new colour converter for each frame cost ten times a small clip's decoding.
-    stream.codec_context.thread_count = 1
-    converter = av.video.reformatter.VideoReformatter()
-    scaling = {"height": size[0], "width": size[1], "interpolation": "BICUBIC"} if size else {}
-
-    def convert(frame) -> Tensor:
-        picture = converter.reformat(frame, format="rgb24", threads=1, **scaling)
-        return torch.from_numpy(picture.to_ndarray())
-
-    return stream, convert
+    with av.open(io.BytesIO(content)) as container:
+        stream = container.streams.best("video")
+        if stream is None:
+            raise BrokenSample("unreadable video", "holds no video stream")
+        stream.codec_context.thread_count = 1
+        yield container, stream
 
 
-def _frame_times(container, stream) -> list[int]:
-    """When each frame is shown, ascending; read from the packets, without decoding."""
-    times = {
-        packet.pts
-        for packet in container.demux(stream)
-        if packet.size and packet.pts is not None and not packet.is_discard
-    }
-    if len(times) < stream.frames:
-        raise BrokenSample("unreadable video", f"{len(times)} of its {stream.frames} frames")
+class Timing(NamedTuple):
+    """When the frames of a clip are shown, in units of the stream's time base.
+
+    keyframes: when each is shown and when it is decoded, ascending. by_order: the frames themselves
+    do not say their time, as in an AVI whose frames are reordered; the nth has the nth time.
+    """
+
+    times: list[int]
+    keyframes: list[tuple[int, int]]
+    by_order: bool
+
+
+def _read_timing(content: bytes) -> Timing:
+    """From the packets, without decoding.
+
+    What an edit list hides, as in a clip cut without encoding it anew, is not shown, whatever the
+    header counts.
+    """
+    times, keyframes, by_order = set(), [], False
+    with _open_clip(content) as (container, stream):
+        for packet in container.demux(stream):
+            time = packet.dts if packet.pts is None else packet.pts
+            if not packet.size or time is None:
+                continue
+            by_order |= packet.pts is None
+            if packet.is_keyframe:
+                keyframes.append((time, time if packet.dts is None else packet.dts))
+            if not packet.is_discard:
+                times.add(time)
+        by_order |= container.format.name == "avi" and stream.codec_context.has_b_frames
     if not times:
         raise BrokenSample("unreadable video", "holds no frames")
-    return sorted(times)
+    return Timing(sorted(times), sorted(keyframes), by_order)
 
 
-def _decode_at(container, wanted: set[int], size: tuple[int, int] | None) -> dict[int, Tensor]:
-    stream, convert = _open_stream(container, size)
+def _decode_at(container, stream, wanted: set[int], timing: Timing, convert) -> dict[int, Tensor]:
+    """The wanted frames, by time, each decoded from the keyframe before it.
+
+    Those that this does not find, as where a file tells no keyframes, are left out.
+    """
+    groups: dict[int, list[int]] = {}
+    for time in sorted(wanted):
+        nth = bisect_right(timing.keyframes, time, key=lambda keyframe: keyframe[0])
+        groups.setdefault(max(nth - 1, 0), []).append(time)
     frames = {}
-    # A seek goes by the order of decoding: it can miss a frame shown before its keyframe.
-    for origin in dict.fromkeys((min(wanted), 0)):
-        container.seek(origin, stream=stream)
-        for frame in container.decode(stream):
-            if frame.pts in wanted and frame.pts not in frames:
+    for nth, times in groups.items():
+        # Where a demuxer seeks by the times of decoding, the first of them may lead too far.
+        for origin in dict.fromkeys(timing.keyframes[nth] if timing.keyframes else ()):
+            container.seek(origin, stream=stream)
+            for frame in container.decode(stream):
+                if frame.pts in times and not frame.is_corrupt:
+                    frames[frame.pts] = convert(frame)
+                if frame.pts is not None and frame.pts >= times[-1]:
+                    break
+            if frames.keys() >= set(times):
+                break
+    return frames
+
+
+def _decode_all(content: bytes, wanted: set[int], timing: Timing, convert) -> dict[int, Tensor]:
+    """The wanted frames, by time, decoded from the clip's start."""
+    frames = {}
+    with _open_clip(content) as (container, stream):
+        for nth, frame in enumerate(container.decode(stream)):
+            time = timing.times[nth] if timing.by_order else frame.pts
+            if time in wanted:
                 if frame.is_corrupt:
                     raise BrokenSample("unreadable video", f"damaged at {frame.time:.3f} s")
-                frames[frame.pts] = convert(frame)
+                frames[time] = convert(frame)
             if len(frames) == len(wanted):
                 return frames
     raise BrokenSample("unreadable video", f"{len(wanted) - len(frames)} frames do not decode")
 
 
+def is_cut_off(content: bytes) -> bool:
+    """Whether a video file ends before the end that its outermost parts tell."""
+    length, at = len(content), 0
+    if content[:3] == b"GIF":
+        return not content.rstrip(b"\0").endswith(b";")
+    if content[:4] == b"RIFF":  # AVI
+        while content[at : at + 4] == b"RIFF":
+            at += 8 + int.from_bytes(content[at + 4 : at + 8], "little")
+    elif content[:4] == b"\x1a\x45\xdf\xa3":  # Matroska, WebM: a header, then a segment
+        size, at = _vint(content, 4)
+        size, at = _vint(content, at + (size or 0) + 4)
+        at += size or 0
+    else:  # the boxes of an MP4
+        while at + 8 <= length:
+            size, name, start = int.from_bytes(content[at : at + 4]), content[at + 4 : at + 8], at
+            if size == 1:
+                size = int.from_bytes(content[at + 8 : at + 16])
+            if size < 8:  # 0: to the end
+                return False
+            at = start + size
+            if at > length:
+                return name in (b"moov", b"moof", b"mdat")
+    return at > length
+
+
+def _vint(content: bytes, at: int) -> tuple[int | None, int]:
+    """Matroska's integer of variable length, None for "unknown", and where it ends."""
+    length = 9 - content[at].bit_length()
+    mask = (1 << 7 * length) - 1
+    value = int.from_bytes(content[at : at + length]) & mask
+    return None if value == mask else value, at + length
+
+
 def _open_image(content: bytes):
+    """As it is shown: upright, 8 bits a channel, over white where it is transparent."""
+    import numpy
     from PIL import Image, ImageOps
 
-    return ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    if image.mode.startswith("I"):  # 16 bits of grey
+        return Image.fromarray((numpy.array(image) >> 8).clip(0, 255).astype("uint8")).convert(
+            "RGB"
+        )
+    if image.has_transparency_data:
+        return Image.fromarray(over_white(numpy.array(image.convert("RGBA"))))
+    return image.convert("RGB")
 
 
 def _to_tensor(image) -> Tensor:
@@ -245,7 +359,10 @@ def _sizes(height: int, width: int, sampling: Sampling) -> tuple[tuple[int, int]
     """What is cut out, (H, W), and the size before the cut: the smallest that covers it."""
     target = sampling.target(height, width)
     scale = max(Fraction(target[0], height), Fraction(target[1], width))
-    return target, (round(height * scale), round(width * scale))
+    scaled = round(height * scale), round(width * scale)
+    if scaled[0] * scaled[1] > MOST_PIXELS:
+        raise BrokenSample("extreme size", f"{height}x{width} pixels, scaled to {scaled}")
+    return target, scaled
 
 
 def _crop(scaled, target, sampling: Sampling, generator: torch.Generator) -> tuple[int, int]:

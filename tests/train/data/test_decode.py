@@ -1,13 +1,18 @@
 """Frames and captions of a sample: which, how large, cut where."""
 
+import io
+from contextlib import contextmanager
 from fractions import Fraction
 
+import av
 import numpy
 import pytest
 import torch
 from PIL import Image
 from samples import as_file, picture, video
 
+from gentron_fast.media import read_video, write_media
+from gentron_train.data import decode
 from gentron_train.data.broken import BrokenSample
 from gentron_train.data.decode import Sampling, decode_image, pick_frames, read_caption, read_frames
 from gentron_train.data.sources import seeded
@@ -66,7 +71,155 @@ def test_clip_shows_the_picked_frames(rate):
     generator = seeded(1)
     for window in windows:
         picks = pick_frames(times, base, sampling, generator)
-        assert (window[..., 2].float().mean((1, 2)) / 5).round().tolist() == picks
+        assert shown_numbers(window) == picks
+
+
+def shown_numbers(frames) -> list[int]:
+    """The numbers of the frames of a clip that `video` made."""
+    return (frames[..., 2].float().mean((-2, -1)) / 5).round().int().tolist()
+
+
+@pytest.mark.parametrize(
+    "ending, container, codec",
+    [
+        ("avi", "avi", "libx264"),  # holds no time of reordered frames
+        ("mkv", "matroska", "libx264"),
+        ("webm", "webm", "libvpx-vp9"),
+        ("mov", "mov", "libx264"),
+        ("gif", None, None),
+    ],
+)
+def test_clips_of_any_container_show_the_picked_frames(ending, container, codec, tmp_path):
+    if container:
+        content = video(range(50), container=container, codec=codec)
+    else:
+        frames = numpy.zeros((50, 32, 32, 3), numpy.uint8)
+        frames[..., 2] = 5 * numpy.arange(50)[:, None, None]
+        write_media(tmp_path / "clip.gif", frames, 24)
+        content = (tmp_path / "clip.gif").read_bytes()
+    windows = read_frames({ending: content}, Sampling(), seeded(1))
+    for numbers in shown_numbers(windows):
+        gaps = numpy.diff(numbers)
+        # Milliseconds, or hundredths of a second, are not exactly a 24th.
+        assert numbers[0] <= 8 and abs(gaps - 6).max() <= 1 and numbers[-1] - numbers[0] == 42
+    for cut in (content[: len(content) // 2], content[:-20]):
+        with pytest.raises(BrokenSample) as error:
+            read_frames({ending: cut}, Sampling(), seeded(1))
+        assert error.value.cause == "unreadable video"
+
+
+def cut_before(content: bytes, seconds: float) -> bytes:
+    """An mp4's frames from there on, as `ffmpeg -ss -c copy` cuts: with those that they depend on,
+    which an edit list hides."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(content)) as source, av.open(file, "w", format="mp4") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                shift = int(seconds / packet.time_base)
+                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                packet.stream = stream
+                target.mux(packet)
+    return file.getvalue()
+
+
+def test_a_clip_cut_without_encoding_shows_what_is_left():
+    content = cut_before(video(range(51), gop=48), 5 / 24)
+    with av.open(io.BytesIO(content)) as container:
+        assert container.streams.video[0].frames == 51
+    windows = read_frames({"mp4": content}, Sampling(starts=8), seeded(1))
+    numbers = shown_numbers(windows)
+    assert {tuple(numpy.diff(row)) for row in numbers} == {(6,) * 7}
+    assert {row[0] for row in numbers} <= {5, 6, 7, 8} and len({row[0] for row in numbers}) > 1
+
+
+def with_matrix(content: bytes, *matrix: int) -> bytes:
+    """An mp4 with another display matrix: a b c d, the others as they are."""
+
+    def row(a, b, c, d):
+        values = (a << 16, b << 16, 0, c << 16, d << 16)
+        return b"".join(value.to_bytes(4, "big", signed=True) for value in values)
+
+    at = content.index(row(1, 0, 0, 1), content.index(b"tkhd"))
+    return content[:at] + row(*matrix) + content[at + 20 :]
+
+
+@pytest.mark.parametrize(
+    "matrix, turns, mirrored",
+    [
+        ((0, 1, -1, 0), 3, False),
+        ((-1, 0, 0, -1), 2, False),
+        ((0, -1, 1, 0), 1, False),
+        ((-1, 0, 0, 1), 0, True),
+        ((0, 1, 1, 0), 1, True),
+    ],
+    ids=str,
+)
+def test_video_is_turned_as_it_is_shown(matrix, turns, mirrored, tmp_path):
+    """Quarter turns to the left of a picture that is mirrored left to right first, or not."""
+    content, sampling = video(range(48), size=(32, 64)), Sampling(starts=1)
+    lying = read_frames({"mp4": content}, sampling, seeded(1))[0]
+    turned = with_matrix(content, *matrix)
+    expected = torch.rot90(lying.flip(2) if mirrored else lying, turns, (1, 2))
+    assert torch.equal(read_frames({"mp4": turned}, sampling, seeded(1))[0], expected)
+    wide = Sampling(starts=1, buckets=((32, 64), (64, 32)))
+    shape = read_frames({"mp4": turned}, wide, seeded(1)).shape[2:4]
+    assert shape == ((64, 32) if turns % 2 else (32, 64))
+    (tmp_path / "clip.mp4").write_bytes(turned)
+    assert read_video(tmp_path / "clip.mp4")[0].shape[1:3] == shape
+
+
+@pytest.mark.parametrize("aspect, size", [("4/3", (30, 64)), ("1/2", (60, 48))])
+def test_pixels_of_video_are_square(aspect, size):
+    content = video(range(48), size=(30, 48), aspect=Fraction(aspect))
+    frames = read_frames({"mp4": content}, Sampling(starts=1), seeded(1))[0]
+    assert frames.shape[1:3] == size
+    red, green = frames[0, ..., 0].float().mean(0), frames[0, ..., 1].float().mean(1)
+    for line in (red, green):  # from edge to edge still
+        assert float(line[0]) < 12 and float(line[-1]) > 243
+
+
+def test_a_thumbnail_is_not_the_clip():
+    files = {"jpg": as_file(picture(32, 32), "jpg"), "mp4": video(range(48))}
+    shapes = {None: (2, 8), "clips": (2, 8), "images": (1, 1)}
+    for kind, shape in shapes.items():
+        assert read_frames(files, Sampling(), seeded(0), kind=kind).shape[:2] == shape
+    for kind, ending in (("images", "mp4"), ("clips", "jpg")):
+        with pytest.raises(BrokenSample) as error:
+            read_frames({ending: files[ending]}, Sampling(), seeded(0), kind=kind)
+        assert error.value.cause == f"no {kind[:-1]}"
+
+
+def test_windows_far_apart_are_decoded_alone(monkeypatch):
+    """Of 600 frames with a keyframe every twelve: what lies between the windows is not decoded."""
+    content, decoded, sampling = video(range(600)), [], Sampling()
+    generator = seeded(4)
+    picks = [pick_frames(list(range(600)), Fraction(1, 24), sampling, generator) for _ in range(2)]
+    assert abs(picks[0][0] - picks[1][0]) > 300
+    open_clip = decode._open_clip
+
+    class Counted:
+        def __init__(self, container):
+            self.container = container
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
+        def decode(self, stream):
+            for frame in self.container.decode(stream):
+                decoded.append(frame.pts)
+                yield frame
+
+    @contextmanager
+    def counting(content):
+        with open_clip(content) as (container, stream):
+            yield Counted(container), stream
+
+    monkeypatch.setattr(decode, "_open_clip", counting)
+    windows = read_frames({"mp4": content}, sampling, seeded(4))
+    blue = windows[..., 2].float().mean((-2, -1))
+    assert (blue - 5 * torch.tensor(picks) % 256).abs().max() < 3
+    assert len(decoded) < 150
 
 
 @pytest.mark.parametrize("crop", ["center", "random"])
@@ -112,9 +265,59 @@ def test_image_formats(ending):
     assert (turned - pixels).abs().mean() < 4
 
 
+def test_what_is_transparent_is_white(tmp_path):
+    """Whatever colour is hidden, in modes of images as in a clip."""
+    shown = numpy.zeros((8, 8, 4), numpy.uint8)
+    shown[:4] = 255, 0, 0, 0
+    shown[4:] = 0, 0, 200, 127
+    image = Image.fromarray(shown)
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    grey = Image.new("LA", (8, 8), (7, 0))
+    files = [as_file(image, "png"), as_file(image, "webp", lossless=True, exact=True)]
+    mixed = torch.tensor([128, 128, 228], dtype=torch.uint8)
+    for content in files:
+        pixels = decode.decode_image(content)
+        assert (pixels[:4] == 255).all() and (pixels[4:] == mixed).all()
+    for content in (as_file(palette, "png", transparency=1), as_file(grey, "png")):
+        assert (decode.decode_image(content) == 255).all()
+    file = tmp_path / "clip.mkv"
+    with av.open(file, "w") as container:
+        stream = container.add_stream("ffv1", rate=24)
+        stream.height, stream.width, stream.pix_fmt = 8, 8, "bgra"
+        for _ in range(48):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(shown, "rgba")))
+        container.mux(stream.encode())
+    frames = read_frames({"mkv": file.read_bytes()}, Sampling(), seeded(0))
+    assert (frames[..., :4, :, :] == 255).all() and (frames[..., 4:, :, :] == mixed).all()
+
+
+def test_grey_of_16_bits_keeps_its_high_ones():
+    ramp = numpy.arange(0, 65536, 64, numpy.uint16).reshape(32, 32)
+    pixels = decode.decode_image(as_file(Image.fromarray(ramp), "png"))
+    assert torch.equal(pixels, torch.from_numpy(ramp >> 8).byte()[..., None].expand(-1, -1, 3))
+
+
+def test_a_line_of_pixels_does_not_fill_the_memory():
+    with pytest.raises(BrokenSample, match="extreme size"):
+        read_frames(
+            {"png": as_file(Image.new("RGB", (20000, 1)), "png")},
+            Sampling(size=(512, 512)),
+            seeded(0),
+        )
+
+
 @pytest.mark.parametrize(
     "files, caption",
     [
+        ({"txt": b"\xef\xbb\xbfa"}, "a"),
+        ({"json": b'\xef\xbb\xbf{"caption": null, "text": "b"}'}, "b"),
+        ({"json": b'{"caption": " ", "text": "b"}'}, "b"),
+        ({"json": b'{"caption": null, "text": null}'}, "no caption"),
+        ({"json": b"[" * 100_000}, "unreadable caption"),
+        ({"json": b'{"caption": ' + b"9" * 5000 + b"}"}, "unreadable caption"),
+        ({"json": b'"caption"'}, "unreadable caption"),
+        ({"json": rb'{"caption": "\ud800"}'}, "unreadable caption"),
         ({"txt": "a réd circle\n".encode()}, "a réd circle\n"),
         ({"json": b'{"caption": "a"}'}, "a"),
         ({"json": b'{"text": "b"}', "jpg": b""}, "b"),
