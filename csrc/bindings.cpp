@@ -40,7 +40,8 @@ Text encode(const Sampler& sampler, const gentron::Tokens& tokens) {
 
 Tensor sample(
     const Sampler& sampler, const Text& text, const Text& null_text, std::vector<uint64_t> seeds,
-    const Tensor& lambda_t, const Tensor& lambda_m, const std::function<void(int64_t)>& on_step) {
+    const Tensor& lambda_t, const Tensor& lambda_m, const Tensor& rescale,
+    const std::function<void(int64_t)>& on_step) {
   const py::gil_scoped_release release;
   const auto step_done = [&](int64_t step) {
     const py::gil_scoped_acquire acquire;
@@ -48,14 +49,17 @@ Tensor sample(
     if (on_step) on_step(step);
   };
   return sampler.sample(
-      {from_python(text), from_python(null_text), std::move(seeds), lambda_t, lambda_m, step_done});
+      {from_python(text), from_python(null_text), std::move(seeds), lambda_t, lambda_m, rescale,
+       step_done});
 }
 
 py::dict plan(
-    const Sampler& sampler, const Tensor& lambda_t, const Tensor& lambda_m, int64_t batch) {
-  const gentron::SamplingPlan made = sampler.plan(lambda_t, lambda_m, batch);
+    const Sampler& sampler, const Tensor& lambda_t, const Tensor& lambda_m, const Tensor& rescale,
+    int64_t batch) {
+  const gentron::SamplingPlan made = sampler.plan(lambda_t, lambda_m, rescale, batch);
   py::dict result;
   result["weights"] = made.weights;
+  result["rescale"] = made.rescale;
   result["branches"] = made.branches;
   result["conditions"] = made.conditions;
   result["chunk"] = made.chunk;

@@ -11,24 +11,27 @@ MAX_FRAMES = 32
 class SamplingDefaults:
     """What a call samples with where it says nothing; model_index.json holds each as default_NAME.
 
-    lambda_t and lambda_m are the paper's (section 3.3): a model of another size or other data may
-    want others. ValueError for what no call takes.
+    lambda_t and lambda_m are the paper's (section 3.3), which has no rescale: a model of another
+    size or other data may want others. ValueError for what no call takes.
     """
 
     steps: int = 50
     solver: str = "dpm++"
     lambda_t: float = 7.5
     lambda_m: float = 1.2
+    rescale: float = 0.0
 
     def __post_init__(self):
         if type(self.steps) is not int or self.steps < 1:
             raise ValueError(f"default_steps must be a whole number from 1 on, got {self.steps!r}")
         if not isinstance(self.solver, str):
             raise ValueError(f"default_solver must be the name of a solver, got {self.solver!r}")
-        for name in ("lambda_t", "lambda_m"):
+        for name in ("lambda_t", "lambda_m", "rescale"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise ValueError(f"default_{name} must be a number, got {value!r}")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"default_rescale must be 0 … 1, got {self.rescale!r}")
 
     @classmethod
     def from_index(cls, index: dict) -> "SamplingDefaults":

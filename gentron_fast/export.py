@@ -42,7 +42,7 @@ PIPELINE                pipeline folder (the small model that ships)
 --steps N --solver S    denoising steps; ddpm, ddim, dpm++ (the pipeline's own)
 --eta X                 noise of ddim, 0 to 1 (0)
 --lambda-t X            text guidance if a run gives none (the pipeline's own)
---lambda-m X            motion guidance likewise (the pipeline's own)
+--lambda-m X --rescale X   motion guidance, guidance rescale likewise
 --batch N               the most clips at once, 2 or more ({MAX_BATCH})
 --whole                 text encoders and VAE too: token ids in, frames out
 --device D --dtype T    cpu or cuda (cpu); float32, bfloat16, float16
@@ -110,6 +110,7 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--eta", type=number, default=0.0)
     parser.add_argument("--lambda-t", type=number)
     parser.add_argument("--lambda-m", type=number)
+    parser.add_argument("--rescale", type=number)
     parser.add_argument("--batch", type=whole_number(2, 1024), default=MAX_BATCH)
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--device", default="cpu")

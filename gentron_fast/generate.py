@@ -46,19 +46,19 @@ usage: python -m {NAME} PROMPT... [options]
 PROMPT...               one or many prompts, each in quotes
 --prompts FILE          one a line, # comments; what is written is skipped
 --negative-prompt TEXT  what to keep away from
---image                 one frame, written as .png
---frames N              frames a clip, 1 to {MAX_FRAMES}
+--frames N --image      frames a clip, 1 to {MAX_FRAMES}; one frame, written as .png
 --size H W              in pixels
---clips N --seed N      clips per prompt (1), seed of the first one (0)
+--clips N --batch N     clips per prompt (1), clips made at once (1)
+--seed N                of the first clip of each prompt (0)
 --model FOLDER          pipeline folder (the small model that ships)
 --compiled FILE --sha256 D   a compiled sampler in its place; its digest
 --steps N --solver S    denoising steps; ddpm, ddim or dpm++ (the model's own)
 --lambda-t X            text guidance (the model's own; in the paper 7.5)
 --lambda-m X            motion guidance (the model's own; in the paper 1 to 1.3)
+--rescale X             guidance rescale, 0 to 1 (the model's own)
 --guidance-range A B    guide only in this part of the steps (0 1)
 --eta X --reuse N       noise of ddim (0); approximate: guide each Nth step (1)
 --device D --dtype T    cpu, cuda, cuda:1; float32, bfloat16, float16
---batch N               clips made at once (1)
 --compile --fp8         torch.compile; fp8 products, by torchao on a GPU
 --offload               encode first; each part on the device while it runs
 --out PATH              a folder (outputs/), or one .mp4, .gif or .png file
@@ -164,6 +164,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--solver")
     parser.add_argument("--lambda-t", type=number)
     parser.add_argument("--lambda-m", type=number)
+    parser.add_argument("--rescale", type=number)
     parser.add_argument("--guidance-range", type=number, nargs=2, default=(0.0, 1.0))
     parser.add_argument("--eta", type=number, default=0.0)
     parser.add_argument("--reuse", type=whole_number(1), default=1)
@@ -370,6 +371,7 @@ def make_clips(pipeline, args: argparse.Namespace, clips: list[Clip], frames: in
                 reuse=args.reuse,
                 lambda_t=args.lambda_t,
                 lambda_m=args.lambda_m,
+                rescale=args.rescale,
                 guidance_range=tuple(args.guidance_range),
                 seed=[clip.seed for clip in batch],
                 callback_on_step_end=lambda step, timestep, latents: bar.update(1),

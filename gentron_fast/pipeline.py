@@ -15,7 +15,7 @@ from tqdm import tqdm
 from gentron_fast.config import MAX_FRAMES, GenTronConfig, SamplingDefaults
 from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
 from gentron_fast.files import read_json, whole_folder, write_json
-from gentron_fast.guidance import GuidedDenoiser, guidance_schedule
+from gentron_fast.guidance import GuidedDenoiser, check_rescale, guidance_schedule
 from gentron_fast.model import GenTron, TextCondition
 from gentron_fast.solvers import make_table
 from gentron_fast.text import SUBFOLDERS, TextEncoder
@@ -162,6 +162,7 @@ class GenTronPipeline:
         solver: str | None = None,
         lambda_t: float | Sequence[float] | None = None,
         lambda_m: float | Sequence[float] | None = None,
+        rescale: float | Sequence[float] | None = None,
         guidance_range: tuple[float, float] = (0.0, 1.0),
         eta: float = 0.0,
         reuse: int = 1,
@@ -175,8 +176,9 @@ class GenTronPipeline:
 
         negative_prompt takes the place of the null text, one or one a prompt; size in pixels;
         lambda_t, lambda_m the guidance of text and motion (paper: 7.5, and 1.0 … 1.3), a number or
-        one a clip, within guidance_range of the steps and 1 outside. Guidance, steps and solver are
-        the folder's own where None (`defaults`). eta the noise of DDIM; reuse k > 1: an
+        one a clip, within guidance_range of the steps and 1 outside; rescale, 0 to 1, likewise:
+        diffusers' guidance_rescale (Lin et al. 2024, arXiv 2305.08891). Guidance, steps and solver
+        are the folder's own where None (`defaults`). eta the noise of DDIM; reuse k > 1: an
         approximation, in which all branches run on every k-th step only; seed a number, clip k of
         each prompt then has seed + k, or one a clip. The callback gets (step, timestep, latents)
         behind each step. output_type "frames" or "latent".
@@ -188,6 +190,7 @@ class GenTronPipeline:
         solver = self.defaults.solver if solver is None else solver
         lambda_t = self.defaults.lambda_t if lambda_t is None else lambda_t
         lambda_m = self.defaults.lambda_m if lambda_m is None else lambda_m
+        rescale = self.defaults.rescale if rescale is None else rescale
         height, width = self.default_size if size is None else size
         seeds = _clip_seeds(seed, len(prompts), clips)
         self._check(prompts, frames, (height, width), clips, output_type)
@@ -197,12 +200,17 @@ class GenTronPipeline:
             for name, scale in (("lambda_t", lambda_t), ("lambda_m", lambda_m))
         ]
 
+        rescale = check_rescale(_clip_scales("rescale", rescale, len(seeds)))
+
         text, null_text = self._encode(prompts, negative_prompt)
         h, w = height // self.vae.factor, width // self.vae.factor
         shape = (self.transformer.config.in_channels, frames, h, w)
         self._bring(self.transformer)
         denoiser = GuidedDenoiser(
-            self.transformer, text, null_text, table, *scales, shape, clips=clips, reuse=reuse
+            *(self.transformer, text, null_text, table, *scales, shape),
+            rescale=rescale,
+            clips=clips,
+            reuse=reuse,
         )
         with tqdm(total=steps, unit="step", disable=not progress) as bar:
 

@@ -57,7 +57,8 @@ class SamplePictures:
         for row, timestep in zip(table.rows, table.timesteps, strict=True):
             timestep = timestep.to(self.device).expand(count)
             noise = guided_prediction(
-                engine.module, x, timestep, *texts, DEFAULTS.lambda_t, DEFAULTS.lambda_m
+                *(engine.module, x, timestep, *texts),
+                *(DEFAULTS.lambda_t, DEFAULTS.lambda_m, DEFAULTS.rescale),
             )
             x, x0 = solver_step(row, x, noise[:, : self.shape[0]], x0)
         engine.train()

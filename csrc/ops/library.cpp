@@ -23,4 +23,7 @@ TORCH_LIBRARY(gentron, m) {
       "guided_step_cpu(Tensor latents, Tensor? null_still, Tensor? null_motion, Tensor? text, "
       "Tensor weights, Tensor row, Tensor? x0_previous, Tensor? noise, Tensor? d) "
       "-> (Tensor, Tensor)");
+  m.def(
+      "rescaled_weights_cpu(Tensor? null_still, Tensor? null_motion, Tensor text, Tensor weights, "
+      "Tensor rescale) -> Tensor");
 }

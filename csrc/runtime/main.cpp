@@ -30,6 +30,7 @@ FILE                     compiled sampler of python -m gentron_fast.export
 --seed N[,N...]          one a clip (0)
 --lambda-t X             text guidance (the file's own)
 --lambda-m X             motion guidance (the file's own)
+--rescale X              guidance rescale, 0 to 1 (the file's own)
 --frames N --size H W    refused unless the file was made for them
 --device D               cpu, cuda or cuda:N, of the kind the file was made for
 --sha256 DIGEST          refuse any other file
@@ -56,7 +57,7 @@ struct Arguments {
   std::string file, embeddings, device, sha256, operators, out;
   std::map<std::string, std::vector<int64_t>> tokens, null_tokens;
   std::vector<uint64_t> seeds{0};
-  std::optional<double> lambda_t, lambda_m;
+  std::optional<double> lambda_t, lambda_m, rescale;
   std::vector<int64_t> frames, size;
   bool latents = false;
 };
@@ -135,6 +136,8 @@ Arguments parse(const std::vector<std::string>& words) {
       arguments.lambda_t = real();
     } else if (option == "--lambda-m") {
       arguments.lambda_m = real();
+    } else if (option == "--rescale") {
+      arguments.rescale = real();
     } else if (option == "--embeddings") {
       arguments.embeddings = value;
     } else if (option == "--device") {
@@ -233,6 +236,7 @@ void run(const Arguments& arguments) {
   request.seeds = arguments.seeds;
   request.lambda_t = scale(arguments.lambda_t);
   request.lambda_m = scale(arguments.lambda_m);
+  request.rescale = scale(arguments.rescale);
   request.on_step = [](int64_t) { check_interrupted(); };
   const auto clips = static_cast<int64_t>(request.seeds.size());
   if (!arguments.tokens.empty()) {

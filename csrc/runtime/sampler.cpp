@@ -213,7 +213,8 @@ struct Sampler::Parts {
   bool folds(const TextCondition& text, const std::string& encoder) const;
   const std::string& block_encoder(int64_t block) const;
   Tensor latents_of(const Request& request, uint32_t step) const;
-  SamplingPlan plan(const Tensor& lambda_t, const Tensor& lambda_m, int64_t batch) const;
+  SamplingPlan plan(const Tensor& lambda_t, const Tensor& lambda_m, const Tensor& rescale,
+                    int64_t batch) const;
   Tensor sample(const Request& request) const;
 };
 
@@ -223,7 +224,7 @@ void Sampler::Parts::load(
   const Json& metadata = package.metadata();
   device = choose_device(metadata, asked);
   check_machine(metadata, device);
-  if (metadata.object().count("modulation_chunks") == 0) {
+  if (metadata.object().count("rescale") == 0) {
     refuse(
         "the compiled sampler was made by an older version: export it again, "
         "python -m gentron_fast.export PIPELINE --out FILE");
@@ -415,7 +416,7 @@ Tensor Sampler::Parts::latents_of(const Request& request, uint32_t step) const {
 }
 
 SamplingPlan Sampler::Parts::plan(
-    const Tensor& lambda_t, const Tensor& lambda_m, int64_t batch) const {
+    const Tensor& lambda_t, const Tensor& lambda_m, const Tensor& rescale, int64_t batch) const {
   check_batch(batch);
   const Json& metadata = package.metadata();
   const Tensor scales = at::stack(
@@ -425,6 +426,10 @@ SamplingPlan Sampler::Parts::plan(
       -1);
   SamplingPlan plan;
   plan.weights = at::mul(scales.unsqueeze(2), coefficients).sum(-1);
+  plan.rescale = per_step(rescale, metadata["rescale"].number(), steps, batch, "rescale");
+  if (!((plan.rescale >= 0) & (plan.rescale <= 1)).all().item<bool>()) {
+    refuse("the rescale must be 0 to 1");
+  }
   const Tensor active = (plan.weights != 0).any(1).contiguous();
   for (int64_t step = 0; step < steps; ++step) {
     const bool* needed = active[step].const_data_ptr<bool>();
@@ -447,8 +452,9 @@ SamplingPlan Sampler::Parts::plan(
 
 Tensor Sampler::Parts::sample(const Request& request) const {
   const auto batch = static_cast<int64_t>(request.seeds.size());
-  const SamplingPlan plan = this->plan(request.lambda_t, request.lambda_m, batch);
-  const Tensor guidance = plan.weights.to(device);
+  const SamplingPlan plan =
+      this->plan(request.lambda_t, request.lambda_m, request.rescale, batch);
+  const Tensor guidance = plan.weights.to(device), rescale = plan.rescale.to(device);
 
   const TextCondition text = prepared(request.text, batch, "the text");
   const TextCondition null_text = prepared(
@@ -512,7 +518,7 @@ Tensor Sampler::Parts::sample(const Request& request) const {
     }
     TensorList inputs{
         x, y, gate, final_rows[place].index_select(0, samples[set]),
-        latents, guidance[step].contiguous(), rows[step], x0};
+        latents, guidance[step], rescale[step], rows[step], x0};
     if (draws) inputs.push_back(latents_of(request, static_cast<uint32_t>(step) + 1));
     if (bounds.defined()) inputs.push_back(bounds[step]);
     TensorList next = graph("step-" + set)(std::move(inputs));
@@ -599,8 +605,8 @@ TextCondition Sampler::encode(const Tokens& tokens) const {
 }
 
 SamplingPlan Sampler::plan(
-    const Tensor& lambda_t, const Tensor& lambda_m, int64_t batch) const {
-  return parts_->plan(lambda_t, lambda_m, batch);
+    const Tensor& lambda_t, const Tensor& lambda_m, const Tensor& rescale, int64_t batch) const {
+  return parts_->plan(lambda_t, lambda_m, rescale, batch);
 }
 
 Tensor Sampler::sample(const Request& request) const {

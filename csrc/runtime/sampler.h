@@ -30,13 +30,14 @@ struct Request {
   TextCondition null_text;  // of one prompt; empty: the null text of the package
   std::vector<uint64_t> seeds;  // one a clip
   // A number (), one a clip (B,), or a schedule (S, 1) or (S, B); undefined: the package's own.
-  at::Tensor lambda_t, lambda_m;
+  at::Tensor lambda_t, lambda_m, rescale;
   std::function<void(int64_t step)> on_step;  // behind each step; may throw to end the run
 };
 
 // What a run decides before its first step.
 struct SamplingPlan {
   at::Tensor weights;  // of the three branches, (S, B, 3) fp64
+  at::Tensor rescale;  // of the guided noise, (S, B) fp64
   std::vector<std::string> branches;  // of each step the set that runs, "1" for each branch in it
   // By set: which condition each sample of the stacked batch has; 0 the null text, 1 … the prompts.
   std::map<std::string, at::Tensor> conditions;
@@ -61,7 +62,8 @@ class Sampler {
 
   // Token ids → text; a package made with --whole only.
   TextCondition encode(const Tokens& tokens) const;
-  SamplingPlan plan(const at::Tensor& lambda_t, const at::Tensor& lambda_m, int64_t batch) const;
+  SamplingPlan plan(const at::Tensor& lambda_t, const at::Tensor& lambda_m,
+                    const at::Tensor& rescale, int64_t batch) const;
   // Noise of the seeds → latents (B, C, T, h, w) fp32.
   at::Tensor sample(const Request& request) const;
   // Latents → frames (B, T, H, W, 3) uint8 on the CPU; a package made with --whole only.

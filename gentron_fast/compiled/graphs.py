@@ -163,9 +163,9 @@ def sampling_graphs(
 
         draws = bool((table.rows[:, -1] != 0).any())
         inputs = [*stack, some(k * b, 2, width), latents]
-        inputs += [some(b, 3, dtype=torch.float64), some(6, dtype=torch.float64)]
+        inputs += [some(*sizes, dtype=torch.float64) for sizes in ((b, 3), (b,), (6,))]
         inputs += [latents] * (1 + draws)
-        dims = [all_rows] * 4 + [{0: batch}] * 2 + [{}] + [{0: batch}] * (1 + draws)
+        dims = [all_rows] * 4 + [{0: batch}] * 3 + [{}] + [{0: batch}] * (1 + draws)
         if learns_range(model, table):
             inputs, dims = [*inputs, some(2, dtype=torch.float32)], [*dims, {}]
         run = functools.partial(_step, branches=branches, draws=draws)
@@ -300,14 +300,16 @@ def _block(
     return x, y, gate.contiguous()
 
 
-def _step(model, x, y, gate, final_rows, latents, weights, row, x0, *rest, branches, draws):
+def _step(
+    model, x, y, gate, final_rows, latents, weights, rescale, row, x0, *rest, branches, draws
+):
     """The final layer, guidance and the solver's update. rest: the noise, where the solver draws
     any, and the bounds (2,) of a learned range."""
     predictions = finish(model, x, y, gate, final_rows, latents.shape[-2:])
     predictions = split(predictions, branches, latents.shape[0])
     noise = rest[0] if draws else None
     bounds = rest[-1] if len(rest) > draws else None
-    return update(latents, predictions, weights, row, x0, noise, bounds)
+    return update(latents, predictions, weights, row, x0, noise, bounds, rescale)
 
 
 def _encode(text_encoder: TextEncoder, *ids_and_masks: Tensor, encoders: Sequence[str]):

@@ -20,6 +20,8 @@ from gentron_fast.text import SUBFOLDERS, TextEncoder
 from gentron_fast.vae import VideoVAE, check_finite, to_frames
 from gentron_kernels import launch
 
+SCALES = "lambda_t", "lambda_m", "rescale"  # of guidance, in a file's metadata
+
 
 class CompiledOutput(NamedTuple):
     """As PipelineOutput: frames uint8 (B, T, H, W, 3), None where the file has no VAE; latents fp32
@@ -69,6 +71,7 @@ class CompiledSampler:
         seed: int | Sequence[int] = 0,
         lambda_t: float | Tensor | None = None,
         lambda_m: float | Tensor | None = None,
+        rescale: float | Tensor | None = None,
         frames: int | None = None,
         size: Sequence[int] | None = None,
         on_step: Callable[[int], None] | None = None,
@@ -77,9 +80,9 @@ class CompiledSampler:
 
         text: prompts, for a file with text encoders, or what encoders made of them; negative
         likewise, one for all clips, in place of the empty prompt. seed: one a clip, or a number
-        for all. lambda_t, lambda_m: numbers, one a clip (B,), or a schedule (S, 1) or (S, B); None
-        are the file's. frames and size (pixels) are refused unless the file was made for them.
-        ValueError for what does not fit.
+        for all. lambda_t, lambda_m, rescale: numbers, one a clip (B,), or a schedule (S, 1) or
+        (S, B); None are the file's. frames and size (pixels) are refused unless the file was made
+        for them. ValueError for what does not fit.
         """
         self.check_shape(frames, size)
         text = self._encoded(text)
@@ -94,7 +97,7 @@ class CompiledSampler:
             torch.as_tensor(
                 self.metadata[name] if scale is None else scale, dtype=torch.float64, device="cpu"
             )
-            for name, scale in (("lambda_t", lambda_t), ("lambda_m", lambda_m))
+            for name, scale in zip(SCALES, (lambda_t, lambda_m, rescale), strict=True)
         ]
         latents = self._runtime.sample(text, null_text, seeds, *scales, on_step)
         check_finite(latents, "the latents of the last step are")
@@ -176,6 +179,7 @@ class CompiledPipeline:
         size: Sequence[int] | None = None,
         lambda_t: float | None = None,
         lambda_m: float | None = None,
+        rescale: float | None = None,
         guidance_range: tuple[float, float] = (0.0, 1.0),
         seed: Sequence[int] | int = 0,
         callback_on_step_end: Callable[[int, int, Tensor | None], None] | None = None,
@@ -208,6 +212,7 @@ class CompiledPipeline:
             frames=frames,
             size=size,
             on_step=step_done,
+            rescale=rescale,
             **scales,
         )
         if self.vae is None:

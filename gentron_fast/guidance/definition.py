@@ -2,7 +2,9 @@
 
     ε̃ = ε(∅,∅) + λ_T · (ε(c_T,c_M) - ε(∅,c_M)) + λ_M · (ε(∅,c_M) - ε(∅,∅))
 
-c_T is the text and c_M the motion: full temporal attention, where ∅ is the identity mask.
+and, with guidance rescale φ (Lin et al. 2024, arXiv 2305.08891, section 3.4), ε̃ times
+φ · std(ε(c_T,c_M)) / std(ε̃) + 1 - φ. c_T is the text and c_M the motion: full temporal attention,
+where ∅ is the identity mask.
 """
 
 # Shapes: B batch, C channels, T frames, H × W latents, S sampling steps.
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gentron_fast.model import GenTron, TextCondition
+from gentron_kernels.guided_step import rescaled_noise
 
 # Weights of ε(∅,∅), ε(∅,c_M) and ε(c_T,c_M): a constant, and coefficients of λ_T and λ_M.
 COEFFICIENTS = ((1, 0, -1), (0, -1, 1), (0, 1, 0))
@@ -37,6 +40,13 @@ def guidance_weights(
     )
 
 
+def check_rescale(rescale: Tensor) -> Tensor:
+    """The rescale φ of samples. ValueError unless each is 0 … 1."""
+    if not ((rescale >= 0) & (rescale <= 1)).all():
+        raise ValueError(f"the rescale must be 0 … 1, got {rescale.flatten().tolist()}")
+    return rescale
+
+
 def guided_prediction(
     model: GenTron,
     latents: Tensor,
@@ -45,28 +55,33 @@ def guided_prediction(
     null_text: TextCondition,
     lambda_t: float | Tensor,
     lambda_m: float | Tensor,
+    rescale: float | Tensor = 0.0,
 ) -> Tensor:
     """The guided noise ε̃, (B, C, T, H, W) fp32 (fp64 for fp64 latents).
 
     latents (B, C, T, H, W); timestep (B,); text and null_text of B prompts each, null_text the
-    empty or the negative prompt; lambda_t, lambda_m numbers or (B,). A branch whose weight is 0
-    does not run. Learned-range variance channels are those of the branch that runs last, the text's
-    where it runs (DiT practice), and come behind the noise: (B, 2 · C, T, H, W).
+    empty or the negative prompt; lambda_t, lambda_m and rescale, 0 to 1, numbers or (B,). A branch
+    whose weight is 0 does not run, but the text's does where there is a rescale. Learned-range
+    variance channels are those of the branch that runs last, the text's where it runs (DiT
+    practice), and come behind the noise: (B, 2 · C, T, H, W).
     """
     has_motion = model.config.temporal and latents.shape[2] > 1
     weights = guidance_weights(lambda_t, lambda_m, has_motion)
     branches = (null_text, True), (null_text, False), (text, False)
     channels = model.config.in_channels
-    guided = variance = None
+    rescale = check_rescale(torch.as_tensor(rescale, dtype=torch.float64)).expand(len(latents))
+    guided = noise = variance = None
     for weight, (condition, motion_free) in zip(weights, branches, strict=True):
         weight = torch.as_tensor(weight, dtype=torch.float64)
-        if not weight.any():
+        if not weight.any() and not (condition is text and rescale.any()):
             continue
         prediction = model(latents, timestep, condition, motion_free)
         prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         noise, variance = prediction[:, :channels], prediction[:, channels:]
-        noise = weight.to(noise).reshape(-1, 1, 1, 1, 1) * noise
-        guided = noise if guided is None else guided + noise
+        weighted = weight.to(noise).reshape(-1, 1, 1, 1, 1) * noise
+        guided = weighted if guided is None else guided + weighted
+    if rescale.any():
+        guided = rescaled_noise(guided, noise, rescale.to(guided.device))
     return torch.cat([guided, variance], dim=1)
 
 

@@ -17,7 +17,7 @@ from gentron_fast.guidance.contexts import (
     shared_context,
 )
 from gentron_fast.guidance.cuda_graph import ReplayedGraph
-from gentron_fast.guidance.definition import guidance_weights
+from gentron_fast.guidance.definition import check_rescale, guidance_weights
 from gentron_fast.guidance.steps import (
     Branches,
     active_branches,
@@ -35,6 +35,7 @@ from gentron_fast.guidance.work import step_flops
 from gentron_fast.layers import CrossContext
 from gentron_fast.model import EncodedText, GenTron, TextCondition
 from gentron_fast.solvers import SolverTable
+from gentron_kernels.guided_step import rescaled_noise
 
 
 class _Plan(NamedTuple):
@@ -68,15 +69,17 @@ class GuidedDenoiser:
         lambda_m: float | Tensor,
         latent_shape: Sequence[int],
         *,
+        rescale: float | Tensor = 0.0,
         clips: int = 1,
         reuse: int = 1,
         cuda_graph: bool | None = None,
     ):
         """text of P prompts, each for `clips` samples in a row, so that B = P · clips; null_text,
-        the empty or the negative prompt, of 1 or P; lambda_t and lambda_m a number, one a sample
-        (B,), or a schedule (S, 1) or (S, B); latent_shape (C, T, H, W). reuse: only every so many
-        steps all branches run; the others add the last difference to the text's branch, which is
-        faster and another function. cuda_graph: replay the forward, by default for images on CUDA.
+        the empty or the negative prompt, of 1 or P; lambda_t, lambda_m and rescale a number, one a
+        sample (B,), or a schedule (S, 1) or (S, B); latent_shape (C, T, H, W). reuse: only every so
+        many steps all branches run; the others add the last difference to the text's branch, which
+        is faster and another function. cuda_graph: replay the forward, by default for images on
+        CUDA.
         """
         if reuse < 1:
             raise ValueError(f"reuse must be at least 1 step, got {reuse}")
@@ -92,7 +95,9 @@ class GuidedDenoiser:
         scales = [_per_step(scale, table, self.batch) for scale in (lambda_t, lambda_m)]
         weights = guidance_weights(*scales, self.has_motion)
         weights = torch.stack([torch.as_tensor(w).expand_as(scales[0]) for w in weights], -1)
-        self._active = active_branches(weights)
+        shares = check_rescale(_per_step(rescale, table, self.batch))
+        self._active = active_branches(weights, shares)
+        self._rescale = shares.to(self.device) if shares.any() else None
         self._weights, self._solver_rows = weights.to(self.device), table.rows.to(self.device)
         learns_range = table.log_variance is not None and model.config.learned_range
         self._bounds = table.log_variance.to(self.device) if learns_range else None
@@ -140,24 +145,28 @@ class GuidedDenoiser:
         latents, x0_previous, noise (B, C, T, H, W); returned in fp32, or fp64 for fp64 latents.
         """
         reuses = self.reuse > 1 and self._active[step][2]
+        rescale = None if self._rescale is None else self._rescale[step]
         if reuses and step % self.reuse and self._difference is not None:
             text = self.branches(latents, step, only_text=True)[2]
             branches, weights = (self._difference, None, text), self._weights.new_ones(3)
+            rescale = None  # the difference has it
         else:
             branches, weights = self.branches(latents, step), self._weights[step]
             if reuses:
-                self._difference = self._guidance_difference(branches, weights)
+                self._difference = self._guidance_difference(branches, weights, rescale)
         bounds = None if self._bounds is None else self._bounds[step]
         row = self._solver_rows[step]
-        return update(latents, branches, weights, row, x0_previous, noise, bounds)
+        return update(latents, branches, weights, row, x0_previous, noise, bounds, rescale)
 
-    def _guidance_difference(self, branches, weights: Tensor) -> Tensor:
+    def _guidance_difference(self, branches, weights: Tensor, rescale: Tensor | None) -> Tensor:
         """What the guided noise adds to the text's branch, (B, C, T, H, W)."""
         guided = sum(
             weight.reshape(-1, 1, 1, 1, 1) * branch
             for weight, branch in zip(weights.unbind(1), branches, strict=True)
             if branch is not None
         )
+        if rescale is not None:
+            guided = rescaled_noise(guided, branches[2], rescale)
         return (guided - branches[2]).to(torch.promote_types(self.dtype, torch.float32))
 
     @torch.no_grad()

@@ -22,12 +22,20 @@ MODULATION_BYTES = 64 << 20  # of the modulation rows that are made ahead
 Branches = tuple[bool, bool, bool]  # which of ε(∅,∅), ε(∅,c_M), ε(c_T,c_M) run
 
 
-def active_branches(weights: Tensor) -> list[Branches]:
-    """The branches that each step runs: those to which some sample gives a weight.
+def active_branches(weights: Tensor, rescale: Tensor) -> list[Branches]:
+    """The branches that each step runs: those to which some sample gives a weight, and the text's
+    where some sample has a rescale.
 
-    weights (S, B, 3), of `guidance_weights`.
+    weights (S, B, 3), of `guidance_weights`; rescale (S, B).
     """
-    return [tuple(row) for row in (weights != 0).any(1).tolist()]
+    return [tuple(row) for row in _needed(weights, rescale).any(1).tolist()]
+
+
+def _needed(weights: Tensor, rescale: Tensor) -> Tensor:
+    """Which branches each sample needs, bool of the weights' shape (..., 3); rescale (...)."""
+    needs_text = torch.zeros_like(weights, dtype=torch.bool)
+    needs_text[..., 2] = rescale != 0
+    return (weights != 0) | needs_text
 
 
 def modulation_row_bytes(config: GenTronConfig, dtype: torch.dtype) -> int:
@@ -101,27 +109,32 @@ def update(
     x0_previous: Tensor | None = None,
     noise: Tensor | None = None,
     bounds: Tensor | None = None,
+    rescale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Guidance and the solver's update: latents at the next noise level, and this step's x0.
 
     weights (B, 3) or (3,), row (6,) of a SolverTable; bounds (2,): of the log variance that a
-    learned-range model chooses (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15).
+    learned-range model chooses (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15); rescale (B,),
+    None where no sample has any.
     """
     channels, d = latents.shape[1], None
     if bounds is not None:
-        variance = _last_used(predictions, weights)[:, channels:]
+        variance = _last_used(predictions, weights, rescale)[:, channels:]
         variance = variance.to(torch.promote_types(variance.dtype, torch.float32))
         d = torch.exp(0.5 * learned_range_log_variance(variance, *bounds.unbind()))
     noises = [p if p is None else p[:, :channels] for p in predictions]
-    return guided_step(latents, noises, weights, row, x0_previous, noise, d)
+    return guided_step(latents, noises, weights, row, x0_previous, noise, d, rescale)
 
 
-def _last_used(predictions: tuple[Tensor | None, ...], weights: Tensor) -> Tensor:
-    """The last prediction that some sample gives a weight, as in the definition."""
+def _last_used(
+    predictions: tuple[Tensor | None, ...], weights: Tensor, rescale: Tensor | None
+) -> Tensor:
+    """The last prediction that some sample needs, as in the definition."""
+    needed = weights != 0 if rescale is None else _needed(weights, rescale)
     last = None
-    for prediction, weight in zip(predictions, weights.unbind(-1), strict=True):
+    for prediction, need in zip(predictions, needed.unbind(-1), strict=True):
         if last is None:
             last = prediction
         elif prediction is not None:
-            last = torch.where((weight != 0).any(), prediction, last)
+            last = torch.where(need.any(), prediction, last)
     return last

@@ -112,23 +112,25 @@ def write_package(path, header, body):
 
 
 @pytest.mark.parametrize(
-    "prompts, lambda_t, lambda_m",
+    "prompts, lambda_t, lambda_m, rescale",
     [
-        ([PROMPT], 7.5, 1.2),
-        ([PROMPT], 7.5, 1.0),
-        ([PROMPT], 1.0, 1.0),
-        ([PROMPT, LONG], 5.0, [1.0, 1.3]),
-        ([LONG], 4.0, 4.0),
-        ([PROMPT, LONG, LONGEST], 7.5, 1.2),
+        ([PROMPT], 7.5, 1.2, 0.0),
+        ([PROMPT], 7.5, 1.0, 0.7),
+        ([PROMPT], 1.0, 1.0, None),
+        ([PROMPT, LONG], 5.0, [1.0, 1.3], [0.0, 1.0]),
+        ([LONG], 4.0, 4.0, 0.0),
+        ([PROMPT, LONG, LONGEST], 7.5, 1.2, 0.5),
     ],
     ids=["three branches", "two", "one", "two clips", "a branch of weight 0", "the most"],
 )
 @pytest.mark.filterwarnings("ignore:a prompt of .* was cut")
-def test_the_same_as_the_pipeline(pipeline, sampler, prompts, lambda_t, lambda_m):
+def test_the_same_as_the_pipeline(pipeline, sampler, prompts, lambda_t, lambda_m, rescale):
     seeds = [7 + i for i in range(len(prompts))]
-    options = {"seed": seeds, "lambda_t": lambda_t, "lambda_m": lambda_m}
+    options = {"seed": seeds, "lambda_t": lambda_t, "lambda_m": lambda_m, "rescale": rescale}
     wanted = pipeline(prompts, steps=STEPS, progress=False, **options)
     options |= {"lambda_m": torch.tensor(lambda_m, dtype=torch.float64)}
+    if rescale is not None:
+        options |= {"rescale": torch.tensor(rescale, dtype=torch.float64)}
     got = sampler(prompts, **options)
     assert error(got.latents, wanted.latents) <= 1e-4
     assert got.frames.shape == wanted.frames.shape and got.frames.dtype == torch.uint8
@@ -137,22 +139,33 @@ def test_the_same_as_the_pipeline(pipeline, sampler, prompts, lambda_t, lambda_m
 
 
 @pytest.mark.parametrize(
-    "lambda_t, lambda_m",
-    [(7.5, 1.2), (7.5, 1.0), (1.0, 1.0), (5.0, [1.0, 1.3]), (0.0, 1.2), (4.0, 4.0)],
+    "lambda_t, lambda_m, rescale",
+    [
+        (7.5, 1.2, 0.7),
+        (7.5, 1.0, 0.0),
+        (1.0, 1.0, 0.0),
+        (5.0, [1.0, 1.3], [0.0, 1.0]),
+        (0.0, 1.2, 0.0),
+        (0.0, 1.2, 0.5),
+        (4.0, 4.0, 0.0),
+    ],
     ids=str,
 )
-def test_one_plan_three_users(pipeline, sampler, lambda_t, lambda_m):
+def test_one_plan_three_users(pipeline, sampler, lambda_t, lambda_m, rescale):
     """The definition's weights, the denoiser's and the runtime's; the same branches, rows of the
     modulation and steps a chunk. gentron-sample is the same runtime."""
     model, metadata, batch = pipeline.transformer, sampler.metadata, 2
     scales = [
-        torch.as_tensor(scale, dtype=torch.float64).expand(batch) for scale in (lambda_t, lambda_m)
+        torch.as_tensor(scale, dtype=torch.float64).expand(batch)
+        for scale in (lambda_t, lambda_m, rescale)
     ]
+    *scales, shares = scales
     text, null_text = (pipeline.text_encoder.encode(p) for p in ([PROMPT, LONG], [""]))
     table = make_table(metadata["solver"], pipeline.scheduler, STEPS)
     shape = metadata["latent_shape"]
-    denoiser = GuidedDenoiser(model, text, null_text, table, *scales, shape)
-    plan = sampler._runtime.plan(*scales, batch)
+    denoiser = GuidedDenoiser(model, text, null_text, table, *scales, shape, rescale=shares)
+    plan = sampler._runtime.plan(*scales, shares, batch)
+    assert torch.equal(plan["rescale"], shares.expand(STEPS, batch))
     defined = torch.stack(guidance_weights(*scales, model.config.temporal), -1)
     assert torch.equal(plan["weights"], defined.expand(STEPS, batch, 3))
     assert torch.equal(denoiser._weights, plan["weights"])
@@ -171,7 +184,7 @@ def test_one_plan_three_users(pipeline, sampler, lambda_t, lambda_m):
 
 
 def test_a_negative_prompt_and_a_schedule_of_guidance(pipeline, sampler):
-    options = {"seed": 3, "lambda_t": 6.0, "lambda_m": 1.2}
+    options = {"seed": 3, "lambda_t": 6.0, "lambda_m": 1.2, "rescale": 0.7}
     wanted = pipeline(
         [PROMPT],
         negative_prompt=LONG,
@@ -186,9 +199,22 @@ def test_a_negative_prompt_and_a_schedule_of_guidance(pipeline, sampler):
 
 
 def test_the_program_gives_the_pipelines_latents_and_frames(pipeline, package, tmp_path):
-    wanted = pipeline([PROMPT], steps=STEPS, seed=7, lambda_t=5.0, lambda_m=1.3, progress=False)
+    scales = {"lambda_t": 5.0, "lambda_m": 1.3, "rescale": 0.4}
+    wanted = pipeline([PROMPT], steps=STEPS, seed=7, **scales, progress=False)
     arguments = [package, "--tokens", *token_arguments(pipeline, PROMPT), "--seed", 7]
-    arguments += ["--lambda-t", 5, "--lambda-m", 1.3, "--frames", 8, "--size", 64, 64]
+    arguments += [
+        "--lambda-t",
+        5,
+        "--lambda-m",
+        1.3,
+        "--rescale",
+        0.4,
+        "--frames",
+        8,
+        "--size",
+        64,
+        64,
+    ]
     done = run_program(*arguments, "--latents", "--out", tmp_path / "latents.npy")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     latents = torch.from_numpy(np.load(tmp_path / "latents.npy"))
@@ -464,7 +490,7 @@ def test_a_digest_pins_the_file(package, tmp_path):
 
 def test_a_file_of_an_older_version_is_refused(package, tmp_path):
     header, body = read_package(package)
-    del header["metadata"]["modulation_chunks"]
+    del header["metadata"]["rescale"]
     path = write_package(tmp_path / "older.gentron", header, body)
     with pytest.raises(ValueError, match="export it again, python -m"):
         CompiledSampler.load(path)
@@ -729,7 +755,8 @@ def test_a_learned_range_takes_the_same_step(make_model, make_text, tiny_config,
         rest.append(table.log_variance[step].float())
     with torch.no_grad():
         got = graphs._step(
-            *(model, *captured[0], latents, weights, table.rows[step], x0, *rest),
+            *(model, *captured[0], latents, weights, torch.zeros(2).double()),
+            *(table.rows[step], x0, *rest),
             branches=(True, True, True),
             draws=draws,
         )

@@ -19,6 +19,7 @@ from gentron_fast.guidance import (
     steps,
 )
 from gentron_fast.solvers import learned_range_d, make_table, solver_step
+from gentron_kernels.guided_step import rescaled_noise
 
 
 @pytest.fixture
@@ -295,6 +296,41 @@ def test_a_whole_sample_is_the_definitions(tiny_config, make_model, make_text, s
     assert relative(latents, plain) <= 1e-4
 
 
+@pytest.mark.parametrize("learned_range", [False, True])
+@pytest.mark.parametrize("lambda_t,lambda_m", [(7.5, 1.2), (7.5, 1.0), (0.0, 1.2), (1.0, 1.0)])
+@pytest.mark.parametrize("rescale", [0.7, torch.tensor([0.0, 1.0])], ids=["one", "each"])
+def test_a_rescaled_step_is_the_definitions(
+    tiny_config, make_model, make_text, rescale, lambda_t, lambda_m, learned_range
+):
+    """Also where the text's weight is 0: the deviation is the text branch's all the same."""
+    config = replace(tiny_config, learned_range=learned_range)
+    scheduler = SCHEDULER_CONFIG | {"variance_type": "learned_range"} if learned_range else {}
+    table = make_table("ddpm" if learned_range else "ddim", SCHEDULER_CONFIG | scheduler, 4)
+    model, text = make_model(config), make_text(config)
+    null_text = make_text(config, clip=2, t5=1, seed=2)
+    latents, noise = torch.randn(2, 2, 4, 3, 8, 8, dtype=torch.float64).unbind()
+    inputs = text, null_text, lambda_t, lambda_m, rescale
+    prediction = guided_prediction(model, latents, table.timesteps[1].expand(2), *inputs)
+    d = learned_range_d(table, 1, prediction[:, 4:]) if learned_range else None
+    expected = solver_step(table.rows[1], latents, prediction[:, :4], None, noise, d)
+    shape = latents.shape[1:]
+    denoiser = GuidedDenoiser(
+        model, text, null_text, table, lambda_t, lambda_m, shape, rescale=rescale
+    )
+    for own, wanted in zip(denoiser.step(latents, 1, None, noise), expected, strict=True):
+        assert relative(own, wanted) <= 1e-12
+
+
+def test_rescale_brings_the_texts_deviation(case):
+    model, latents, timestep, text, null_text = case
+    of_text = model(latents, timestep, text, False).flatten(1).std(1)
+    full = guided_prediction(model, latents, timestep, text, null_text, 7.5, 1.2, 1.0)
+    torch.testing.assert_close(full.flatten(1).std(1), of_text)
+    for wrong in (1.1, -0.1, torch.nan, torch.tensor([0.5, 2.0])):
+        with pytest.raises(ValueError, match="rescale must be 0 … 1, got"):
+            guided_prediction(model, latents, timestep, text, null_text, 7.5, 1.2, wrong)
+
+
 def test_modulation_in_chunks_changes_nothing(case, monkeypatch):
     model, latents, _, text, null_text = case
     inputs = model, text, null_text, TABLE, 7.5, 1.2, latents.shape[1:]
@@ -336,13 +372,16 @@ def test_compiled_blocks_serve_every_prompt_step_and_scale(tiny_config, make_mod
     assert kinds == [3, 3, 3]  # the first block, the blocks of either encoder
 
 
-def test_reused_differences(case):
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_reused_differences(case, rescale):
     model, latents, _, text, null_text = case
     inputs = model, text, null_text, TABLE, 7.5, 1.2, latents.shape[1:]
-    denoiser, whole = GuidedDenoiser(*inputs, reuse=2), GuidedDenoiser(*inputs)
+    denoiser, whole = (GuidedDenoiser(*inputs, rescale=rescale, reuse=k) for k in (2, 1))
     after, _ = denoiser.step(latents, 0)
     assert torch.equal(after, whole.step(latents, 0)[0])
-    difference = guided(whole, latents, 0) - whole.branches(latents, 0)[2]
+    of_text = whole.branches(latents, 0)[2]
+    shares = torch.full((2,), rescale, dtype=torch.float64)
+    difference = rescaled_noise(guided(whole, latents, 0), of_text, shares) - of_text
     calls = count_calls(model.blocks[0])
     reused, _ = denoiser.step(after, 1, latents)
     assert len(calls) == 1

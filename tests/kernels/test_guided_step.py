@@ -34,6 +34,7 @@ def inputs(
     per_sample=False,
     row_dtype=FP64,
     device="cpu",
+    rescale=False,
 ):
     """Arguments of guided_step; branches are views: batch slices, of twice the channels.
 
@@ -54,10 +55,19 @@ def inputs(
     previous = None if "p" in absent else like(2)
     noise = None if "n" in absent else like(3)
     d = like(4) if "d" in absent else None
-    return like(0), branches, weights.to(device), ROW.to(device, row_dtype), previous, noise, d
+    arguments = [like(0), branches, weights.to(device), ROW.to(device, row_dtype), previous, noise]
+    shares = torch.linspace(0, 1, batch + 1)[1:].to(device) if rescale else None
+    return *arguments, d, shares
 
 
-def expected(latents, branches, weights, row, x0_previous=None, noise=None, d=None):
+def rescale_noise_cfg(noise_cfg, noise_pred_text, guidance_rescale):
+    """diffusers' own."""
+    from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion
+
+    return pipeline_stable_diffusion.rescale_noise_cfg(noise_cfg, noise_pred_text, guidance_rescale)
+
+
+def expected(latents, branches, weights, row, x0_previous=None, noise=None, d=None, rescale=None):
     """The equations, sample by sample, in fp64."""
     alpha, sigma, a, b, c, row_d = row.tolist()
     outs = []
@@ -65,6 +75,9 @@ def expected(latents, branches, weights, row, x0_previous=None, noise=None, d=No
         of_sample = (weights if weights.ndim == 1 else weights[i]).tolist()
         present = [k for k in range(3) if branches[k] is not None]
         eps = torch.stack([of_sample[k] * branches[k][i].double() for k in present]).sum(0)
+        if rescale is not None:
+            text = branches[2][i].double()
+            eps = rescale_noise_cfg(eps[None], text[None], rescale[i].item())[0]
         x0 = (x - sigma * eps) / alpha
         x_next = a * x + b * x0
         if x0_previous is not None and c != 0:
@@ -107,8 +120,29 @@ def test_values(device, poisoned_memory, shape, dtype, branch_dtype, absent, per
         for out, reference in zip(outs, expected(*arguments), strict=True):
             assert error(out, reference) < (1e-12 if wide == FP64 else 1e-6)
     given = [arguments[0], *arguments[1], *arguments[2:]]
+    given = [x for x in given if isinstance(x, torch.Tensor)]
     storages = {x.untyped_storage().data_ptr() for x in given if x is not None and x.numel()}
     assert not storages & {out.untyped_storage().data_ptr() for out in outs if out.numel()}
+
+
+@pytest.mark.parametrize("absent", ["", "0", "01pn", "1d"])
+@pytest.mark.parametrize("branch_dtype", [BF16, FP32, FP64], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 2, 19, 63), (2, 1, 1, 3, 1)], ids=str)
+def test_rescale_is_diffusers_own(device, poisoned_memory, shape, branch_dtype, absent):
+    arguments = inputs(shape, FP32, branch_dtype, absent, True, device=device, rescale=True)
+    for out, reference in zip(guided_step(*arguments), expected(*arguments), strict=True):
+        assert error(out, reference) < 1e-6
+
+
+def test_without_a_rescale_a_sample_is_as_before(device):
+    """Beside one that has a rescale; and a guided noise without deviation stays as it is."""
+    *arguments, _ = inputs((2, 4, 3, 5, 7), per_sample=True, device=device)
+    shares = torch.tensor([0.0, 0.7], device=device)
+    for out, plain in zip(guided_step(*arguments, shares), guided_step(*arguments), strict=True):
+        assert torch.equal(out[0], plain[0]) and not torch.equal(out[1], plain[1])
+    arguments[1] = [torch.zeros_like(branch) for branch in arguments[1]]
+    for out, plain in zip(guided_step(*arguments, shares), guided_step(*arguments), strict=True):
+        assert torch.equal(out, plain)
 
 
 def test_the_noisiest_step_keeps_fp32(backend, device):
@@ -162,13 +196,14 @@ def test_what_is_absent_counts_for_nothing(device):
 
 
 def test_samples_do_not_depend_on_their_neighbours(device):
-    arguments = inputs((5, 3, 3, 19, 21), per_sample=True, device=device)
+    arguments = inputs((5, 3, 3, 19, 21), per_sample=True, device=device, rescale=True)
     whole = guided_step(*arguments)
     for i in range(1, 5, 3):
-        x, branches, weights, row, previous, noise, _ = arguments
-        one = [branch[i : i + 1] for branch in branches]
+        x, branches, weights, row, previous, noise, _, rescale = arguments
         chosen = slice(i, i + 1)
-        alone = guided_step(x[chosen], one, weights[chosen], row, previous[chosen], noise[chosen])
+        one = [branch[chosen] for branch in branches]
+        own = (tensor[chosen] for tensor in (previous, noise))
+        alone = guided_step(x[chosen], one, weights[chosen], row, *own, None, rescale[chosen])
         for out, part in zip(whole, alone, strict=True):
             assert torch.equal(out[chosen], part)
 
@@ -191,39 +226,45 @@ def test_views_are_read_in_place_and_the_rest_is_copied(backend, device):
 def test_compiled_without_a_break_and_once_for_every_step():
     torch._dynamo.reset()
     compiled = torch.compile(guided_step, fullgraph=True)
-    x, branches, weights, row, previous, noise, _ = inputs((2, 4, 2, 3, 5))
+    x, branches, weights, row, previous, noise, _, shares = inputs((2, 4, 2, 3, 5), rescale=True)
     rows = torch.stack([row, row * 0.9, row * 1.1])
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in range(3):
-            arguments = x + step, branches, weights * step, rows[step], previous, noise
+            arguments = x + step, branches, weights * step, rows[step], previous, noise, None
+            arguments += (shares / (1 + step),)
             for out, eager in zip(compiled(*arguments), guided_step(*arguments), strict=True):
                 assert torch.equal(out, eager)
 
 
 class Step(torch.nn.Module):
-    def forward(self, x, branches, weights, row, previous, noise):
-        return guided_step(x, branches, weights, row, previous, noise)
+    def forward(self, x, branches, weights, row, previous, noise, rescale):
+        return guided_step(x, branches, weights, row, previous, noise, None, rescale)
 
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported(strict):
-    *arguments, _ = inputs((2, 4, 2, 3, 5), per_sample=True)
+    *arguments, _, shares = inputs((2, 4, 2, 3, 5), per_sample=True, rescale=True)
+    arguments.append(shares)
     program = torch.export.export(Step(), tuple(arguments), strict=strict)
     arguments[3] = arguments[3] * 1.1
-    for out, eager in zip(program.module()(*arguments), guided_step(*arguments), strict=True):
+    for out, eager in zip(program.module()(*arguments), Step()(*arguments), strict=True):
         assert torch.equal(out, eager)
 
 
 def operator_arguments(**options):
-    x, branches, weights, row, *rest = inputs((2, 4, 2, 3, 5), **options)
+    x, branches, weights, row, *rest, _ = inputs((2, 4, 2, 3, 5), **options)
     flat = [None if t is None else t.flatten(2) for t in (x, *branches, *rest)]
     return *flat[:4], weights.expand(2, 3), row, *flat[4:]
 
 
 @pytest.mark.parametrize("absent", ["", "0pn", "2d"])
 def test_opcheck(absent):
-    operator = torch.ops.gentron.guided_step_cpu.default
-    torch.library.opcheck(operator, operator_arguments(absent=absent))
+    arguments = operator_arguments(absent=absent)
+    torch.library.opcheck(torch.ops.gentron.guided_step_cpu.default, arguments)
+    if "2" not in absent:
+        shares = torch.tensor([0.3, 1.0])
+        operator = torch.ops.gentron.rescaled_weights_cpu.default
+        torch.library.opcheck(operator, (*arguments[1:5], shares))
 
 
 def test_the_cuda_operator_traces_as_its_kernel(monkeypatch):
@@ -242,9 +283,15 @@ def test_the_cuda_operator_traces_as_its_kernel(monkeypatch):
     with FakeTensorMode():
         operator = dispatch_functionalize(torch.ops.gentron.guided_step_cuda.default)
         graph = make_fx(operator)(*(on_cuda(x) for x in arguments)).graph
+        operator = dispatch_functionalize(torch.ops.gentron.rescaled_weights_cuda.default)
+        shares = torch.ones(2)
+        scaled = make_fx(operator)(*(on_cuda(x) for x in (*arguments[1:5], shares))).graph
     (launched,) = (node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target))
     assert sorted(launched.kwargs["tensors_to_clone"]) == ["x0_ptr", "x_next_ptr"]
     assert launched.kwargs["kwargs"]["HAS_NULL_MOTION"] is False
+    launched = [node for node in scaled.nodes if "triton_kernel_wrapper" in str(node.target)]
+    written = [node.kwargs["tensors_to_clone"] for node in launched]
+    assert written == [["moments_ptr"], ["out_ptr"]]
 
 
 def test_the_operator_refuses_what_it_cannot_read():
@@ -255,10 +302,12 @@ def test_the_operator_refuses_what_it_cannot_read():
         torch.ops.gentron.guided_step_cpu(x, *rest[:6], rest[6][:, :1], None)
     with pytest.raises(ValueError, match="of one dtype"):
         torch.ops.gentron.guided_step_cpu(x, rest[0].double(), *rest[1:])
+    with pytest.raises(ValueError, match=r"rescale must be \(2,\) on the CPU"):
+        torch.ops.gentron.rescaled_weights_cpu(*rest[:4], torch.ones(3))
 
 
 def changed(index, value):
-    arguments = list(inputs((2, 4, 2, 3, 5)))
+    arguments = list(inputs((2, 4, 2, 3, 5), rescale=True))
     arguments[index] = value(arguments[index])
     return arguments
 
@@ -277,6 +326,8 @@ def changed(index, value):
         (3, lambda row: row.to("meta"), "row must be on the latents' device, cpu, got meta"),
         (4, lambda x: x[:1], r"x0_previous must be .* got torch.float32 \(1, 4"),
         (5, torch.Tensor.int, "noise must be floating"),
+        (7, lambda x: x[:1], r"rescale must be \(2,\) .* got torch.float32 \(1,\)"),
+        (1, lambda b: [*b[:2], None], "a rescale needs the text branch"),
     ],
 )
 def test_wrong_input_is_named(index, value, message):
@@ -302,7 +353,7 @@ def test_the_kernel_compiled_ahead_of_time():
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = json.loads(result.stdout)
-    assert {row["arch"] for row in rows} == {80, 90, 100} and len(rows) == 6
+    assert {row["arch"] for row in rows} == {80, 90, 100} and len(rows) == 12
     for row in rows:
         # 128 threads of 96 registers: five blocks and more hold loads in flight.
         assert row["spills"] == 0 and row["shared"] <= row["limit"] and row["registers"] <= 96
