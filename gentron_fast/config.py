@@ -2,6 +2,20 @@
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from gentron_fast.files import read_json
+from gentron_fast.schema import (
+    FLAG,
+    MOST_LAYERS,
+    MOST_WIDTH,
+    TEXT,
+    check,
+    optional,
+    real,
+    several,
+    whole,
+)
 
 ENCODERS = ("clip", "t5")
 MAX_FRAMES = 32
@@ -44,11 +58,27 @@ class SamplingDefaults:
         return {f"default_{name}": value for name, value in asdict(self).items()}
 
 
+_WIDTH = whole(1, MOST_WIDTH)
+CONFIG_SCHEMA = {
+    "depth": whole(1, MOST_LAYERS),
+    "encoders": several(TEXT, 0, len(ENCODERS)),
+    "mlp_ratio": real(1 / 64, 64),
+    "patch_size": whole(1, 64),
+    "pixels_per_latent": whole(1, 1024),
+    "position_base_size": optional(_WIDTH),
+    "position_interpolation": real(1e-6, 1e6),
+}
+CONFIG_SCHEMA |= dict.fromkeys(("width", "heads", "in_channels", "clip_width", "t5_width"), _WIDTH)
+CONFIG_SCHEMA |= dict.fromkeys(("learned_range", "temporal", "cross_attention"), FLAG)
+CONFIG_SCHEMA |= dict.fromkeys(("pooled_text", "caption_projection", "cross_norm"), FLAG)
+CONFIG_SCHEMA |= dict.fromkeys(("timestep_cos_first", "final_table", "size_embedding"), FLAG)
+
+
 @dataclass(frozen=True)
 class GenTronConfig:
     """The shape of a GenTron model. Sizes: paper, tables 1 and 5; the options: DiT and PixArt-α.
 
-    Raises ValueError when two fields do not fit each other.
+    Raises ValueError for a field out of range and when two do not fit each other.
     """
 
     depth: int
@@ -76,6 +106,7 @@ class GenTronConfig:
     pixels_per_latent: int = 8  # for the size embedding
 
     def __post_init__(self):
+        check(vars(self), CONFIG_SCHEMA)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
         if self.width % 4:
@@ -116,7 +147,19 @@ class GenTronConfig:
             raise ValueError(f"unknown configuration fields {unknown}; known are {sorted(known)}")
         if missing := sorted({"depth", "width", "heads"} - set(values)):
             raise ValueError(f"the configuration lacks {missing}")
-        return cls(**values | {"encoders": tuple(values.get("encoders", ENCODERS))})
+        encoders = values.get("encoders", ENCODERS)
+        return cls(
+            **values | {"encoders": tuple(encoders) if isinstance(encoders, list) else encoders}
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> "GenTronConfig":
+        """Of a model's config.json. FileNotFoundError or ValueError that names the file."""
+        values = read_json(path)
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path} describes no GenTron: {error}") from None
 
 
 _XL = GenTronConfig(depth=28, width=1152, heads=16)

@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from gentron_fast.schema import FLAG, TEXT, Kind, check, optional, real, several, whole
+
 # Shapes: B batch, C channels, T training timesteps, S sampling steps.
 
 # A diffusers scheduler_config.json. "trailing" starts every solver at the last training timestep,
@@ -29,6 +31,20 @@ SCHEDULER_CONFIG = {
     "timestep_spacing": "trailing",
     "steps_offset": 0,
 }
+MOST_TIMESTEPS = 100_000
+_BETA = real(0, 1)
+SCHEDULER_SCHEMA = dict.fromkeys(("beta_start", "beta_end"), _BETA)
+SCHEDULER_SCHEMA |= dict.fromkeys(("beta_schedule", "prediction_type", "timestep_spacing"), TEXT)
+SCHEDULER_SCHEMA |= dict.fromkeys(("algorithm_type", "solver_type", "final_sigmas_type"), TEXT)
+SCHEDULER_SCHEMA |= dict.fromkeys(("lower_order_final", "euler_at_final", "set_alpha_to_one"), FLAG)
+SCHEDULER_SCHEMA |= {
+    "num_train_timesteps": whole(1, MOST_TIMESTEPS),
+    "trained_betas": optional(several(_BETA, 1, MOST_TIMESTEPS)),
+    "steps_offset": whole(0, MOST_TIMESTEPS),
+    "solver_order": whole(1, 3),
+    "variance_type": optional(TEXT),
+    "lambda_min_clipped": Kind("a number", lambda value: type(value) in (int, float)),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +65,9 @@ class NoiseSchedule:
         """The schedule of a diffusers scheduler_config.json; absent keys take diffusers' defaults.
 
         Betas are float64 as in DiT; diffusers rounds them to float32. Raises ValueError for a
-        model that does not predict noise, or a schedule of an unknown kind.
+        model that does not predict noise, a schedule of an unknown kind, or a value out of range.
         """
+        check(config, SCHEDULER_SCHEMA)
         prediction = config.get("prediction_type", "epsilon")
         if prediction != "epsilon":
             raise ValueError(f"prediction_type is {prediction!r}; only 'epsilon' is supported")

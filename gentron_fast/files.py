@@ -11,12 +11,17 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from gentron_fast.schema import Schema, check
+
 RENAME_EXCHANGE = 2  # of Linux's renameat2
 AT_FDCWD = -100
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; FileNotFoundError or ValueError that names the file."""
+def read_json(path: Path, schema: Schema | None = None) -> dict:
+    """A JSON object from a file; FileNotFoundError or ValueError that names the file.
+
+    schema: what the fields that are there must be.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
@@ -25,6 +30,7 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, it holds a {type(values).__name__}")
+    check(values, schema or {}, str(path))
     return values
 
 

@@ -227,16 +227,11 @@ def choose_frames(args: argparse.Namespace, folder: Path) -> int | None:
 
 def read_model_config(folder: Path) -> GenTronConfig:
     """The configuration of the model in a pipeline folder, without loading the model."""
-    from gentron_fast.files import read_json
     from gentron_fast.pipeline import INDEX_NAME
 
     if not (folder / INDEX_NAME).is_file():
         raise ValueError(f"no pipeline in {folder}: it has no {INDEX_NAME}")
-    path = folder / "transformer" / "config.json"
-    try:
-        return GenTronConfig.from_dict(read_json(path))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} describes no GenTron: {error}") from error
+    return GenTronConfig.read(folder / "transformer" / "config.json")
 
 
 def plan_clips(args: argparse.Namespace, prompts: list[str], is_image: bool) -> list[Clip]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from gentron_fast.config import MAX_FRAMES, GenTronConfig
-from gentron_fast.files import read_json, whole_file, write_json
+from gentron_fast.files import whole_file, write_json
 from gentron_fast.layers import (
     Block,
     FinalLayer,
@@ -329,7 +329,7 @@ class GenTron(nn.Module):
         missing, surplus or misshapen tensor (named, with both shapes) or a damaged file.
         """
         folder = Path(folder)
-        config = GenTronConfig.from_dict(read_json(folder / CONFIG_NAME))
+        config = GenTronConfig.read(folder / CONFIG_NAME)
         with torch.device("meta"):
             model = cls(config)
         tensors = _read_tensors(folder, model.state_dict(), dtype, device)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gentron_fast.config import MAX_FRAMES, GenTronConfig, SamplingDefaults
-from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
+from gentron_fast.diffusion import SCHEDULER_CONFIG, SCHEDULER_SCHEMA, portable_noise
 from gentron_fast.files import read_json, whole_folder, write_json
 from gentron_fast.guidance import GuidedDenoiser, check_rescale, guidance_schedule
 from gentron_fast.model import GenTron, TextCondition
+from gentron_fast.schema import several, whole
 from gentron_fast.solvers import make_table
 from gentron_fast.text import SUBFOLDERS, TextEncoder
 from gentron_fast.vae import REASONS, VideoVAE, check_finite, to_frames
@@ -34,6 +35,13 @@ PARTS = (INDEX_NAME, *COMPONENTS, *itertools.chain(*SUBFOLDERS.values()), "MODEL
 TEXT_COMPONENTS = {
     "clip": (["transformers", "CLIPTextModel"], ["transformers", "CLIPTokenizer"]),
     "t5": (["transformers", "T5EncoderModel"], ["transformers", "AutoTokenizer"]),
+}
+
+
+MOST_PIXELS = 2**15  # along a side
+INDEX_SCHEMA = {
+    "default_frames": whole(1, MAX_FRAMES),
+    "default_size": several(whole(1, MOST_PIXELS), 2, 2),
 }
 
 
@@ -99,7 +107,7 @@ class GenTronPipeline:
         FileNotFoundError or ValueError, in one line, where a part is missing or does not fit.
         """
         folder = ASSETS if path is None else Path(path)
-        index = read_json(folder / INDEX_NAME)
+        index = read_json(folder / INDEX_NAME, INDEX_SCHEMA)
         transformer = GenTron.from_pretrained(folder / "transformer", dtype)
         text_folders = {
             name: tuple(folder / subfolder for subfolder in SUBFOLDERS[name])
@@ -109,7 +117,7 @@ class GenTronPipeline:
             transformer,
             TextEncoder.from_pretrained(**text_folders, dtype=dtype),
             VideoVAE.from_pretrained(folder / "vae", dtype),
-            read_json(folder / SCHEDULER_PATH),
+            read_json(folder / SCHEDULER_PATH, SCHEDULER_SCHEMA),
             index.get("default_frames", 8),
             index.get("default_size", (512, 512)),
             SamplingDefaults.from_index(index),

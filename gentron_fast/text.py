@@ -10,12 +10,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gentron_fast.config import GenTronConfig
 from gentron_fast.files import read_json
-from gentron_fast.model import EncodedText, TextCondition
+from gentron_fast.model import CONFIG_NAME, EncodedText, TextCondition
+from gentron_fast.parts import check_parameters, read_part_config, told_as
+from gentron_fast.schema import (
+    FLAG,
+    MOST_LAYERS,
+    MOST_TOKENS,
+    MOST_WIDTH,
+    OBJECT,
+    TEXT,
+    check,
+    optional,
+    real,
+    whole,
+)
 from gentron_fast.weights import variant
 
 MAX_TOKENS = {"clip": 77, "t5": 256}
@@ -25,6 +37,26 @@ MODEL_CLASSES = {"clip": "CLIPTextModel", "t5": "T5EncoderModel"}
 TOKENIZER_CONFIG = "tokenizer_config.json"
 LOWER_AND_STRIP = "lower_and_strip"  # a field of ours there: prompts are lower-cased and stripped
 Tokens = dict[str, tuple[Tensor, Tensor]]
+WEIGHTS_STEM = "model"
+_LAYERS, _WIDTH = whole(1, MOST_LAYERS), whole(1, MOST_WIDTH)
+ENCODER_SCHEMA = dict.fromkeys(("num_hidden_layers", "num_layers"), _LAYERS)
+ENCODER_SCHEMA |= dict.fromkeys(("num_attention_heads", "num_heads", "d_kv"), _WIDTH)
+ENCODER_SCHEMA |= dict.fromkeys(("hidden_size", "d_model", "projection_dim"), _WIDTH)
+ENCODER_SCHEMA |= dict.fromkeys(("intermediate_size", "d_ff"), whole(1, 16 * MOST_WIDTH))
+ENCODER_SCHEMA |= dict.fromkeys(("layer_norm_eps", "layer_norm_epsilon"), real(0, 1))
+ENCODER_SCHEMA |= dict.fromkeys(("hidden_act", "feed_forward_proj"), TEXT)
+ENCODER_SCHEMA |= {
+    "vocab_size": whole(1, MOST_TOKENS),
+    "max_position_embeddings": whole(2, MOST_TOKENS),
+    "relative_attention_num_buckets": whole(4, MOST_TOKENS),
+    "relative_attention_max_distance": whole(4, MOST_TOKENS),
+    "text_config": OBJECT,  # of a whole CLIP
+}
+TOKENIZER_SCHEMA = {
+    "model_max_length": optional(real(2, 1e32)),
+    "extra_ids": whole(0, 10_000),
+    LOWER_AND_STRIP: FLAG,
+}
 
 
 class TextEncoder(nn.Module):
@@ -175,7 +207,17 @@ class TextEncoder(nn.Module):
     def encode(self, prompts: list[str]) -> TextCondition:
         """Encode prompts for sampling, without gradients. The empty string is the null text: two
         CLIP tokens (begin, end) and one T5 token (end)."""
-        return self(self.tokenize(prompts))
+        self._require_weights()
+        tokens = self.tokenize(prompts)
+        for name, (ids, _) in tokens.items():
+            rows = self.encoders[name].get_input_embeddings().num_embeddings
+            if not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+                raise ValueError(
+                    f"the {name} tokenizer gives tokens {int(ids.min())} to {int(ids.max())}, "
+                    f"its model knows {rows}"
+                )
+        with told_as("the text encoders cannot encode"):
+            return self(tokens)
 
     def release(self) -> None:
         """Free the weights once everything is encoded (T5-XXL takes 9.5 GB in bf16)."""
@@ -194,22 +236,32 @@ def _load_model(name: str, source: str | os.PathLike, dtype: torch.dtype) -> nn.
     import transformers
 
     model_class = getattr(transformers, MODEL_CLASSES[name])
+    what = f"{name} text encoder"
 
     def load(**options):
-        return model_class.from_pretrained(
-            source,
-            dtype=dtype,
-            variant=variant(Path(source), "model") if Path(source).is_dir() else None,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # reported below, in one line
-            output_loading_info=True,
-            **options,
-        )
+        if folder := Path(source) if Path(source).is_dir() else None:
+            config = read_part_config(folder / CONFIG_NAME, ENCODER_SCHEMA)
+            check(config.get("text_config", {}), ENCODER_SCHEMA, f"{folder / CONFIG_NAME}")
+            config_class = model_class.config_class
+            check_parameters(
+                what,
+                folder,
+                WEIGHTS_STEM,
+                lambda: model_class(config_class.from_pretrained(folder)),
+            )
+        with told_as(f"no {what} at {source}"):
+            return model_class.from_pretrained(
+                source,
+                dtype=dtype,
+                variant=folder and variant(folder, WEIGHTS_STEM),
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # reported below, in one line
+                output_loading_info=True,
+                **options,
+            )
 
-    try:
-        model, report = _load(f"{name} text encoder", source, load)
-    except SafetensorError as error:
-        raise ValueError(f"the weights at {source} are damaged: {error}") from error
+    model, report = _load(what, source, load)
     # transformers would go on with random values in place of what is missing.
     wrong = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if wrong:
@@ -229,13 +281,19 @@ def _load_tokenizer(name: str, source: str | os.PathLike):
         "t5": "tokenizer.json or spiece.model",
     }
     what = f"{name} tokenizer"
-    try:
-        tokenizer = _load(
-            what, source, lambda **options: tokenizer_class.from_pretrained(source, **options)
-        )
-        empty = len(tokenizer) <= len(tokenizer.all_special_ids)
-    except (ImportError, ValueError):
-        empty = True
+
+    def load(**options):
+        # transformers looks into both files for code to run.
+        for path in (Path(source, TOKENIZER_CONFIG), Path(source, CONFIG_NAME)):
+            if path.is_file():
+                read_part_config(path, TOKENIZER_SCHEMA)
+        with told_as(f"no {what} at {source}"):
+            tokenizer = tokenizer_class.from_pretrained(source, trust_remote_code=False, **options)
+            return tokenizer, len(tokenizer) <= len(tokenizer.all_special_ids)
+
+    empty = Path(source).is_dir() and not any(Path(source).glob("*.*"))
+    if not empty:
+        tokenizer, empty = _load(what, source, load)
     if empty:
         raise FileNotFoundError(f"no {what} at {source}: it takes {files[name]}")
     return tokenizer

@@ -11,10 +11,23 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from gentron_fast.files import read_json
-from gentron_fast.model import WEIGHTS_STEM
+from gentron_fast.model import CONFIG_NAME, WEIGHTS_STEM
+from gentron_fast.parts import check_parameters, read_part_config, told_as
+from gentron_fast.schema import FLAG, MOST_WIDTH, TEXT, optional, real, several, whole
 from gentron_fast.weights import variant
 
+_WIDTH = whole(1, MOST_WIDTH)
+VAE_SCHEMA = dict.fromkeys(("in_channels", "out_channels", "latent_channels"), _WIDTH)
+VAE_SCHEMA |= dict.fromkeys(("down_block_types", "up_block_types"), several(TEXT, 1, 16))
+VAE_SCHEMA |= dict.fromkeys(("force_upcast", "use_quant_conv", "use_post_quant_conv"), FLAG)
+VAE_SCHEMA |= {
+    "block_out_channels": several(_WIDTH, 1, 16),
+    "layers_per_block": whole(1, 64),
+    "norm_num_groups": _WIDTH,
+    "act_fn": TEXT,
+    "scaling_factor": real(1e-6, 1e6),
+    "shift_factor": optional(real(-1e6, 1e6)),
+}
 REASONS = "the weights are damaged, or their numbers go beyond this dtype (try another --dtype)"
 
 
@@ -41,22 +54,27 @@ class VideoVAE(nn.Module):
         tensors do not fit its configuration.
         """
         folder = Path(folder)
-        if not (folder / "config.json").is_file():
+        if not (folder / CONFIG_NAME).is_file():
             raise FileNotFoundError(f"no autoencoder at {folder}: it has no config.json")
         if not list(folder.glob("*.safetensors")):
             raise FileNotFoundError(f"no autoencoder at {folder}: it has no .safetensors weights")
         from diffusers import AutoencoderKL
 
-        upcast = read_json(folder / "config.json").get("force_upcast", True)  # diffusers' default
-        autoencoder, report = AutoencoderKL.from_pretrained(
-            folder,
-            torch_dtype=_computed_in(dtype, upcast),
-            variant=variant(folder, WEIGHTS_STEM),
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
+        config = read_part_config(folder / CONFIG_NAME, VAE_SCHEMA)
+        check_parameters(
+            "autoencoder", folder, WEIGHTS_STEM, lambda: AutoencoderKL.from_config(config)
         )
+        upcast = config.get("force_upcast", True)  # diffusers' default
+        with told_as(f"no autoencoder at {folder}"):
+            autoencoder, report = AutoencoderKL.from_pretrained(
+                folder,
+                torch_dtype=_computed_in(dtype, upcast),
+                variant=variant(folder, WEIGHTS_STEM),
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
         # diffusers would go on with random values in place of what is missing.
         missing, surplus = (
             sorted(report[f"{kind}_keys"])[:4] for kind in ("missing", "unexpected")

@@ -12,7 +12,6 @@ from pathlib import Path
 import yaml
 
 from gentron_fast.config import PRESETS, GenTronConfig
-from gentron_fast.files import read_json
 from gentron_fast.model import CONFIG_NAME
 from gentron_fast.pipeline import ASSETS
 from gentron_fast.text import SUBFOLDERS
@@ -232,7 +231,7 @@ class Settings(DataOptions):
 
 def stored_config(transformer: Path) -> GenTronConfig:
     """The configuration of a saved model."""
-    return GenTronConfig.from_dict(read_json(transformer / CONFIG_NAME))
+    return GenTronConfig.read(transformer / CONFIG_NAME)
 
 
 def stored_encoders(pipeline: Path) -> dict[str, tuple[Path, Path]]:

@@ -49,7 +49,8 @@ def test_schedule_defaults_and_given_betas():
         ({"beta_schedule": "sigmoid"}, "known: linear, scaled_linear, squaredcos_cap_v2"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
         ({"trained_betas": [0.1], "num_train_timesteps": 2}, "1 values for 2 timesteps"),
-        ({"beta_end": 1.5}, "between 0 and 1"),
+        ({"beta_end": 1.5}, "beta_end is 1.5, wanted a number from 0 to 1"),
+        ({"beta_start": 0}, "between 0 and 1"),
     ],
 )
 def test_schedule_refuses(config, message):

@@ -275,7 +275,7 @@ def test_wrong_folders_give_one_clear_error(saved, tmp_path):
         TextEncoder.from_pretrained(clip=(clip, tmp_path))
     with pytest.raises(FileNotFoundError, match=r"no t5 tokenizer at .* spiece\.model"):
         TextEncoder.from_pretrained(t5=(saved / "text_encoder_2", tmp_path))
-    with pytest.raises(ValueError, match=r"text_encoder_2 is no clip text encoder: \d+ tensors"):
+    with pytest.raises(ValueError, match=r"text_encoder_2 is no clip text encoder: .* parameters"):
         TextEncoder.from_pretrained(clip=(saved / "text_encoder_2", tokenizer))
 
 
