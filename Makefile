@@ -22,7 +22,7 @@ test: .venv/dev
 	$(BIN)/pytest
 
 faults: .venv/dev
-	FAULTS=20 $(BIN)/pytest tests/train/test_faults.py tests/gentron_fast/test_configurations.py
+	FAULTS=20 $(BIN)/pytest tests/train/test_faults.py tests/gentron_fast/test_configurations.py tests/gentron_fast/convert/test_refusals.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -1,6 +1,5 @@
 """GenTronConfig and PRESETS: every size of the paper and the options of its family."""
 
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from gentron_fast.files import read_json
 from gentron_fast.schema import (
     FLAG,
     MOST_LAYERS,
+    MOST_TIMESTEPS,
     MOST_WIDTH,
     TEXT,
     check,
@@ -19,6 +19,14 @@ from gentron_fast.schema import (
 
 ENCODERS = ("clip", "t5")
 MAX_FRAMES = 32
+_SCALE = real(-1e6, 1e6)
+DEFAULTS_SCHEMA = {
+    "default_steps": whole(1, MOST_TIMESTEPS),
+    "default_solver": TEXT,
+    "default_lambda_t": _SCALE,
+    "default_lambda_m": _SCALE,
+    "default_rescale": real(0, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -36,16 +44,7 @@ class SamplingDefaults:
     rescale: float = 0.0
 
     def __post_init__(self):
-        if type(self.steps) is not int or self.steps < 1:
-            raise ValueError(f"default_steps must be a whole number from 1 on, got {self.steps!r}")
-        if not isinstance(self.solver, str):
-            raise ValueError(f"default_solver must be the name of a solver, got {self.solver!r}")
-        for name in ("lambda_t", "lambda_m", "rescale"):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not math.isfinite(value):
-                raise ValueError(f"default_{name} must be a number, got {value!r}")
-        if not 0 <= self.rescale <= 1:
-            raise ValueError(f"default_rescale must be 0 … 1, got {self.rescale!r}")
+        check(self.to_index(), DEFAULTS_SCHEMA)
 
     @classmethod
     def from_index(cls, index: dict) -> "SamplingDefaults":

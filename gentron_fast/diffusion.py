@@ -8,7 +8,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gentron_fast.schema import FLAG, TEXT, Kind, check, optional, real, several, whole
+from gentron_fast.schema import (
+    FLAG,
+    MOST_TIMESTEPS,
+    TEXT,
+    Kind,
+    check,
+    optional,
+    real,
+    several,
+    whole,
+)
 
 # Shapes: B batch, C channels, T training timesteps, S sampling steps.
 
@@ -31,7 +41,6 @@ SCHEDULER_CONFIG = {
     "timestep_spacing": "trailing",
     "steps_offset": 0,
 }
-MOST_TIMESTEPS = 100_000
 _BETA = real(0, 1)
 SCHEDULER_SCHEMA = dict.fromkeys(("beta_start", "beta_end"), _BETA)
 SCHEDULER_SCHEMA |= dict.fromkeys(("beta_schedule", "prediction_type", "timestep_spacing"), TEXT)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 # No model is near these. What goes beyond them is a mistake, and would take hours or all memory.
-MOST_LAYERS, MOST_WIDTH, MOST_TOKENS = 1024, 2**16, 2**24
+MOST_LAYERS, MOST_WIDTH, MOST_TOKENS, MOST_TIMESTEPS = 1024, 2**16, 2**24, 10**5
 
 
 class Kind(NamedTuple):

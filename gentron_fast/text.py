@@ -240,8 +240,7 @@ def _load_model(name: str, source: str | os.PathLike, dtype: torch.dtype) -> nn.
 
     def load(**options):
         if folder := Path(source) if Path(source).is_dir() else None:
-            config = read_part_config(folder / CONFIG_NAME, ENCODER_SCHEMA)
-            check(config.get("text_config", {}), ENCODER_SCHEMA, f"{folder / CONFIG_NAME}")
+            read_encoder_config(folder)
             config_class = model_class.config_class
             check_parameters(
                 what,
@@ -272,6 +271,22 @@ def _load_model(name: str, source: str | os.PathLike, dtype: torch.dtype) -> nn.
     return model
 
 
+def read_encoder_config(folder: Path) -> dict:
+    """The config.json of a text encoder. FileNotFoundError or ValueError that names the file."""
+    path = folder / CONFIG_NAME
+    config = read_part_config(path, ENCODER_SCHEMA)
+    check(config.get("text_config", {}), ENCODER_SCHEMA, str(path))
+    return config
+
+
+def read_tokenizer_config(folder: Path) -> dict:
+    """The tokenizer_config.json of a tokenizer, {} where it has none; ValueError as above."""
+    # transformers looks into both files for code to run.
+    paths = [path for name in (CONFIG_NAME, TOKENIZER_CONFIG) if (path := folder / name).is_file()]
+    configs = {path.name: read_part_config(path, TOKENIZER_SCHEMA) for path in paths}
+    return configs.get(TOKENIZER_CONFIG, {})
+
+
 def _load_tokenizer(name: str, source: str | os.PathLike):
     from transformers import AutoTokenizer, CLIPTokenizer
 
@@ -283,10 +298,7 @@ def _load_tokenizer(name: str, source: str | os.PathLike):
     what = f"{name} tokenizer"
 
     def load(**options):
-        # transformers looks into both files for code to run.
-        for path in (Path(source, TOKENIZER_CONFIG), Path(source, CONFIG_NAME)):
-            if path.is_file():
-                read_part_config(path, TOKENIZER_SCHEMA)
+        read_tokenizer_config(Path(source))
         with told_as(f"no {what} at {source}"):
             tokenizer = tokenizer_class.from_pretrained(source, trust_remote_code=False, **options)
             return tokenizer, len(tokenizer) <= len(tokenizer.all_special_ids)

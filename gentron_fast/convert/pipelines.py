@@ -42,16 +42,21 @@ from gentron_fast.convert.tensors import (
     without_prefix,
     write_tensors,
 )
-from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
+from gentron_fast.diffusion import SCHEDULER_CONFIG, SCHEDULER_SCHEMA, NoiseSchedule
 from gentron_fast.files import read_json, whole_folder, write_json
 from gentron_fast.model import CONFIG_NAME, WEIGHTS_NAME
+from gentron_fast.parts import read_part_config
 from gentron_fast.pipeline import INDEX_NAME, SCHEDULER_PATH, model_index
+from gentron_fast.schema import TEXT
 from gentron_fast.text import (
     LOWER_AND_STRIP,
     SUBFOLDERS,
     TOKENIZER_CONFIG,
+    read_encoder_config,
+    read_tokenizer_config,
     write_tokenizer_config,
 )
+from gentron_fast.vae import VAE_SCHEMA
 from gentron_fast.weights import SAFETENSORS
 
 NAME = "gentron_fast.convert"
@@ -198,10 +203,10 @@ def export_diffusers(path: str | os.PathLike, out: str | os.PathLike) -> list[st
     """
     path = Path(path)
     folder = path / "transformer" if (path / "transformer").is_dir() else path
-    values = read_json(folder / CONFIG_NAME)
-    if values.get("_class_name") != "GenTron":
-        raise ValueError(f"{folder} holds a {values.get('_class_name')}, wanted a GenTron")
-    config = GenTronConfig.from_dict(values)
+    name = read_json(folder / CONFIG_NAME).get("_class_name")
+    if name != "GenTron":
+        raise ValueError(f"{folder} holds a {name}, wanted a GenTron")
+    config = GenTronConfig.read(folder / CONFIG_NAME)
     check_exportable(config, path)
     checkpoint = open_weights(folder, WEIGHTS_NAME.removesuffix(".safetensors"))
     recipes = make_recipes(config, PIXART, 0)
@@ -376,7 +381,9 @@ def find_parts(source: Source, carried: dict, encoders: dict, vae) -> dict[str, 
 def find_scheduler(root: Path | None) -> dict:
     """The scheduler's configuration of a pipeline, else ours. ValueError where we cannot use it."""
     path = None if root is None else root / SCHEDULER_PATH
-    scheduler = read_json(path) if path is not None and path.is_file() else SCHEDULER_CONFIG
+    if path is None or not path.is_file():
+        return SCHEDULER_CONFIG
+    scheduler = read_json(path, SCHEDULER_SCHEMA)
     NoiseSchedule.from_config(scheduler)
     return scheduler
 
@@ -403,7 +410,7 @@ def check_parts(parts: dict[str, Path], config: GenTronConfig) -> None:
                 f"the transformer takes {wanted}"
             )
     if "vae" in parts:
-        channels = read_json(parts["vae"] / CONFIG_NAME).get("latent_channels")
+        channels = vae_config(parts["vae"]).get("latent_channels")
         if channels != config.in_channels:
             raise ValueError(
                 f"the VAE in {parts['vae']} makes {channels} latent channels, "
@@ -418,10 +425,10 @@ def stems(part: str) -> tuple[str, ...]:
 
 def text_width(folder: Path) -> int:
     """Width of a text encoder's tokens, by its config.json; a whole CLIP's has a text_config."""
-    config = read_json(folder / CONFIG_NAME)
+    config = read_encoder_config(folder)
     config = config.get("text_config", config)
     width = config.get("d_model", config.get("hidden_size"))
-    if not isinstance(width, int):
+    if width is None:
         raise ValueError(f"{folder / CONFIG_NAME} is of no text encoder: it has no width")
     return width
 
@@ -430,12 +437,17 @@ def vae_factor(parts: dict[str, Path]) -> int:
     """Pixels per latent along each side."""
     if "vae" not in parts:
         return PIXELS_PER_LATENT
-    channels = read_json(parts["vae"] / CONFIG_NAME).get("block_out_channels")
-    if not isinstance(channels, list) or not channels:
+    channels = vae_config(parts["vae"]).get("block_out_channels")
+    if channels is None:
         raise ValueError(
             f"{parts['vae'] / CONFIG_NAME} is of no autoencoder: no block_out_channels"
         )
     return 2 ** (len(channels) - 1)
+
+
+def vae_config(folder: Path) -> dict:
+    """An autoencoder's configuration."""
+    return read_part_config(folder / CONFIG_NAME, VAE_SCHEMA)
 
 
 def copy_parts(folder: Path, parts: dict[str, Path]) -> None:
@@ -457,15 +469,14 @@ def caption_tokens(source: Source) -> int:
     if "y_embedder.y_embedding" in source.checkpoint.specs:
         return tensor_shape(source, "y_embedder.y_embedding", 2)[0]
     path = None if source.root is None else source.root / INDEX_NAME
-    index = read_json(path) if path is not None and path.is_file() else {}
+    known = path is not None and path.is_file()
+    index = read_json(path, {"_class_name": TEXT}) if known else {}
     return CAPTION_TOKENS.get(index.get("_class_name"), CAPTION_TOKENS["PixArtAlphaPipeline"])
 
 
 def tokenizer_config(folder: Path) -> dict:
     """A tokenizer's configuration; what does not tell its class is a T5Tokenizer."""
-    path = folder / TOKENIZER_CONFIG
-    config = read_json(path) if path.is_file() else {}
-    return {"tokenizer_class": "T5Tokenizer"} | config
+    return {"tokenizer_class": "T5Tokenizer"} | read_tokenizer_config(folder)
 
 
 def write_pipeline(

@@ -3,9 +3,11 @@
 import argparse
 import json
 import os
+import shutil
 
 import pytest
 import torch
+from configurations import changes, copied, ending
 from published import BLOCK, WEIGHTS, make_dit, make_pixart, original_dit, original_pixart
 from safetensors.torch import load_file, save_file
 
@@ -218,3 +220,25 @@ def test_nothing_half_written_stays(error, code, tmp_path, monkeypatch):
         assert main(["pixart", str(tmp_path / "pixart"), str(tmp_path / out)]) == code
         assert sorted(os.listdir(tmp_path)) == ["old", "pixart"]
         assert not os.listdir(tmp_path / "old")
+
+
+def test_a_changed_configuration_is_converted_or_refused_in_one_line(
+    pipeline_folder, tmp_path, capfd
+):
+    folder, out = copied(pipeline_folder, tmp_path / "pixart"), tmp_path / "out"
+    endings = {}
+    for what in changes(folder, range(40 * int(os.environ.get("FAULTS", "1")))):
+        endings[what] = ending(main, ["pixart", folder, out], capfd)
+        assert out.exists() == (endings[what][0] == 0)
+        shutil.rmtree(out, ignore_errors=True)
+    wrong = {what: told for what, (_, told) in endings.items() if told}
+    assert not wrong, json.dumps(wrong, indent=1)
+    assert {code for code, _ in endings.values()} == {0, 2}
+
+
+def test_code_of_a_folder_is_not_carried_along(pipeline_folder, refused, tmp_path):
+    folder = copied(pipeline_folder, tmp_path / "pixart")
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    values = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["code.Own", None]}}
+    path.write_text(json.dumps(values))
+    refused("pixart", "pixart", f"{path} wants code of its own to be run (auto_map)")
