@@ -1,12 +1,14 @@
 """Files and folders that are there whole or not at all, and JSON."""
 
 import ctypes
+import fcntl
 import json
 import os
 import re
 import shutil
 import socket
 import uuid
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +17,7 @@ from gentron_fast.schema import Schema, check
 
 RENAME_EXCHANGE = 2  # of Linux's renameat2
 AT_FDCWD = -100
+LOCK_NAME = ".lock"
 
 
 def read_json(path: Path, schema: Schema | None = None) -> dict:
@@ -48,7 +51,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     it is removed; what a killed process left is removed by the next one that writes `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
+    partial = partial_path(path)
     try:
         yield partial
         os.replace(partial, path)
@@ -68,7 +71,7 @@ def whole_folder(folder: Path, ours: Collection[str] = ()) -> Iterator[Path]:
     folder = folder.absolute()
     check_output_folder(folder, ours)
     made = [parent for parent in folder.parents if not parent.exists()]
-    partial = _partial(folder)
+    partial = partial_path(folder)
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -100,8 +103,8 @@ def check_output_folder(folder: Path, ours: Collection[str] = ()) -> None:
         )
 
 
-def _partial(path: Path) -> Path:
-    """A name of this call's own beside `path`; partial ones of dead processes are removed."""
+def partial_path(path: Path) -> Path:
+    """A hidden name of this call's own beside `path`; those of dead processes are removed."""
     host = re.sub(r"\W", "-", socket.gethostname())
     for old in path.parent.glob(f".{_escaped(path.stem)}.{_escaped(host)}.*.part*"):
         pid = old.name.removeprefix(f".{path.stem}.{host}.").partition(".")[0]
@@ -111,6 +114,27 @@ def _partial(path: Path) -> Path:
                 old.unlink()
     unique = uuid.uuid4().hex[:12]
     return path.with_name(f".{path.stem}.{host}.{os.getpid()}.{unique}.part{path.suffix}")
+
+
+def lock_folder(folder: Path) -> None:
+    """Keep a folder for this process, until it ends however it ends; the folder is made.
+
+    ValueError that names the process that has it. The lock is one of records, which a fork of this
+    process does not share. A file system without locks: a warning.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_NAME
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        holder = os.read(descriptor, 200).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise ValueError(f"{folder} is in use by {holder or 'another process'}") from None
+    except OSError as error:
+        warnings.warn(f"{folder} cannot be locked: {error.strerror}", stacklevel=2)
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
 def _escaped(name: str) -> str:
@@ -136,7 +160,7 @@ def _exchange(one: Path, other: Path) -> None:
         AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE
     ):
         return
-    aside = _partial(other)
+    aside = partial_path(other)
     os.replace(other, aside)
     os.replace(one, other)
     os.replace(aside, one)

@@ -9,6 +9,8 @@ Optimizer state is not read, and no more than one tensor of the transformer is i
 import argparse
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,21 +24,18 @@ from gentron_fast.files import read_json, whole_folder, write_json
 from gentron_fast.model import CONFIG_NAME, WEIGHTS_NAME
 from gentron_fast.pipeline import INDEX_NAME, SCHEDULER_PATH, model_index
 from gentron_fast.text import MODEL_CLASSES, SUBFOLDERS, TextEncoder
-from gentron_train.checkpoint import latest_checkpoint, read_info, read_sharded
+from gentron_train.checkpoint import (
+    FILES,
+    check_digests,
+    checkpoint_names,
+    newest_whole,
+    read_info,
+    read_sharded,
+)
 from gentron_train.settings import EXPORT_DTYPES, Settings, stored_encoders
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZER_FILE = "*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-# Objects of DeepSpeed in its files, of which nothing is needed here.
-DEEPSPEED_CLASSES = (
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-)
-
-
-class _Ignored:
-    def __init__(self, *args):
-        pass
 
 
 def averaged_weights(checkpoint: Path, info: dict) -> Callable[[str], Tensor]:
@@ -67,9 +66,7 @@ def _master_groups(checkpoint: Path, rank: int) -> list[Tensor]:
     files = list(checkpoint.glob(OPTIMIZER_FILE.format(rank=rank)))
     if len(files) != 1:
         raise FileNotFoundError(f"{checkpoint} has no optimizer file of rank {rank}")
-    ignored = [(_Ignored, name) for name in DEEPSPEED_CLASSES]
-    with torch.serialization.safe_globals(ignored):
-        state = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
+    state = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
     return state["optimizer_state_dict"]["fp32_flat_groups"]
 
 
@@ -92,9 +89,25 @@ def export_pipeline(
     Text encoders and autoencoder come from where the run had them, the autoencoder as it is, for
     latents that were computed with it. Without them, or the packages that load them, the
     transformer is written only. Returns the line of a report. ValueError or FileNotFoundError, and
-    no folder, where the checkpoint lacks something.
+    no folder, where a file of the checkpoint that is read is missing or damaged.
     """
+    return _export(checkpoint, read_whole(checkpoint, ema), out, ema, dtype)
+
+
+def read_whole(checkpoint: Path, ema: bool) -> dict:
+    """checkpoint.json; OSError or ValueError where it, or what an export reads, is damaged."""
     info = read_info(checkpoint)
+    wanted = "ema-rank*" if ema else OPTIMIZER_FILE.format(rank="*")
+    files = {
+        name: digest
+        for name, digest in info[FILES].items()
+        if fnmatch(name, wanted) or name.startswith("text/")
+    }
+    check_digests(checkpoint, files)
+    return info
+
+
+def _export(checkpoint: Path, info: dict, out: Path, ema: bool, dtype: torch.dtype) -> str:
     settings = Settings.from_dict(info["settings"])
     config = GenTronConfig.from_dict(info["model"])
     read = (averaged_weights if ema else master_weights)(checkpoint, info)
@@ -186,10 +199,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=EXPORT_DTYPES, default="fp16", help="of the weights")
     options = parser.parse_args(argv)
     try:
-        checkpoint = latest_checkpoint(options.checkpoint) or options.checkpoint
-        print(
-            export_pipeline(checkpoint, options.out, ema=options.ema, dtype=DTYPES[options.dtype])
-        )
+        checkpoint, read, line = options.checkpoint, partial(read_whole, ema=options.ema), None
+        names, wrong = checkpoint_names(checkpoint)
+        if names:
+            checkpoint, info, line = newest_whole(checkpoint, names, wrong, read)
+        else:
+            info = read(checkpoint)
+        if line is not None:
+            print(line)
+        print(_export(checkpoint, info, options.out, options.ema, DTYPES[options.dtype]))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import distributed as dist
 
-from gentron_fast.config import GenTronConfig
 from gentron_fast.files import whole_folder
 from gentron_fast.pipeline import PARTS
 from gentron_fast.text import TextEncoder
-from gentron_train.checkpoint import Checkpoints, latest_checkpoint, read_info
+from gentron_train.checkpoint import Checkpoints, Resumed, step_name
 from gentron_train.data.loader import Loader
 from gentron_train.ema import ShardedEMA
 from gentron_train.export_pipeline import DTYPES, export_pipeline
@@ -28,35 +26,6 @@ class RunState:
     broken: int = 0  # samples, of all ranks
 
 
-@dataclass(frozen=True)
-class Resumed:
-    """The checkpoint that a run goes on from."""
-
-    folder: Path
-    info: dict
-
-    @property
-    def ranks(self) -> int:
-        """How many wrote it."""
-        return self.info["ranks"]
-
-    @property
-    def resharded(self) -> bool:
-        return self.ranks != dist.get_world_size()
-
-
-def checkpoint_to_resume(settings: Settings, config: GenTronConfig) -> Resumed | None:
-    """The last checkpoint of a run that goes on; ValueError if it is of another model."""
-    if not settings.resume:
-        return None
-    folder = latest_checkpoint(settings.run)
-    info = read_info(folder)
-    model = GenTronConfig.from_dict(info["model"])
-    if model != config:
-        raise ValueError(f"{folder} holds another model than this run's: {model}")
-    return Resumed(folder, info)
-
-
 class Saver:
     """Checkpoints and exports of one run. Every method is collective."""
 
@@ -64,18 +33,19 @@ class Saver:
         self,
         settings: Settings,
         state: RunState,
+        checkpoints: Checkpoints,
         engine,
         ema: ShardedEMA,
         loader: Loader,
         trained_text: TextEncoder | None,
-        device: torch.device,
     ):
         """trained_text: the text encoder whose weights train, for its tokenizers and shape."""
         self.settings, self.state = settings, state
         self.engine, self.ema, self.loader = engine, ema, loader
-        self.checkpoints = Checkpoints(settings.run, settings.save_total_limit, device)
+        self.checkpoints = checkpoints
         self._trained_text = trained_text
-        self._saved_step: int | None = None  # the same on every rank
+        self._saved: Path | None = None  # the checkpoint of `_saved_step`, on every rank
+        self._saved_step: int | None = None
 
     def save(self) -> str | None:
         """Write a checkpoint, if there is none of this step; why it could not be written, or None.
@@ -85,7 +55,7 @@ class Saver:
         state = self.state
         if self._saved_step == state.step:
             return None
-        name = f"step-{state.step:08d}"
+        name = step_name(state.step)
         info = {
             "step": state.step,
             "seconds": state.seconds,
@@ -100,7 +70,7 @@ class Saver:
         if failure:
             say(f"no checkpoint at step {state.step}: {failure}; whole ones stay as they are")
         else:
-            self._saved_step = state.step
+            self._saved, self._saved_step = self.checkpoints.folder / name, state.step
         return failure
 
     def _save_text(self, folder: Path) -> None:
@@ -110,13 +80,17 @@ class Saver:
     def load(self, resumed: Resumed) -> None:
         """Go on where the run stood: engine, EMA, the place in the data, and the state."""
         folder, info = resumed.folder, resumed.info
-        self.checkpoints.load_engine(self.engine, folder, resumed.resharded)
         shards = [folder / f"ema-rank{rank}.safetensors" for rank in range(resumed.ranks)]
-        self.ema.load(shards, info["ema_updates"])
-        self.loader.load_state_dict(self.checkpoints.load_state(folder, resumed.ranks))
+        try:
+            self.checkpoints.load_engine(self.engine, folder, resumed.resharded)
+            self.ema.load(shards, info["ema_updates"])
+            self.loader.load_state_dict(self.checkpoints.load_state(folder, resumed.ranks))
+        except Exception as error:  # whatever libraries raise for files that no run wrote
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{folder} cannot be read: {reason}") from error
         for name in ("step", "seconds", "skipped"):
             setattr(self.state, name, info[name])
-        self._saved_step = self.state.step
+        self._saved, self._saved_step = folder, self.state.step
         changed = _changes(with_new_names(info["settings"], str(folder)), self.settings.to_dict())
         if resumed.resharded:
             changed.append(f"ranks {resumed.ranks} → {dist.get_world_size()}")
@@ -129,9 +103,9 @@ class Saver:
             raise OSError(f"no export without a checkpoint: {failure}")
         if dist.get_rank() == 0:
             folder = self.settings.run / "pipeline"
-            checkpoint, dtype = latest_checkpoint(self.settings.run), self.settings.export_dtype
+            dtype = DTYPES[self.settings.export_dtype]
             with whole_folder(folder, PARTS) as partial:
-                report = export_pipeline(checkpoint, partial, ema=True, dtype=DTYPES[dtype])
+                report = export_pipeline(self._saved, partial, ema=True, dtype=dtype)
             say(report.replace(str(partial), f"pipeline in {folder}"))
         self.checkpoints.barrier()
 

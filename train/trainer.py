@@ -25,7 +25,7 @@ from gentron_train.assembly import (
     make_missing,
     objective_engine,
 )
-from gentron_train.checkpoint import check_run_folder, latest_checkpoint
+from gentron_train.checkpoint import Checkpoints, Resumed, latest_checkpoint
 from gentron_train.data.broken import in_words
 from gentron_train.data.loader import Batch, Loader, TooManyBroken
 from gentron_train.ema import ShardedEMA
@@ -35,7 +35,7 @@ from gentron_train.metrics import Metrics
 from gentron_train.objective import checkpoint_activations
 from gentron_train.process import Launcher, StopRequest, say, start_distributed
 from gentron_train.sample_pictures import SamplePictures
-from gentron_train.saving import RunState, Saver, checkpoint_to_resume
+from gentron_train.saving import RunState, Saver
 from gentron_train.settings import Settings, parse_settings
 
 BAD_STEPS = 10  # without a finite loss, one after the other, end the run
@@ -74,6 +74,8 @@ class Trainer:
         loader: Loader,
         device: torch.device,
         launcher: Launcher,
+        checkpoints: Checkpoints,
+        resumed: Resumed | None,
     ):
         """settings: with the accumulation that fits the ranks (`Settings.on`)."""
         self.settings, self.loader, self.device = settings, loader, device
@@ -87,7 +89,8 @@ class Trainer:
         self._batch: Batch | None = None
         config = parts.transformer.config
         checkpoint_activations(parts.transformer, settings.checkpoint_activations)
-        resumed = checkpoint_to_resume(settings, config)
+        if resumed is not None:
+            resumed.check_model(config)
         resharded = resumed is not None and resumed.resharded
         self.engine = objective_engine(parts, settings, device, resharded)
         self.ema = ShardedEMA(self.engine.module, settings.ema_decay)
@@ -104,7 +107,7 @@ class Trainer:
         self.metrics = Metrics(settings, config, self.log, device)
         trained_text = self.text_encoder if parts.train_text else None
         self.saver = Saver(
-            settings, self.state, self.engine, self.ema, loader, trained_text, device
+            settings, self.state, checkpoints, self.engine, self.ema, loader, trained_text
         )
         self._cpu_group = dist.new_group(
             backend="gloo", timeout=timedelta(seconds=settings.timeout)
@@ -279,7 +282,6 @@ def train(stage: str, description: str, argv: list[str] | None = None) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             print("\n".join(report(settings, stage)))
         return
-    check_run_folder(settings.run, settings.resume)
     trainer = trainer_of(settings, stage)
     try:
         trainer.train()
@@ -295,8 +297,12 @@ def trainer_of(settings: Settings, stage: str) -> Trainer:
     device = start_distributed(settings.timeout)
     settings = settings.on(dist.get_world_size())
     check_start(settings, stage)  # before data are made for it
+    checkpoints = Checkpoints(settings.run, settings.save_total_limit, device)
+    resumed, line = checkpoints.open(settings.resume)
+    if line is not None:
+        say(line)
     make_missing(settings, stage)
     data = settings.data_settings(stage)
     parts = build_parts(settings, stage, data, device)
     loader = build_loader(settings, data, parts, device)
-    return Trainer(settings, parts, loader, device, launcher)
+    return Trainer(settings, parts, loader, device, launcher, checkpoints, resumed)

@@ -32,7 +32,7 @@ def test_two_writers_have_two_names_and_the_dead_ones_are_removed(tmp_path):
     path = tmp_path / "a[1].txt"
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    own = files._partial(path)
+    own = files.partial_path(path)
     left = own.with_name(own.name.replace(f".{os.getpid()}.", f".{ended.pid}."))
     left.write_text("of a process that was killed")
     of_others = tmp_path / ".a[1].elsewhere.1.0.part.txt"

@@ -1,7 +1,6 @@
 """Checkpoints: resumed by as many ranks, by fewer and by more; kept whole; exported."""
 
 import errno
-import json
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +14,16 @@ from training import log_of
 from gentron_fast import GenTron, GenTronPipeline
 from gentron_train import assembly, export_pipeline, process, trainer
 from gentron_train import checkpoint as checkpoint_module
-from gentron_train.checkpoint import latest_checkpoint, read_info, read_sharded, shard_of
+from gentron_train.checkpoint import (
+    FILES,
+    INFO_NAME,
+    file_digests,
+    latest_checkpoint,
+    read_info,
+    read_sharded,
+    shard_of,
+    write_info,
+)
 from gentron_train.data.sources import folder_digest
 
 # Eight samples a step on one rank as on two.
@@ -82,6 +90,17 @@ def names(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
+def checkpoint_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_ranks_resume_to_the_bit(
     ranks, world, tiny_t2i_folder, tmp_path, whole_run, monkeypatch, sharded
@@ -124,6 +143,81 @@ def test_another_number_of_ranks_resumes(ranks, world, tiny_t2i_folder, tmp_path
     assert names(run) == names(whole_run)  # nothing of the conversion is left
 
 
+def test_a_finished_run_exports_again(ranks, world, tiny_t2i_folder, tmp_path, whole_run):
+    """As one that was killed between its last checkpoint and its export."""
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    shutil.rmtree(run / "pipeline")
+    pids = ranks.start(2, train, world, tiny_t2i_folder, run, "--resume")
+    assert ranks.wait(pids) == [0, 0]
+    assert losses(run) == losses(whole_run) and names(run) == names(whole_run)
+    for path in (whole_run / "pipeline").rglob("*.safetensors"):
+        assert (run / path.relative_to(whole_run)).read_bytes() == path.read_bytes(), path
+
+
+def test_a_damaged_checkpoint_is_left_for_the_one_before(
+    ranks, world, tiny_t2i_folder, tmp_path, whole_run, capfd
+):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    optimizer = next(checkpoint_of(run, 6).glob("*rank_1_*optim_states.pt"))
+    flip(optimizer)
+    (run / "checkpoints" / ".step-00000006.host.1.0.part").mkdir()
+    pids = ranks.start(2, train, world, tiny_t2i_folder, run, "--resume")
+    assert ranks.wait(pids) == [0, 0]
+    told = f"{optimizer} is damaged: taking step-00000004, 2 steps lost\n"
+    assert capfd.readouterr().out.count(told) == 1
+    assert names(run) == names(whole_run)
+    assert losses(run) == losses(whole_run)
+    ours, theirs = masters(run), masters(whole_run)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_rotation_counts_whole_checkpoints(
+    ranks, world, tiny_t2i_folder, tmp_path, whole_run, capfd
+):
+    """Three are kept: the damaged one is none of them. A `latest` that leads outside is told."""
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    flip(checkpoint_of(run, 4) / "ema-rank0.safetensors")
+    (run / "checkpoints" / "latest").write_text("../../elsewhere\n")
+    pids = ranks.start(2, train, world, tiny_t2i_folder, run, "--resume", "--steps=8")
+    assert ranks.wait(pids) == [0, 0]
+    told = "latest names no checkpoint: taking step-00000006, 0 steps lost\n"
+    assert told in capfd.readouterr().out
+    kept = [f"step-0000000{step}" for step in (2, 4, 6, 8)]
+    assert names(run) == ["latest", *kept] and latest_checkpoint(run).name == kept[-1]
+
+
+class MakesFolder:
+    """What an unpickler would make a folder for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("count", [2, 1], ids=["as-many-ranks", "resharded"])
+def test_a_checkpoint_runs_no_code(
+    ranks, world, tiny_t2i_folder, tmp_path, whole_run, capfd, count
+):
+    """Of a stranger, who made the digests right."""
+    run, made = tmp_path / "run", tmp_path / "made"
+    shutil.copytree(whole_run, run)
+    checkpoint = latest_checkpoint(run)
+    info, files = read_info(checkpoint), list(checkpoint.glob("*rank_0_*optim_states.pt"))
+    torch.save({"optimizer_state_dict": MakesFolder(made)}, files[0])
+    info[FILES] |= file_digests(checkpoint, [files[0].name])
+    write_info(checkpoint / INFO_NAME, info)
+    pids = ranks.start(count, train, world, tiny_t2i_folder, run, "--resume")
+    assert ranks.wait(pids) == [2] * count
+    errors = capfd.readouterr().err
+    assert errors.count(f"error: {checkpoint} cannot be read:") == count, errors
+    assert "Traceback" not in errors and not made.exists()
+
+
 def test_export_reads_masters_and_averages(tmp_path, whole_run, tiny_t2i_folder):
     checkpoint = latest_checkpoint(whole_run)
     for path in checkpoint.glob("*model_states.pt"):
@@ -151,10 +245,10 @@ def test_export_copies_what_is_stored_as_wanted(tmp_path, whole_run, world, monk
     copied, for the latents that were computed with it."""
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
-    path = latest_checkpoint(run) / "checkpoint.json"
-    info = json.loads(path.read_text())
+    path = latest_checkpoint(run) / INFO_NAME
+    info = read_info(path.parent)
     info["settings"] |= {"init": None, "text": str(world / "text")}
-    path.write_text(json.dumps(info))
+    write_info(path, info)
     loaded, load = [], export_pipeline.TextEncoder.from_pretrained
     monkeypatch.setattr(
         export_pipeline.TextEncoder,
@@ -170,7 +264,7 @@ def test_export_copies_what_is_stored_as_wanted(tmp_path, whole_run, world, monk
         assert GenTronPipeline.from_pretrained(tmp_path / kind).default_size == (64, 64)
     shutil.rmtree(tmp_path / "fp32")
     info["settings"] |= {"text": str(tmp_path / "nowhere")}
-    path.write_text(json.dumps(info))
+    write_info(path, info)
     line = export_pipeline.export_pipeline(path.parent, tmp_path / "fp32", ema=True)
     assert "no whole pipeline, no clip text encoder at" in line
     assert not (tmp_path / "fp32" / "model_index.json").exists()

@@ -231,7 +231,7 @@ def test_cut_off_run_goes_on(shards, tmp_path, monkeypatch):
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
     monkeypatch.setattr(os, "getpid", lambda: killed.pid)
-    partial_of_killed = files._partial(lost)
+    partial_of_killed = files.partial_path(lost)
     monkeypatch.undo()
     partial_of_killed.write_bytes(b"half")
     before = kept.stat().st_mtime_ns
