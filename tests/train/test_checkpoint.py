@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from gentron_train import checkpoint as checkpoint_module
 from gentron_train.checkpoint import (
     FILES,
     INFO_NAME,
+    check_digests,
     file_digests,
     latest_checkpoint,
     read_info,
@@ -187,6 +190,31 @@ def test_rotation_counts_whole_checkpoints(
     assert told in capfd.readouterr().out
     kept = [f"step-0000000{step}" for step in (2, 4, 6, 8)]
     assert names(run) == ["latest", *kept] and latest_checkpoint(run).name == kept[-1]
+
+
+def test_a_run_folder_has_one_training(ranks, world, tiny_t2i_folder, tmp_path, capfd):
+    """Whose lock is free once it is killed."""
+    run, more = tmp_path / "run", ("--steps=100000", "--save-every=1")
+    first = ranks.start(2, train, world, tiny_t2i_folder, run, *more)
+    try:
+        while latest_checkpoint(run) is None:
+            time.sleep(0.05)
+        second = ranks.start(2, train, world, tiny_t2i_folder, run, "--resume")
+        assert ranks.wait(second) == [2, 2]
+    finally:
+        for pid in first:
+            os.kill(pid, signal.SIGKILL)
+    ranks.wait(first)
+    refused = f"error: {run} is in use by process {first[0]} on "
+    errors = capfd.readouterr().err
+    assert errors.count(refused) == 2 and "Traceback" not in errors
+    steps = read_info(latest_checkpoint(run))["step"] + 1
+    third = ranks.start(2, train, world, tiny_t2i_folder, run, "--resume", f"--steps={steps}")
+    assert ranks.wait(third) == [0, 0]
+    assert not list((run / "checkpoints").glob(".*"))
+    for name in names(run)[1:]:
+        checkpoint = run / "checkpoints" / name
+        check_digests(checkpoint, read_info(checkpoint)[FILES])
 
 
 class MakesFolder:
