@@ -9,7 +9,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 
@@ -79,14 +79,33 @@ def choose_device(name: str | None):
         raise ValueError(f"no device {name} here: {str(error).splitlines()[0]}") from error
 
 
-def check_writable(folder: Path) -> None:
-    """Make the folder and try a file in it, before the work begins."""
+def usable_device(text: str):
+    """The argparse type of devices, each tried out."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write into {folder}: {error.strerror}") from error
+        return choose_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def check_writable(paths: Iterable[Path]) -> None:
+    """ValueError where one of these files cannot be written; before the work, and nothing stays."""
+    paths = list(paths)
+    for folder in {path.absolute().parent for path in paths}:
+        there = next(one for one in (folder, *folder.parents) if os.path.exists(one))
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+            longest = os.pathconf(there, "PC_NAME_MAX")
+        except OSError as error:
+            raise ValueError(f"cannot write into {folder}: {error.strerror}") from error
+        for path in paths:
+            if max(len(os.fsencode(part)) for part in path.parts) > longest:
+                raise ValueError(
+                    f"cannot write {path}: a name in it is longer than {longest} bytes"
+                )
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"cannot write {path}: it is a folder")
 
 
 def silence_libraries() -> None:

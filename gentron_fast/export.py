@@ -65,9 +65,7 @@ def export(args: argparse.Namespace) -> None:
 
     silence_libraries()
     device = choose_device(args.device)
-    check_writable(args.out.parent)
-    if args.out.is_dir():
-        raise ValueError(f"{args.out} is a folder, --out names a file")
+    check_writable([args.out])
     pipeline = GenTronPipeline.from_pretrained(args.pipeline, getattr(torch, args.dtype), device)
     frames = pipeline.default_frames if args.frames is None else args.frames
     size = pipeline.default_size if args.size is None else (args.size * 2)[:2]

@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import shutil
 import socket
 import uuid
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from gentron_fast.schema import Schema, check
 RENAME_EXCHANGE = 2  # of Linux's renameat2
 AT_FDCWD = -100
 LOCK_NAME = ".lock"
+LONG_NAME = 100  # bytes
 
 
 def read_json(path: Path, schema: Schema | None = None) -> dict:
@@ -105,15 +107,17 @@ def check_output_folder(folder: Path, ours: Collection[str] = ()) -> None:
 
 def partial_path(path: Path) -> Path:
     """A hidden name of this call's own beside `path`; those of dead processes are removed."""
-    host = re.sub(r"\W", "-", socket.gethostname())
-    for old in path.parent.glob(f".{_escaped(path.stem)}.{_escaped(host)}.*.part*"):
-        pid = old.name.removeprefix(f".{path.stem}.{host}.").partition(".")[0]
+    host, stem = re.sub(r"\W", "-", socket.gethostname()), path.stem
+    if len(os.fsencode(stem)) > LONG_NAME:  # the name of the whole file may be as long as any
+        stem = hashlib.sha256(os.fsencode(stem)).hexdigest()
+    for old in path.parent.glob(f".{_escaped(stem)}.{_escaped(host)}.*.part*"):
+        pid = old.name.removeprefix(f".{stem}.{host}.").partition(".")[0]
         if pid.isdecimal() and not _is_alive(int(pid)):
             shutil.rmtree(old, ignore_errors=True)
             with suppress(OSError):
                 old.unlink()
     unique = uuid.uuid4().hex[:12]
-    return path.with_name(f".{path.stem}.{host}.{os.getpid()}.{unique}.part{path.suffix}")
+    return path.with_name(f".{stem}.{host}.{os.getpid()}.{unique}.part{path.suffix}")
 
 
 def lock_folder(folder: Path) -> None:
@@ -135,6 +139,38 @@ def lock_folder(folder: Path) -> None:
         warnings.warn(f"{folder} cannot be locked: {error.strerror}", stacklevel=2)
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
+def claim(path: Path, wait: bool = False) -> Callable[[], None] | None:
+    """The right to make `path`, which one process has at a time: a function that gives it back, or
+    None where another process has it, for which `wait` waits.
+
+    The system takes it from a process that dies. A file system without locks gives it to all.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            return None
+        except OSError:
+            pass
+        # The one before may have removed it, and another have made it anew.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), lock.stat()):
+                break
+        os.close(file)
+
+    def give_back() -> None:
+        lock.unlink(missing_ok=True)
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing would not, where a process was forked since
+        os.close(file)
+
+    return give_back
 
 
 def _escaped(name: str) -> str:

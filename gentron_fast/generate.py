@@ -140,7 +140,7 @@ def generate_compiled(args: argparse.Namespace, prompts: list[str], folder: Path
 
 def clips_to_make(args: argparse.Namespace, clips: list[Clip]) -> list[Clip]:
     """The clips, without those of a prompts file that are written; the folder can be written."""
-    check_writable(clips[0].paths[0].parent)
+    check_writable(path for clip in clips for path in clip.paths)
     return clips if args.prompts is None else leave_out_written(clips)
 
 

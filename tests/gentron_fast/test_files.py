@@ -11,6 +11,7 @@ import pytest
 from gentron_fast import files
 from gentron_fast.files import (
     check_output_folder,
+    claim,
     lock_folder,
     read_json,
     whole_file,
@@ -161,3 +162,34 @@ def test_json_that_is_no_object(tmp_path, content, words):
     assert read_json(path) == {}
     write_json(path, {"a": 1})
     assert read_json(path) == {"a": 1} and names(tmp_path) == ["a.json"]
+
+
+def test_a_claim_is_one_process_s_until_it_gives_it_back_or_dies(tmp_path):
+    path = tmp_path / "new" / "a.tar"
+    give_back = claim(path)
+    assert claim(path) is None
+    give_back()
+    assert names(path.parent) == []
+    code = f"""
+import sys, time
+from pathlib import Path
+from gentron_fast.files import claim
+claim(Path({str(path)!r}))
+print("claimed", flush=True)
+time.sleep(600)
+"""
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    assert claim(path) is None
+    other.kill()
+    claim(path, wait=True)()
+    other.communicate()
+    assert names(path.parent) == []
+
+
+def test_a_name_as_long_as_any_is_written(tmp_path):
+    path = tmp_path / ("a" * 251 + ".txt")
+    write_json(path, {})
+    with pytest.raises(KeyError), whole_file(path):
+        raise KeyError
+    assert names(tmp_path) == [path.name]

@@ -94,7 +94,7 @@ def test_interrupt_leaves_no_half_file(signal_number, tiny_pipeline_folder, tmp_
     _, err = running.communicate(timeout=300)
     assert running.returncode == 130
     assert err.count("\n") == 1 and "interrupted" in err
-    assert names(tmp_path / "outputs") == []
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_help_fits_one_screen_and_names_every_option(capsys):
@@ -181,6 +181,16 @@ def test_refuses_an_unwritable_folder_before_loading(generate, tmp_path, monkeyp
     (tmp_path / "file").touch()  # nothing can be written below a file, not even by root
     monkeypatch.setattr("gentron_fast.generate.load_pipeline", None)
     assert_refused(*generate(PROMPT, out=f"{tmp_path}/{out}"), "cannot write into", tmp_path)
+
+
+def test_refuses_names_that_cannot_be_written_before_loading(generate, tmp_path, monkeypatch):
+    monkeypatch.setattr("gentron_fast.generate.load_pipeline", None)
+    for name in (f"{'a' * 252}.mp4", f"new/{'a' * 256}/clip.mp4"):
+        assert_refused(*generate(PROMPT, out=f"{tmp_path}/{name}"), name[-9:])
+    (tmp_path / "clip.png").mkdir()
+    out = f"{tmp_path}/clip.mp4"
+    assert_refused(*generate(PROMPT, "--grid", out=out), "clip.png: it is a folder")
+    assert names(tmp_path) == ["clip.png"]
 
 
 def damage_index(folder):

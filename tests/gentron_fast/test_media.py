@@ -63,6 +63,16 @@ def test_torch_and_non_contiguous_frames_give_the_same_file(tmp_path, ending):
     assert (tmp_path / f"a.{ending}").read_bytes() == (tmp_path / f"b.{ending}").read_bytes()
 
 
+@pytest.mark.parametrize("ending", ["mp4", "gif", "png"])
+def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch, ending):
+    monkeypatch.chdir(tmp_path)
+    for name in (f"12:30/clip.{ending}", f"http:{ending}.{ending}", f"%03d.{ending}"):
+        write_media(name, make_frames(count=1), fps=4)
+        assert (tmp_path / name).is_file()
+        if ending == "mp4":
+            assert len(read_video(name)[0]) == 1
+
+
 def test_missing_folders_are_made(tmp_path):
     write_media(tmp_path / "new" / "deep" / "clip.gif", make_frames(), fps=4)
     assert (tmp_path / "new" / "deep" / "clip.gif").is_file()

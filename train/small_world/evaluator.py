@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gentron_fast.commandline import refuse
+from gentron_fast.commandline import refuse, usable_device
 from gentron_fast.files import write_json
 from gentron_train.small_world.renderer import (
     COLOURS,
@@ -403,7 +403,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--solver", help="(the pipeline's)")
     parser.add_argument("--lambda-t", type=float, help="(the pipeline's)")
     parser.add_argument("--lambda-m", type=float, help="(the pipeline's)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=usable_device, default="cpu")
     parser.add_argument(
         "--ceiling", action="store_true", help="score its VAE on clean clips, and sample nothing"
     )

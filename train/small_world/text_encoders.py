@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gentron_fast.commandline import usable_device
 from gentron_fast.config import ENCODERS
 from gentron_fast.files import check_output_folder, whole_folder
 from gentron_fast.model import EncodedText, TextCondition
@@ -221,7 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=TextTraining.lr)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the last saved state")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=usable_device, default=best)
     args = parser.parse_args(argv)
     if args.steps < 1 or args.batch < 1:
         parser.error(f"--steps and --batch must be at least 1, got {args.steps}, {args.batch}")
