@@ -128,7 +128,8 @@ def build_loader(
         from gentron_train.small_world.on_demand import rendering_loader
 
         return rendering_loader(data, counts, settings.vae, tokenize, **place)
-    return make_loader(data, settings.vae, tokenize, **place)
+    patch = parts.transformer.config.patch_size
+    return make_loader(data, settings.vae, tokenize, patch=patch, **place)
 
 
 def load_text_encoder(settings: Settings, config: GenTronConfig, dtype: torch.dtype) -> TextEncoder:

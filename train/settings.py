@@ -325,6 +325,8 @@ def load_config(path: Path, stage: str) -> dict:
     former = [name for part in parts for name in part if name in RENAMED]
     _tell_renamed({name: RENAMED[name] for name in former}, str(path))
     own = [converted(part, str(path)) for part in parts]
+    if any(part.get("allow_pipes") for part in own):
+        raise ValueError(f"allow_pipes in {path}: that is for the command line, --allow-pipes")
     return own[0] | own[1 + STAGES.index(stage)]
 
 

@@ -153,6 +153,17 @@ def test_the_command_line_counts_over_the_file(tmp_path):
     assert parse_settings("t2v", "", [config]).batch == 3
 
 
+def test_commands_are_allowed_on_the_command_line_only(tmp_path, capsys):
+    for text in ("allow_pipes: true\n", "t2i:\n  allow_pipes: true\n"):
+        error = refused(capsys, "t2i", written(tmp_path, text))
+        assert "run.yaml: that is for the command line, --allow-pipes" in error
+    named = written(tmp_path, "images: pipe:cat a.tar\n")
+    with pytest.raises(ValueError, match="runs a command in a shell"):
+        _ = parse_settings("t2i", "", [named]).data_settings("t2i").shards
+    allowed = parse_settings("t2i", "", [named, "--allow-pipes"]).data_settings("t2i")
+    assert [shard.url for shard in allowed.shards["images"]] == ["pipe:cat a.tar"]
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

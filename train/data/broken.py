@@ -1,7 +1,10 @@
 """Samples that cannot be trained on: skipped, counted by cause, named in a log; too many stop."""
 
 import json
+import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +17,18 @@ class BrokenSample(ValueError):
     def __init__(self, cause: str, detail: str = ""):
         super().__init__(cause, detail)
         self.cause, self.detail = cause, detail
+
+
+@contextmanager
+def broken_by(cause: str) -> Iterator[None]:
+    """A BrokenSample of this cause in the place of whatever a damaged file raises."""
+    try:
+        yield
+    except BrokenSample:
+        raise
+    except Exception as error:
+        text = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error))  # another in every process
+        raise BrokenSample(cause, " ".join(text.split()) or type(error).__name__) from error
 
 
 class TooManyBroken(ValueError):
@@ -39,7 +54,7 @@ class BrokenLog:
     """Counts broken samples by cause and names them in a file, a line of JSON each.
 
     The share counts among the samples seen, and at first among the first thousand or all `samples`,
-    whichever is less.
+    whichever is less. A shard that holds none counts as one.
     """
 
     def __init__(self, path: Path, max_share: float, samples: int, rank: int = 0):
@@ -53,11 +68,14 @@ class BrokenLog:
         self.causes[broken.cause] += 1
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(asdict(broken) | {"rank": self.rank}, ensure_ascii=False) + "\n"
-        with open(self.path, "a", encoding="utf-8") as file:  # one write: ranks share the file
+        # One write: ranks share the file. A name in a tar may be no text.
+        with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line)
-        total, among = self.causes.total(), max(self.seen, self._at_least)
+        total = self.causes.total()
+        among = max(self.seen, self._at_least, total)
         if total > self.max_share * among:
             raise TooManyBroken(
                 f"{total} of {among} samples are broken, more than {self.max_share:.1%}: "
-                f"{in_words(self.causes)}; {self.path} names them"
+                f"{in_words(self.causes)}; {self.path} names them, the last one is "
+                f"{broken.sample or 'all'} of {broken.shard} ({broken.detail or broken.cause})"
             )

@@ -4,7 +4,6 @@
 import io
 import json
 import math
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gentron_fast.media import ShownFrames, over_white
-from gentron_train.data.broken import BrokenSample
+from gentron_train.data.broken import BrokenSample, broken_by
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 CLIP_ENDINGS = ("mp4", "m4v", "mov", "mkv", "webm", "avi", "gif")
@@ -55,7 +54,7 @@ class Sampling:
 
 def read_caption(sample: Mapping[str, bytes]) -> str:
     """The .txt of a sample, else "caption" or "text" of its .json; BrokenSample without either."""
-    with _broken_by("unreadable caption"):
+    with broken_by("unreadable caption"):
         if "txt" in sample:
             captions = [sample["txt"].decode("utf-8-sig")]
         else:
@@ -104,13 +103,17 @@ def _lacking(cause: str, sample: Mapping[str, bytes]) -> BrokenSample:
 
 
 def decode_image(content: bytes) -> Tensor:
-    """An image file's bytes -> uint8 (H, W, 3)."""
-    return _to_tensor(_open_image(content))
+    """An image file's bytes -> uint8 (H, W, 3). Raises BrokenSample."""
+    with broken_by("unreadable image"):
+        return _to_tensor(_open_image(content))
 
 
 def decode_clip(content: bytes) -> tuple[Tensor, float]:
-    """A video file's bytes -> all frames, uint8 (T, H, W, 3), and frames per second."""
-    with _open_clip(content) as (container, stream):
+    """A video file's bytes -> all frames, uint8 (T, H, W, 3), and frames per second.
+
+    Raises BrokenSample.
+    """
+    with broken_by("unreadable video"), _open_clip(content) as (container, stream):
         shown, frames = None, []
         for frame in container.decode(stream):
             shown = shown or ShownFrames(stream, frame)
@@ -152,7 +155,7 @@ def _nearest(times: list[int], moment: Fraction) -> int:
 def _image_windows(content, sampling, generator, window) -> Tensor:
     from PIL import Image
 
-    with _broken_by("unreadable image"):
+    with broken_by("unreadable image"):
         image = _open_image(content)
         target, scaled = _sizes(image.height, image.width, sampling)
         if scaled != (image.height, image.width):
@@ -164,7 +167,7 @@ def _image_windows(content, sampling, generator, window) -> Tensor:
 
 
 def _clip_windows(content, sampling, generator, window) -> Tensor:
-    with _broken_by("unreadable video"):
+    with broken_by("unreadable video"):
         if is_cut_off(content):
             raise BrokenSample("unreadable video", "the file is cut off")
         timing = _read_timing(content)
@@ -201,17 +204,6 @@ def _clip_windows(content, sampling, generator, window) -> Tensor:
 
 
 READERS = {"images": _image_windows, "clips": _clip_windows}
-
-
-@contextmanager
-def _broken_by(cause: str):
-    """A BrokenSample of this cause in the place of whatever a damaged file raises."""
-    try:
-        yield
-    except BrokenSample:
-        raise
-    except Exception as error:
-        raise BrokenSample(cause, _one_line(error)) from error
 
 
 @contextmanager
@@ -376,8 +368,3 @@ def _crop(scaled, target, sampling: Sampling, generator: torch.Generator) -> tup
 def _cut(frames: Tensor, corner: tuple[int, int], size: tuple[int, int]) -> Tensor:
     (top, left), (height, width) = corner, size
     return frames[:, top : top + height, left : left + width]
-
-
-def _one_line(error: Exception) -> str:
-    text = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error))  # another in every process
-    return " ".join(text.split()) or type(error).__name__

@@ -1,8 +1,8 @@
 """The stream of training batches: which samples, in which order, on which rank.
 
-A shard is a WebDataset tar of images (.jpg .png .webp) or clips (.mp4) with captions (.txt .json),
-or what gentron_train.precompute made of one. Sample g of the endless order, its window, its noise
-and its timestep are a function of (seed, g) only, whatever the number of ranks and of workers.
+A shard is a WebDataset tar of images or clips, by the endings in decode.py, with captions (.txt or
+.json), or what gentron_train.precompute made of one. Sample g of the endless order, its window, its
+noise and its timestep are a function of (seed, g) only, whatever the number of ranks and workers.
 """
 
 import functools
@@ -25,12 +25,13 @@ from gentron_fast.text import Tokens
 from gentron_train.data.broken import Broken, BrokenLog, BrokenSample, TooManyBroken
 from gentron_train.data.decode import Sampling
 from gentron_train.data.options import TIMESTEPS, DataOptions
-from gentron_train.data.shards import Shard, count, find_shards, index, read_facts
+from gentron_train.data.shards import Shard, check_any_sample, count, find_shards, index, read_facts
 from gentron_train.data.sources import (
     LatentSource,
     MemorySource,
     PixelSource,
     Sample,
+    check_kinds,
     encode_shards,
     folder_digest,
     load_facts,
@@ -81,7 +82,8 @@ class DataSettings(DataOptions):
         if self.rendered:
             return {kind: [] for kind in self.kinds}
         room = None if self.cache_gib is None else int(self.cache_gib * 2**30)
-        return {kind: find_shards(getattr(self, kind), self.cache, room) for kind in self.kinds}
+        where = self.cache, room, self.allow_pipes
+        return {kind: find_shards(getattr(self, kind), *where) for kind in self.kinds}
 
     @functools.cached_property
     def precomputed(self) -> bool:
@@ -403,12 +405,14 @@ def make_loader(
     rank: int = 0,
     ranks: int = 1,
     device: str | torch.device = "cpu",
+    patch: int = 1,
 ) -> Loader:
     """The micro-batches of one rank, in whichever way the shards and `in_memory` say.
 
     vae: an autoencoder's folder, which precomputed shards do without; where it is there, it must be
-    theirs. tokenize may be None where they hold the texts' embeddings. Under torch.distributed the
-    ranks share the work of the start, and wait for each other.
+    theirs. tokenize may be None where they hold the texts' embeddings. patch: the model's patch
+    size, which latents must be multiples of. Under torch.distributed the ranks share the work of
+    the start, and wait for each other.
     """
     together = ranks if ranks > 1 and torch.distributed.is_initialized() else 1
     everything = [(kind, shard) for kind in data.kinds for shard in data.shards[kind]]
@@ -424,8 +428,12 @@ def make_loader(
             cuts.append(
                 Broken("shard cut off" if samples else "unreadable shard", "", shard.url, cut)
             )
+    for kind in data.kinds:
+        check_any_sample(data.shards[kind])
+    if not data.precomputed:
+        check_kinds(data.shards)
     if data.precomputed:
-        source = LatentSource(data.shards, data.sampling, tokenize)
+        source = LatentSource(data.shards, data.sampling, tokenize, patch)
         is_there = vae is not None and (Path(vae) / "config.json").exists()
         if is_there and folder_digest(Path(vae)) != source.facts.vae:
             raise ValueError(f"the shards were precomputed by another autoencoder than {vae}")
@@ -435,7 +443,7 @@ def make_loader(
             if latents.counts != counts[kind]:
                 raise ValueError(f"{kind} changed since they were encoded: remove their latents")
     else:
-        source = PixelSource(data.shards, data.sampling, Path(vae), tokenize, device)
+        source = PixelSource(data.shards, data.sampling, Path(vae), tokenize, device, patch)
     loader = Loader(data, source, counts, rank, ranks)
     for broken in cuts[rank::ranks]:
         loader.log.add(broken)
@@ -444,7 +452,9 @@ def make_loader(
 
 def _load_sets(data: DataSettings, vae: Path, rank: int, ranks: int, device):
     paths = {
-        kind: encode_shards(data.shards[kind], vae, data.sampling, rank % ranks, ranks, device)
+        kind: encode_shards(
+            data.shards[kind], vae, data.sampling, rank % ranks, ranks, device, kind
+        )
         for kind in data.kinds
     }
     if ranks > 1:

@@ -27,6 +27,7 @@ class DataOptions:
         0, "random windows of each clip that are encoded; 0: a new one at every reading"
     )
     workers: int = option(2, "processes that read data, a rank")
+    allow_pipes: bool = option(False, "shards by URLs pipe:COMMAND, which a shell runs")
     cache: Path = option(CACHE, "folder for copies of the shards that are no local files")
     cache_gib: float | None = option(None, "GiB of them to keep (all); 64 shards are read at once")
     max_broken: float = option(0.05, "share of broken samples that ends the run")

@@ -2,8 +2,9 @@
 
 Each shard of images or clips becomes one of the same name in OUT: mean and standard deviation of
 the latents, and of each text encoder the tokens' embeddings, their mask and the pooled vector, in
-safetensors. Shards that are there are kept: the same command goes on where it was cut off. With
-RANK and WORLD_SIZE set, as torchrun does, each process makes its part of the shards.
+safetensors. Shards that are there are kept: the same command goes on where it was cut off, and two
+at a time share the work. With RANK and WORLD_SIZE set, as torchrun does, each process makes its
+part of the shards.
 
     python -m gentron_train.precompute "raw/clips-*.tar" latents/ --pipeline runs/t2i/pipeline
 """
@@ -13,12 +14,12 @@ import json
 import os
 import sys
 import tarfile
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
-from itertools import islice
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -26,27 +27,38 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from gentron_fast.commandline import refuse
-from gentron_fast.files import whole_file
+from gentron_fast.commandline import check_writable, refuse, run, usable_device
+from gentron_fast.files import claim, whole_file
 from gentron_fast.model import TextCondition
 from gentron_fast.text import SUBFOLDERS, TextEncoder
 from gentron_fast.vae import VideoVAE
-from gentron_train.data.broken import Broken, BrokenLog, BrokenSample
-from gentron_train.data.decode import Sampling, read_caption, read_frames
+from gentron_train.data.broken import Broken, BrokenLog, BrokenSample, in_words
+from gentron_train.data.decode import Sampling
 from gentron_train.data.loader import DataSettings, background
-from gentron_train.data.shards import PRECOMPUTED, Shard, count, find_shards, read, read_facts
+from gentron_train.data.shards import (
+    PRECOMPUTED,
+    Shard,
+    check_any_sample,
+    count,
+    digest,
+    find_shards,
+    index,
+    read_facts,
+)
 from gentron_train.data.sources import (
     ENCODED_AT_ONCE,
     Facts,
     encode,
     folder_digest,
+    load_facts,
     pack_facts,
     pack_text,
+    read_pixels,
     relevant_sampling,
-    window_generator,
 )
 
 # Shapes: S windows of a sample, T frames, H × W pixels.
+NAME = "gentron_train.precompute"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOST_WAITING = 256  # records held back by one of a rare size
 
@@ -65,16 +77,14 @@ class Record:
 class Decoder:
     """Sample (shard, number) with all its windows, or why it is broken: a torch Dataset."""
 
-    def __init__(self, sampling: Sampling):
-        self.sampling = sampling
+    def __init__(self, sampling: Sampling, multiple: int = 1):
+        self.sampling, self.multiple = sampling, multiple
 
     def __getitem__(self, place: tuple[Shard, int]) -> tuple[Record, Broken | None]:
         shard, number = place
-        key, files = read(shard, number)
+        key, _ = index(shard).samples[number]
         try:
-            caption = read_caption(files)
-            generator = window_generator(self.sampling, shard.name, number)
-            pixels = read_frames(files, self.sampling, generator)
+            caption, pixels = read_pixels(shard, number, self.sampling, self.multiple)
             return Record(shard, key, caption, pixels), None
         except BrokenSample as error:
             # Kept in its place, so that the order of all others is that of the original.
@@ -143,6 +153,48 @@ def new_shard(path: Path) -> Iterator[Callable[[str, bytes], None]]:
         yield add
 
 
+@dataclass(frozen=True)
+class Job:
+    """A shard to be encoded: how many samples, and what the new one at `path` says of itself but
+    for its source."""
+
+    shard: Shard
+    path: Path
+    samples: int
+    cut: str | None
+    facts: Facts
+    null: TextCondition | None
+
+    def content(self) -> bytes:
+        """Of the new shard's member PRECOMPUTED."""
+        return pack_facts(replace(self.facts, source=digest(self.shard)), self.null)
+
+    def check_made(self) -> None:
+        """ValueError where the new shard is there and was made otherwise, or of another source."""
+        found = read_facts(Shard(str(self.path), self.path))
+        # Earlier versions did not note the source.
+        if found in (pack_facts(self.facts, self.null), self.content()):
+            return
+        what = "with other settings or models"
+        if found is not None:
+            facts, _ = load_facts(found, str(self.path))
+            if facts.source != digest(self.shard) and replace(facts, source="") == self.facts:
+                what = "when its content was another"
+        raise ValueError(
+            f"{self.path} was made from {self.shard.name} {what}: name another folder, or remove it"
+        )
+
+
+def new_paths(shards: list[Shard], out: Path) -> list[Path]:
+    """Where the new shards lie; ValueError where two would be one, or one would be its source."""
+    paths = [out / f"{shard.name}.tar" for shard in shards]
+    taken = Counter(paths)
+    for shard, path in zip(shards, paths, strict=True):
+        if taken[path] > 1 or path.resolve() == shard.path.resolve():
+            raise ValueError(f"{shard.url} would be written to {path} with another, or over itself")
+    return paths
+
+
 def precompute(
     shards: list[Shard],
     out: Path,
@@ -151,72 +203,119 @@ def precompute(
     sampling: Sampling,
     *,
     workers: int = 2,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     max_broken: float = 0.05,
     rank: int = 0,
     ranks: int = 1,
 ) -> dict[str, int]:
     """Encode the shards that `out` lacks, this rank every `ranks`-th; without a text encoder the
-    captions only are kept beside the latents.
+    captions only are kept beside the latents. Each is encoded by one process: what another one that
+    runs at the same time has begun is waited for in the end.
 
     Returns the broken samples by cause; out/broken.jsonl names them. Raises ValueError where `out`
     holds other shards, TooManyBroken as training does.
     """
-    paths = [out / f"{shard.name}.tar" for shard in shards]
-    for shard, path in zip(shards, paths, strict=True):
-        if paths.count(path) > 1 or path.resolve() == shard.path.resolve():
-            raise ValueError(f"{shard.url} would be written to {path} with another, or over itself")
+    paths = new_paths(shards, out)
     vae = VideoVAE.from_pretrained(vae_folder).to(device)
     for size in sampling.buckets or ([sampling.size] if sampling.size else []):
         vae.check_size(*size, patch=1)
     if text_encoder is not None:
         text_encoder = text_encoder.to(device).eval()
-    encoder, digest = Encoder(vae, text_encoder, device), folder_digest(vae_folder)
+    encoder, models = Encoder(vae, text_encoder, device), folder_digest(vae_folder)
     # Shared out before looking what is missing: ranks may look at different times.
-    mine = list(zip(shards, paths, strict=True))[rank::ranks]
-    missing = [(shard, path) for shard, path in mine if not path.exists()]
-    counts = [count(shard) for shard, _ in mine]
-    facts = [
-        pack_facts(
-            Facts(relevant_sampling(sampling, shard), vae.latent_channels, vae.factor, digest),
+    jobs = [
+        Job(
+            shard,
+            path,
+            *count(shard),
+            Facts(relevant_sampling(sampling, shard), vae.latent_channels, vae.factor, models),
             encoder.null,
         )
-        for shard, _ in mine
+        for shard, path in list(zip(shards, paths, strict=True))[rank::ranks]
     ]
-    for (shard, path), expected in zip(mine, facts, strict=True):
-        if path.exists() and read_facts(Shard(str(path), path)) != expected:
-            raise ValueError(
-                f"{path} was made from {shard.name} with other settings or models: "
-                "name another folder"
-            )
-    jobs = [job for job in zip(mine, counts, facts, strict=True) if job[0] in missing]
-    log = BrokenLog(
-        out / "broken.jsonl", max_broken, sum(samples for _, (samples, _), _ in jobs), rank
-    )
-    for (shard, _), (samples, cut), _ in jobs:
-        if cut:
-            log.add(Broken("shard cut off" if samples else "unreadable shard", "", shard.url, cut))
-    places = [(shard, n) for (shard, _), (samples, _), _ in jobs for n in range(samples)]
-    out.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(places), unit="sample", disable=rank != 0) as bar:
+    if not any(job.samples for job in jobs):
+        check_any_sample(shards)
+    for job in jobs:
+        if job.path.exists():
+            job.check_made()
+    jobs = [job for job in jobs if not job.path.exists()]
+    total = sum(job.samples for job in jobs)
+    log = BrokenLog(out / "broken.jsonl", max_broken, total, rank)
+    with tqdm(total=total, unit="sample", disable=rank != 0) as bar:
 
-        def decoded() -> Iterator[Record]:
-            for record, broken in background(Decoder(sampling), places, workers, ahead=4):
+        def decoded(places: Iterator[tuple[Shard, int]]) -> Iterator[Record]:
+            decoder = Decoder(sampling, vae.factor)
+            for record, broken in background(decoder, places, workers, ahead=4):
                 log.seen += 1
                 if broken:
                     log.add(broken)
                     bar.set_postfix(broken=log.causes.total())
+                bar.update()
                 yield record
 
-        records = encode_in_order(decoded(), encoder)
-        for (_, path), (samples, _), content in jobs:
-            with new_shard(path) as add:
-                add(PRECOMPUTED, content)
-                for record in islice(records, samples):
-                    for ending, file in record.files.items():
-                        add(f"{record.key}.{ending}", file)
-                    bar.update()
+        def encoded(places: Iterator[tuple[Shard, int]]) -> Iterator[Record]:
+            return encode_in_order(decoded(places), encoder)
+
+        begun = _make(jobs, encoded, log)
+        for job in begun:  # one by one: who waits holds nothing that others wait for
+            tqdm.write(f"waiting for {job.path}, which another process makes", file=sys.stderr)
+            _make([job], encoded, log, wait=True)
     return dict(log.causes)
+
+
+def _make(
+    jobs: list[Job],
+    encoded: Callable[[Iterator[tuple[Shard, int]]], Iterator[Record]],
+    log: BrokenLog,
+    wait: bool = False,
+) -> list[Job]:
+    """Write the new shards of the jobs, but for those that another process is writing: these are
+    returned, or, with `wait`, waited for."""
+    claimed: deque[tuple[Job, Callable[[], None]]] = deque()
+    others = []
+
+    def places() -> Iterator[tuple[Shard, int]]:
+        for job in jobs:
+            give_back = claim(job.path, wait)
+            if give_back is None:
+                others.append(job)
+                continue
+            claimed.append((job, give_back))
+            if job.path.exists():
+                job.check_made()
+                continue
+            if job.cut:
+                cause = "shard cut off" if job.samples else "unreadable shard"
+                log.add(Broken(cause, "", job.shard.url, job.cut))
+            yield from ((job.shard, number) for number in range(job.samples))
+
+    def write(job: Job, records: Iterable[Record]) -> None:
+        if job.path.exists():
+            return
+        with new_shard(job.path) as add:
+            add(PRECOMPUTED, job.content())
+            for record in records:
+                for ending, file in record.files.items():
+                    add(f"{record.key}.{ending}", file)
+
+    def write_up_to(shard: Shard | None, records: Iterable[Record] = ()) -> None:
+        """The claimed ones up to a shard's, to which the records belong: those before are empty."""
+        while claimed:
+            job, give_back = claimed[0]
+            write(job, records if job.shard == shard else ())
+            claimed.popleft()
+            give_back()
+            if job.shard == shard:
+                return
+
+    try:
+        for shard, records in groupby(encoded(places()), key=lambda record: record.shard):
+            write_up_to(shard, records)
+        write_up_to(None)
+    finally:
+        for _, give_back in claimed:
+            give_back()
+    return others
 
 
 def load_models(args: argparse.Namespace) -> tuple[Path, TextEncoder | None]:
@@ -250,8 +349,14 @@ def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0; 2 after wrong input, which is told in one line; 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    interrupted = "stopped; the same command goes on"
+    return run(NAME, lambda: _precompute(_parse_arguments(argv)), argv, interrupted)
+
+
+def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="gentron_train.precompute",
+        prog=NAME,
         description="Write VAE latents and text embeddings of WebDataset shards to shards in OUT.",
         formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, width=100),
     )
@@ -271,41 +376,42 @@ def main(argv: list[str] | None = None) -> int:
     add("--windows-per-clip", "--starts", type=int, default=2, help="random ones, that are encoded")
     add("--crop", default="center", choices=["center", "random"], help="which part is cut out")
     add("--workers", type=int, default=os.cpu_count(), help="processes that decode")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="that encodes")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=usable_device, default=best, help="that encodes: cpu, cuda or cuda:N")
+    add("--allow-pipes", action="store_true", help="URLs pipe:COMMAND, which run in a shell")
     add("--max-broken", type=float, default=0.05, help="share of broken samples that stops it")
-    try:
-        args = parser.parse_args(argv)
-        sizes = args.size or ()
-        settings = DataSettings(  # checks the values
-            size=sizes[0] if len(sizes) == 1 else None,
-            buckets=sizes if len(sizes) > 1 else (),
-            frames=args.frames,
-            fps=args.fps,
-            windows_per_clip=args.windows_per_clip,
-            crop=args.crop,
-            workers=args.workers,
-            max_broken=args.max_broken,
-        )
-        if args.windows_per_clip < 1:
-            raise ValueError(f"--windows-per-clip is {args.windows_per_clip}, must be at least 1")
-        shards = [shard for pattern in args.shards for shard in find_shards(pattern)]
-        broken = precompute(
-            shards,
-            args.out,
-            *load_models(args),
-            settings.sampling,
-            workers=args.workers,
-            device=args.device,
-            max_broken=args.max_broken,
-            rank=int(os.environ.get("RANK", 0)),
-            ranks=int(os.environ.get("WORLD_SIZE", 1)),
-        )
-    except (OSError, ValueError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped; the same command goes on", file=sys.stderr)
-        return 130
-    causes = ", ".join(f"{number} {cause}" for cause, number in broken.items())
+    return parser.parse_args(argv)
+
+
+def _precompute(args: argparse.Namespace) -> None:
+    """Check the arguments, encode what is missing, and tell what there is."""
+    sizes = args.size or ()
+    settings = DataSettings(  # checks the values
+        size=sizes[0] if len(sizes) == 1 else None,
+        buckets=sizes if len(sizes) > 1 else (),
+        frames=args.frames,
+        fps=args.fps,
+        windows_per_clip=args.windows_per_clip,
+        crop=args.crop,
+        workers=args.workers,
+        max_broken=args.max_broken,
+    )
+    if args.windows_per_clip < 1:
+        raise ValueError(f"--windows-per-clip is {args.windows_per_clip}, must be at least 1")
+    pipes = args.allow_pipes
+    shards = [s for pattern in args.shards for s in find_shards(pattern, allow_pipes=pipes)]
+    check_writable(new_paths(shards, args.out))
+    models = load_models(args)
+    broken = precompute(
+        shards,
+        args.out,
+        *models,
+        settings.sampling,
+        workers=args.workers,
+        device=args.device,
+        max_broken=args.max_broken,
+        rank=int(os.environ.get("RANK", 0)),
+        ranks=int(os.environ.get("WORLD_SIZE", 1)),
+    )
+    causes = in_words(Counter(broken))
     print(f"{len(shards)} shards in {args.out}" + (f"; broken: {causes}" if causes else ""))
-    return 0

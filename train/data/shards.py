@@ -26,6 +26,7 @@ from gentron_train.data.broken import BrokenSample
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "gentron"
 PRECOMPUTED = "__precomputed__"  # a member of ours; WebDataset skips names of this form
 DIGITS = 16  # of a copy's name
+FORMAT = 2  # of an index that is kept
 KEPT = 128  # indexes and open files a process holds
 PAUSES = (1, 3)  # seconds before a shard is fetched once more
 
@@ -34,12 +35,14 @@ PAUSES = (1, 3)  # seconds before a shard is fetched once more
 class Index:
     """The samples of a shard in its order: key, and place (offset, size) of each file by ending.
 
-    cut says where the shard breaks off, if it does; facts is the place of the member PRECOMPUTED.
+    cut says where the shard breaks off, if it does; facts is the place of the member PRECOMPUTED;
+    scattered are the samples, by number, whose files do not follow one another.
     """
 
     samples: list[tuple[str, dict[str, tuple[int, int]]]]
     cut: str | None = None
     facts: tuple[int, int] | None = None
+    scattered: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -59,30 +62,43 @@ class Shard:
         return found[-1] if found else Path(self.url).stem
 
 
-def find_shards(pattern: str, cache: Path = CACHE, room: int | None = None) -> list[Shard]:
+def find_shards(
+    pattern: str, cache: Path = CACHE, room: int | None = None, allow_pipes: bool = False
+) -> list[Shard]:
     """The shards that a glob, a path or a URL with braces names, in order.
 
     cache: where copies of shards that are no local files go, at most `room` bytes of them.
+    allow_pipes: also URLs pipe:COMMAND, whose command a shell runs.
 
     Raises ValueError if there are none, or one of them is not there.
     """
     from webdataset.shardlists import expand_urls
 
     shards = []
-    for name in expand_urls(pattern):
+    for name in [pattern] if os.path.exists(pattern) else expand_urls(pattern):
         if _is_remote(name):
+            if name.lower().startswith("pipe:") and not allow_pipes:
+                raise ValueError(f"{name} runs a command in a shell: --allow-pipes allows it")
             digest = hashlib.sha256(name.encode()).hexdigest()[:DIGITS]
             shards.append(Shard(name, cache / f"{digest}.tar", room))
             continue
-        path = name.removeprefix("file:")
-        found = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
-        shards += [Shard(one, Path(one)) for one in found]
+        shards += [Shard(one, Path(one)) for one in _matching(name.removeprefix("file:"))]
     if not shards:
         raise ValueError(f"no shards match {pattern}")
     for shard in shards:
         if not _is_remote(shard.url) and not shard.path.is_file():
             raise ValueError(f"there is no shard {shard.path}")
     return shards
+
+
+def _matching(pattern: str) -> list[str]:
+    """The files that a glob names, in order; brackets in the name of what is there are no glob."""
+    if not glob.has_magic(pattern) or os.path.exists(pattern):
+        return [pattern]
+    path = Path(pattern)
+    folder = next(parent for parent in path.parents if os.path.exists(parent))
+    found = glob.glob(str(path.relative_to(folder)), root_dir=folder)
+    return [str(folder / one) for one in sorted(found)]
 
 
 def fetch(shard: Shard) -> None:
@@ -134,7 +150,7 @@ def count(shard: Shard) -> tuple[int, str | None]:
         stamp = head["stamp"]
         with _may_be_removed(shard):
             stamp = _stamp(shard.path)
-        if stamp == head["stamp"]:
+        if stamp == head["stamp"] and head.get("format") == FORMAT:
             return head["count"], head["cut"]
     index = _make_index(shard)
     return len(index.samples), index.cut
@@ -169,14 +185,50 @@ def index(shard: Shard) -> Index:
         samples = [
             (key, {e: tuple(place) for e, place in files.items()}) for key, files in body["samples"]
         ]
-        return Index(samples, head["cut"], body["facts"])
+        return Index(samples, head["cut"], body["facts"], frozenset(body["scattered"]))
     return _make_index(shard)
 
 
 def read(shard: Shard, number: int) -> tuple[str, dict[str, bytes]]:
-    """Key and files, by ending, of one sample."""
-    key, files = index(shard).samples[number]
+    """Key and files, by ending, of one sample; BrokenSample where the tar has them apart."""
+    contents = index(shard)
+    key, files = contents.samples[number]
+    if number in contents.scattered:
+        raise BrokenSample(
+            "files apart in the tar (tar --sort=name puts them together)",
+            f"{', '.join(sorted(files))} of {key}",
+        )
     return key, {ending: _read_at(shard, *place) for ending, place in files.items()}
+
+
+def check_any_sample(shards: list[Shard]) -> None:
+    """ValueError where none of the shards holds a sample."""
+    found = [count(shard) for shard in shards]
+    if not any(samples for samples, _ in found):
+        more = f" and {len(shards) - 1} more" if len(shards) > 1 else ""
+        cuts = [f": {cut}" for _, cut in found if cut]
+        raise ValueError(f"no samples in {shards[0].url}{more}{''.join(cuts[:1])}")
+
+
+def digest(shard: Shard) -> str:
+    """Digest of a shard's content, kept beside it as its index is."""
+    kept = shard.path.with_name(f".{shard.path.name}.digest")
+    if kept.exists():
+        stored = json.loads(kept.read_text())
+        stamp = stored["stamp"]
+        with _may_be_removed(shard):
+            stamp = _stamp(shard.path)
+        if stamp == stored["stamp"]:
+            return stored["digest"]
+    while True:
+        fetch(shard)
+        with _may_be_removed(shard):
+            stamp = _stamp(shard.path)
+            with open(shard.path, "rb") as file:
+                value = hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
+            with contextlib.suppress(OSError), whole_file(kept) as partial:
+                partial.write_text(json.dumps({"digest": value, "stamp": stamp}))
+            return value
 
 
 def read_facts(shard: Shard) -> bytes | None:
@@ -201,8 +253,8 @@ def _kept_index(path: Path) -> Path:
 
 def _keep(index: Index, path: Path) -> None:
     kept = _kept_index(path)
-    head = {"count": len(index.samples), "cut": index.cut, "stamp": _stamp(path)}
-    body = {"samples": index.samples, "facts": index.facts}
+    head = {"count": len(index.samples), "cut": index.cut, "stamp": _stamp(path), "format": FORMAT}
+    body = {"samples": index.samples, "facts": index.facts, "scattered": sorted(index.scattered)}
     # A folder that cannot be written: the headers are read again.
     with contextlib.suppress(OSError), whole_file(kept) as partial:
         partial.write_text(json.dumps(head) + "\n" + json.dumps(body) + "\n")
@@ -212,7 +264,9 @@ def _read_headers(path: Path) -> Index:
     from webdataset.tariterators import base_plus_ext
 
     samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
-    facts = cut = None
+    numbers: dict[str, int] = {}
+    scattered = set()
+    facts = cut = before = None
     length, end = path.stat().st_size, 0
     with open(path, "rb") as file:
         if file.read(2) == b"\x1f\x8b":
@@ -232,17 +286,25 @@ def _read_headers(path: Path) -> Index:
                 key, ending = base_plus_ext(member.name)
                 if key is None:
                     continue
-                if not samples or samples[-1][0] != key:
-                    samples.append((key, {}))
-                samples[-1][1][ending.lower()] = place
-    except tarfile.TarError as error:
+                ending = ending.lower()
+                if key != before:
+                    # The same file again is another sample of that name, as WebDataset has it.
+                    if key in numbers and ending not in samples[numbers[key]][1]:
+                        scattered.add(numbers[key])
+                    else:
+                        numbers[key] = len(samples)
+                        samples.append((key, {}))
+                samples[numbers[key]][1][ending] = place
+                before = key
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # these of numbers too large
         cut = str(error)
     if cut is None:
         cut = _broken_end(path, end, length)
     # The last sample may miss files that came after the cut.
     if cut and samples and samples[-1][1].keys() != samples[0][1].keys():
         samples.pop()
-    return Index(samples, cut and f"after {samples[-1][0] if samples else 'nothing'}: {cut}", facts)
+    where = cut and f"after {samples[-1][0] if samples else 'nothing'}: {cut}"
+    return Index(samples, where, facts, frozenset(scattered))
 
 
 def _broken_end(path: Path, end: int, length: int) -> str | None:

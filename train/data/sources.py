@@ -9,6 +9,7 @@ memory are encoded in bf16, which a CPU does in a fraction of the time.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,9 +24,9 @@ from gentron_fast.files import whole_file
 from gentron_fast.model import EncodedText, TextCondition
 from gentron_fast.text import Tokens
 from gentron_fast.vae import VideoVAE
-from gentron_train.data.broken import BrokenSample
-from gentron_train.data.decode import CLIP_ENDINGS, Sampling, read_caption, read_frames
-from gentron_train.data.shards import Shard, count, index, read, read_facts
+from gentron_train.data.broken import BrokenSample, broken_by, in_words
+from gentron_train.data.decode import ENDINGS, Sampling, read_caption, read_frames
+from gentron_train.data.shards import Shard, count, digest, index, read, read_facts
 
 ENCODED_AT_ONCE = 64  # frames
 FORMAT = 1  # of precomputed shards
@@ -64,6 +65,54 @@ def window_generator(sampling: Sampling, shard: str, number: int) -> torch.Gener
     return seeded(sampling.seed, number, shard)
 
 
+def read_pixels(
+    shard: Shard,
+    number: int,
+    sampling: Sampling,
+    multiple: int,
+    kind: str | None = None,
+    window: int | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[str, Tensor]:
+    """Caption and frames (S, T, H, W, 3) of sample `number` of a shard, as `read_frames` has them.
+
+    H and W must be multiples of `multiple`. Without a generator the windows are those that belong
+    to the sample. Raises BrokenSample.
+    """
+    _, files = read(shard, number)
+    caption = read_caption(files)
+    if generator is None:
+        generator = window_generator(sampling, shard.name, number)
+    frames = read_frames(files, sampling, generator, window, kind)
+    height, width = frames.shape[2:4]
+    if height % multiple or width % multiple:
+        raise BrokenSample(
+            "size that does not fit (--size makes it fit)",
+            f"{height}x{width} pixels, wanted multiples of {multiple}",
+        )
+    return caption, frames
+
+
+def kinds_in(shard: Shard) -> set[str]:
+    """What a shard of pixels holds: "images", "clips", both or neither."""
+    endings = {ending for _, files in index(shard).samples for ending in files}
+    return {kind for kind, known in ENDINGS.items() if endings & set(known)}
+
+
+def check_kinds(shards: dict[str, list[Shard]]) -> None:
+    """ValueError where a kind's first shard of pixels with samples holds only the other kind."""
+    for kind, named in shards.items():
+        first = next((shard for shard in named if count(shard)[0]), None)
+        found = first and kinds_in(first)
+        if found and kind not in found:
+            raise ValueError(_other_kind(kind, first))
+
+
+def _other_kind(kind: str, shard: Shard) -> str:
+    (other,) = ENDINGS.keys() - {kind}
+    return f"--{kind} names {shard.url}, which holds {other} and no {kind}"
+
+
 @torch.no_grad()
 def encode(
     vae: VideoVAE, pixels: list[Tensor], device: str | torch.device, bf16: bool = False
@@ -92,24 +141,25 @@ class PixelSource:
         vae: Path,
         tokenize: Callable[[list[str]], Tokens],
         device: torch.device,
+        patch: int = 1,
     ):
         self.shards, self.sampling, self.tokenize, self.device = shards, sampling, tokenize, device
         self.vae = VideoVAE.from_pretrained(vae).to(device)
+        self.multiple = self.vae.factor * patch
         for size in sampling.buckets or ([sampling.size] if sampling.size else []):
-            self.vae.check_size(*size, patch=1)
+            self.vae.check_size(*size, patch)
 
     def windows(self, kind: str) -> int:
         return self.sampling.windows(kind)
 
     def read(self, kind: str, shard: int, number: int, window: int, position: int) -> Sample:
-        shard = self.shards[kind][shard]
-        _, files = read(shard, number)
-        if self.sampling.starts:
-            generator = window_generator(self.sampling, shard.name, number)
-        else:
+        shard, generator = self.shards[kind][shard], None
+        if not self.sampling.starts:
             generator = seeded(self.sampling.seed, "window", position)
-        caption = read_caption(files)
-        return Sample(caption, pixels=read_frames(files, self.sampling, generator, window)[0])
+        caption, frames = read_pixels(
+            shard, number, self.sampling, self.multiple, kind, window, generator
+        )
+        return Sample(caption, pixels=frames[0])
 
     def posteriors(self, samples: list[Sample]) -> list[Posterior]:
         return encode(self.vae, [sample.pixels for sample in samples], self.device)
@@ -134,6 +184,7 @@ class Facts:
     factor: int  # pixels per latent along each side
     vae: str  # digest of its folder
     format: int = FORMAT
+    source: str = ""  # digest of the shard of pixels; earlier versions have none
 
 
 class LatentSource:
@@ -146,13 +197,16 @@ class LatentSource:
         shards: dict[str, list[Shard]],
         sampling: Sampling,
         tokenize: Callable[[list[str]], Tokens] | None,
+        patch: int = 1,
     ):
-        self.shards, self.tokenize, self.sampling = shards, tokenize, sampling
-        for first, *_ in shards.values():
+        self.shards, self.tokenize, self.sampling, self.patch = shards, tokenize, sampling, patch
+        for kind, (first, *_) in shards.items():
             content = read_facts(first)
             if content is None:
                 raise ValueError(f"{first.url} is not precomputed, other shards of this run are")
             self.facts, self.null = load_facts(content, first.url)
+            if kind == "clips" and "frames" not in self.facts.sampling:
+                raise ValueError(_other_kind(kind, first))
             _check_sampling(sampling, self.facts, first.url)
         if self.null is None and tokenize is None:
             raise ValueError(f"{first.url} holds no text embeddings, and there is no text encoder")
@@ -162,16 +216,29 @@ class LatentSource:
 
     def read(self, kind: str, shard: int, number: int, window: int, position: int) -> Sample:
         _, files = read(self.shards[kind][shard], number)
-        if "broken.json" in files:
-            raise BrokenSample(*json.loads(files["broken.json"]))
-        try:
+        with broken_by("unreadable latents"):
+            if "broken.json" in files:
+                cause, detail = map(str, json.loads(files["broken.json"]))
+                raise BrokenSample(cause, detail)
             tensors = load(files["safetensors"])
             posterior = tensors["mean"][window].clone(), tensors["std"][window].clone()
-        except (KeyError, IndexError, SafetensorError) as error:
-            raise BrokenSample("unreadable latents", str(error)) from error
-        if self.null is None:
-            return Sample(read_caption(files), posterior=posterior)
-        return Sample(unpack_text(tensors), posterior=posterior)
+            self._check(kind, *posterior)
+            if self.null is None:
+                return Sample(read_caption(files), posterior=posterior)
+            text = unpack_text(tensors)
+            TextCondition.cat([text, self.null])  # as it will be in a batch
+            return Sample(text, posterior=posterior)
+
+    def _check(self, kind: str, mean: Tensor, std: Tensor) -> None:
+        """BrokenSample where latents do not fit others of their kind, or the model."""
+        channels, frames, height, width = mean.shape
+        if mean.shape != std.shape or channels != self.facts.channels:
+            raise BrokenSample("unreadable latents", f"{tuple(mean.shape)}, {tuple(std.shape)}")
+        if frames != (1 if kind == "images" else self.sampling.frames):
+            raise BrokenSample(f"no {kind[:-1]}", f"latents of {frames} frames")
+        if height % self.patch or width % self.patch:
+            detail = f"latents of {height}x{width}, wanted multiples of {self.patch}"
+            raise BrokenSample("size that does not fit", detail)
 
     def posteriors(self, samples: list[Sample]) -> list[Posterior]:
         return [sample.posterior for sample in samples]
@@ -201,7 +268,7 @@ def _check_sampling(wanted: Sampling, facts: Facts, url: str) -> None:
 def relevant_sampling(sampling: Sampling, shard: Shard) -> dict:
     """The fields of `sampling` that the latents of a shard depend on."""
     fields = json.loads(json.dumps(asdict(sampling)))
-    if not any(ending in files for _, files in index(shard).samples for ending in CLIP_ENDINGS):
+    if "clips" not in kinds_in(shard):
         del fields["frames"], fields["fps"]
         if sampling.crop == "center":
             del fields["starts"]
@@ -210,7 +277,8 @@ def relevant_sampling(sampling: Sampling, shard: Shard) -> dict:
 
 def pack_facts(facts: Facts, null: TextCondition | None) -> bytes:
     """The content of a shard's member PRECOMPUTED."""
-    tensors = {"facts": torch.tensor(list(json.dumps(asdict(facts)).encode()), dtype=torch.uint8)}
+    values = {name: value for name, value in asdict(facts).items() if value != ""}
+    tensors = {"facts": torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)}
     return save(tensors | (pack_text(null) if null is not None else {}))
 
 
@@ -321,14 +389,18 @@ def folder_digest(folder: Path, start: bytes = b"") -> str:
     return digest.hexdigest()[:12]
 
 
-def latents_path(shard: Path, vae_folder: Path, sampling: Sampling) -> Path:
-    """Where a shard's latents lie: the name holds a digest of the VAE and of the sampling."""
+def latents_path(
+    shard: Path, vae_folder: Path, sampling: Sampling, kind: str | None = None
+) -> Path:
+    """Where a shard's latents lie: the name holds a digest of the VAE and of the sampling, and of
+    the kind where the shard holds both."""
     facts, plain = asdict(sampling), asdict(Sampling())
     for name in ("size", "buckets", "crop"):
         if facts[name] == plain[name]:
             del facts[name]
-    digest = folder_digest(vae_folder, json.dumps(facts, sort_keys=True).encode())
-    return shard.with_name(f"{shard.stem}.latents-{digest}.safetensors")
+    facts |= {"kind": kind} if kind else {}
+    name = folder_digest(vae_folder, json.dumps(facts, sort_keys=True).encode())
+    return shard.with_name(f"{shard.stem}.latents-{name}.safetensors")
 
 
 def encode_shards(
@@ -338,32 +410,45 @@ def encode_shards(
     rank: int = 0,
     ranks: int = 1,
     device: str | torch.device = "cpu",
+    kind: str | None = None,
 ) -> list[Path]:
-    """Encode the shards whose latents are missing, this rank every `ranks`-th of them.
+    """Encode the "images" or "clips" of the shards whose latents are missing or of another shard of
+    that name, this rank every `ranks`-th of them.
 
     Returns every shard's latents file; other ranks' may not be there yet. A run that was cut off
     goes on where it was.
     """
-    paths = [latents_path(shard.path, vae_folder, sampling) for shard in shards]
+    paths = [
+        latents_path(shard.path, vae_folder, sampling, kind if len(kinds_in(shard)) > 1 else None)
+        for shard in shards
+    ]
     pairs = list(zip(shards, paths, strict=True))
     # Shared out before looking what is missing: ranks may look at different times.
-    mine = [(shard, path) for shard, path in pairs[rank::ranks] if not path.exists()]
+    mine = [(shard, path) for shard, path in pairs[rank::ranks] if not _are_latents_of(path, shard)]
     if mine:
         vae = VideoVAE.from_pretrained(vae_folder).to(device)
         with tqdm(mine, desc="latents", unit="shard", disable=rank != 0) as bar:
             for shard, path in bar:
-                _encode_shard(shard, path, vae, sampling, device)
+                _encode_shard(shard, path, vae, sampling, device, kind)
     return paths
 
 
-def _encode_shard(shard: Shard, path: Path, vae: VideoVAE, sampling: Sampling, device) -> None:
+def _are_latents_of(path: Path, shard: Shard) -> bool:
+    if not path.exists():
+        return False
+    with safe_open(path, "pt") as file:
+        source = file.metadata().get("source")  # earlier versions wrote none
+    return source is None or source == digest(shard)
+
+
+def _encode_shard(
+    shard: Shard, path: Path, vae: VideoVAE, sampling: Sampling, device, kind: str | None
+) -> None:
     pixels, captions, broken = [], [], {}
     for number in range(count(shard)[0]):
-        key, files = read(shard, number)
+        key, _ = index(shard).samples[number]
         try:
-            caption = read_caption(files)
-            generator = window_generator(sampling, shard.name, number)
-            windows = read_frames(files, sampling, generator)
+            caption, windows = read_pixels(shard, number, sampling, vae.factor, kind)
             if pixels and windows.shape != pixels[0].shape:
                 raise ValueError(
                     f"{key} in {shard.url} is {tuple(windows.shape[2:4])}, others are "
@@ -379,14 +464,14 @@ def _encode_shard(shard: Shard, path: Path, vae: VideoVAE, sampling: Sampling, d
     for group in _groups(pixels):
         parts = encode(vae, [w for windows in group for w in windows], device, bf16=True)
         posteriors += [tuple(part.cpu() for part in pair) for pair in parts]
-    if not posteriors:
-        raise ValueError(f"no sample of {shard.url} can be read: {broken}")
     rows = torch.tensor([number for number in range(len(captions)) if number not in broken])
-    tensors = {}
-    for name, parts in zip(("mean", "std"), zip(*posteriors, strict=True), strict=True):
+    # Of a shard without a whole sample the shape is that of others.
+    tensors = {name: torch.zeros(len(captions)) for name in ("mean", "std")}
+    for name, parts in zip(tensors, zip(*posteriors, strict=True), strict=False):
         whole = torch.stack(parts).unflatten(0, (len(pixels), -1))
         tensors[name] = whole.new_zeros(len(captions), *whole.shape[1:]).index_copy_(0, rows, whole)
     facts = {"captions": json.dumps(captions), "broken": json.dumps(broken)}
+    facts["source"] = digest(shard)
     with whole_file(path) as partial:
         save_file(tensors, partial, metadata=facts)
 
@@ -413,4 +498,13 @@ def load_latents(paths: list[Path]) -> LatentSet:
             broken[len(captions) + int(row)] = tuple(reason)
         counts.append(len(means[-1]))
         captions += json.loads(facts["captions"])
-    return LatentSet(torch.cat(means), torch.cat(stds), captions, counts, broken)
+    like = next((mean for mean in means if mean.ndim > 1), None)
+    if like is None:
+        causes = in_words(Counter(cause for cause, *_ in broken.values()))
+        raise ValueError(f"no sample of {paths[0]} or another can be read: {causes}")
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        shape = like.shape[1:]
+        return torch.cat([p if p.ndim > 1 else like.new_zeros(len(p), *shape) for p in parts])
+
+    return LatentSet(joined(means), joined(stds), captions, counts, broken)

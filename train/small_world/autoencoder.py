@@ -9,7 +9,9 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,9 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gentron_fast.commandline import usable_device
 from gentron_fast.files import check_output_folder, whole_file, whole_folder
 from gentron_fast.vae import VideoVAE
+from gentron_train.data.broken import BrokenSample, broken_by
 from gentron_train.data.decode import decode_clip, decode_image
+from gentron_train.data.shards import Shard, check_any_sample, count, find_shards, read
 from gentron_train.data.sources import seeded
 from gentron_train.small_world.architecture import VAE_CHANNELS, small_vae
 from gentron_train.small_world.renderer import ensure_shards
@@ -50,23 +55,34 @@ class VaeTraining:
 
 def read_frames(data: Path, images: int, clips: int) -> Tensor:
     """Frames of the first images and of the first clips, CLIP_FRAMES each: uint8 (N, H, W, 3)."""
-    import webdataset
-
     frames = []
     for kind, limit in (("images", images), ("clips", clips)):
-        shards = [str(path) for path in sorted(Path(data).glob(f"{kind}-*.tar"))]
-        if not shards:
-            raise FileNotFoundError(f"no shards {kind}-*.tar in {data}")
-        samples = webdataset.WebDataset(shards, shardshuffle=False)
+        shards = find_shards(f"{data}/{kind}-*.tar")
+        check_any_sample(shards)
         with tqdm(total=limit, desc=kind, unit="sample", leave=False) as bar:
-            for _, sample in zip(range(limit), samples, strict=False):
-                if kind == "images":
-                    frames.append(decode_image(sample["png"])[None])
-                else:
-                    clip = decode_clip(sample["mp4"])[0]
-                    frames.append(clip[:: len(clip) // CLIP_FRAMES][:CLIP_FRAMES])
+            for shard, number in islice(_places(shards), limit):
+                try:
+                    with broken_by("unreadable sample"):
+                        _, files = read(shard, number)
+                        if kind == "images":
+                            frames.append(decode_image(files["png"])[None])
+                        else:
+                            clip = decode_clip(files["mp4"])[0]
+                            frames.append(clip[:: len(clip) // CLIP_FRAMES][:CLIP_FRAMES])
+                except BrokenSample as error:
+                    tqdm.write(f"skipped sample {number} of {shard.url}: {error.cause}")
                 bar.update()
     return torch.cat(frames)
+
+
+def _places(shards: list[Shard]) -> Iterator[tuple[Shard, int]]:
+    """Every sample's shard and number; a line tells of a shard that breaks off."""
+    for shard in shards:
+        samples, cut = count(shard)
+        if cut:
+            tqdm.write(f"{shard.url} breaks off {cut}")
+        for number in range(samples):
+            yield shard, number
 
 
 def vae_loss(vae: VideoVAE, pixels: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -220,7 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--init", type=Path, help="autoencoder with fewer levels to start from")
     parser.add_argument("--resume", action="store_true", help="go on from the last saved state")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=usable_device, default=best)
     args = parser.parse_args(argv)
     if args.steps < 1 or args.batch < 1:
         parser.error(f"--steps and --batch must be at least 1, got {args.steps}, {args.batch}")

@@ -56,7 +56,7 @@ class RenderedSource:
             return RenderedSample(caption, posterior=posterior, key=key)
         files = make_sample(self.seed, *key[:2])
         generator = window_generator(self.sampling, f"{kind}-{shard:05d}", number)
-        frames = read_frames(files, self.sampling, generator, window)[0]
+        frames = read_frames(files, self.sampling, generator, window, kind)[0]
         return RenderedSample(read_caption(files), pixels=frames, key=key)
 
     def posteriors(self, samples: list[Sample]) -> list[Posterior]:

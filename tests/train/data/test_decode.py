@@ -323,6 +323,8 @@ def test_a_line_of_pixels_does_not_fill_the_memory():
         ({"json": b'{"text": "b"}', "jpg": b""}, "b"),
         ({"json": b'{"caption": "a"}', "txt": b"c"}, "c"),
         ({"png": b""}, "no caption"),
+        ({"0.png": b"", "0.txt": b"a"}, "no caption (a sample's name ends at its first dot)"),
+        ({"png": b"", "seg.tar": b""}, "no caption"),
         ({"json": b"{}"}, "no caption"),
         ({"txt": b" \n"}, "empty caption"),
         ({"txt": b"\xff\xfe"}, "unreadable caption"),

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import tarfile
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -14,7 +15,19 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from samples import BROKEN, SIDE, assert_same, settings, texts
+from safetensors.torch import load, save
+from samples import (
+    BROKEN,
+    CAPTION,
+    SIDE,
+    as_file,
+    assert_same,
+    picture,
+    settings,
+    texts,
+    video,
+    write_tar,
+)
 
 from gentron_fast.vae import VideoVAE
 from gentron_train.data import loader as data_module
@@ -191,7 +204,8 @@ def test_broken_samples_are_skipped_counted_and_named(shards, models, encoder, t
         assert line["shard"].startswith(str(shards)) and line.keys() >= {"cause", "detail", "rank"}
     # The end of an epoch may be broken too, and then comes with the next.
     causes = Counter(line["cause"] for line in {line["sample"]: line for line in lines}.values())
-    assert set(causes) <= {*BROKEN.values(), "shard cut off"} and causes.total() >= 8
+    kinds = {"no image", "no clip", "shard cut off"}
+    assert set(causes) <= {*BROKEN.values(), *kinds} and causes.total() >= 8
     assert "whole-0002" in next(x["detail"] for x in lines if x["cause"] == "shard cut off")
 
 
@@ -380,6 +394,107 @@ def test_buckets_make_batches_of_one_size_and_nothing_is_lost(shards, models, en
         (later if epoch[text] else epoch)[text] += 1
     assert epoch == Counter(f"image {n}" for n in range(10))
     assert max(later.values(), default=0) <= 2
+
+
+def test_clips_and_images_exchanged_are_told_at_the_start(
+    shards, precomputed, models, encoder, tmp_path
+):
+    for folder in (shards, precomputed):
+        other = {"images": f"{folder}/clips-*.tar", "clips": f"{folder}/images-*.tar"}
+        for kinds in (("images", "clips"), ("clips",)):
+            with pytest.raises(ValueError, match=r"--(images|clips) names .* which holds "):
+                data = settings(folder, tmp_path, kinds=kinds, **other)
+                make_loader(data, models / "vae", encoder.tokenize)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_clip_and_its_thumbnail_are_a_clip_and_an_image(models, encoder, tmp_path, in_memory):
+    both = {"jpg": as_file(picture(32, 32), "jpg"), "mp4": video(range(48))} | CAPTION
+    still = {name: content for name, content in both.items() if name != "mp4"}
+    path = write_tar(tmp_path / "both.tar", [both, both, still])
+    data = settings(tmp_path, tmp_path, images=str(path), clips=str(path), batch=4)
+    data = replace(data, in_memory=in_memory)
+    loader = make_loader(data, models / "vae", encoder.tokenize)
+    batches = [next(loader) for _ in range(3)]
+    for batch in batches:
+        for latents, still in zip(batch.latents, batch.motion_free, strict=True):
+            assert still == (latents == latents[:, :1]).all()
+    assert loader.broken() in ({"no clip": 1}, {"no clip": 2})
+
+
+def test_latents_in_memory_are_of_the_shard_that_is_there(models, encoder, tmp_path):
+    """Not of one that lay there under the same name, with as many samples."""
+    losses = []
+    for shade in (0, 255):
+        image = {"png": as_file(Image.new("RGB", (32, 32), (shade,) * 3), "png")} | CAPTION
+        write_tar(tmp_path / "images-0.tar", [image])
+        data = settings(tmp_path, tmp_path, kinds=("images",), in_memory=True, batch=1)
+        for _ in range(2):
+            source = make_loader(data, models / "vae", encoder.tokenize).source
+            losses.append(float(source.sets["images"].mean.float().mean()))
+    assert losses[0] == losses[1] != losses[2] == losses[3]
+
+
+def test_a_shard_of_broken_samples_only_is_no_end_in_memory(models, encoder, tmp_path):
+    image = {"png": as_file(picture(32, 32), "png")} | CAPTION
+    write_tar(tmp_path / "images-0.tar", [CAPTION] * 2)
+    write_tar(tmp_path / "images-1.tar", [image] * 3)
+    data = settings(tmp_path, tmp_path, kinds=("images",), in_memory=True, batch=3)
+    loader = make_loader(data, models / "vae", encoder.tokenize)
+    next(loader), next(loader)
+    assert set(loader.broken()) == {"no image"}
+    (tmp_path / "images-1.tar").unlink()
+    with pytest.raises(ValueError, match="can be read: 2 no image"):
+        make_loader(replace(data), models / "vae", encoder.tokenize)
+
+
+def test_a_size_that_does_not_fit_names_sample_and_option(models, encoder, tmp_path):
+    images = [{"png": as_file(picture(*size), "png")} | CAPTION for size in ((32, 32), (41, 50))]
+    write_tar(tmp_path / "images-0.tar", images)
+    data = settings(tmp_path, tmp_path, kinds=("images",), size=None, batch=1)
+    loader = make_loader(data, models / "vae", encoder.tokenize)
+    next(loader), next(loader)
+    assert set(loader.broken()) == {"size that does not fit (--size makes it fit)"}
+    strict = make_loader(replace(data, max_broken=0.0), models / "vae", encoder.tokenize)
+    wanted = "--size.*the last one is images-0-0001 of .*41x50 pixels, wanted multiples of 8"
+    with pytest.raises(TooManyBroken, match=wanted):
+        next(strict), next(strict)
+    with pytest.raises(ValueError, match=r"size 40x40 does not fit: .* patch 2"):
+        make_loader(replace(data, size=(40, 40)), models / "vae", encoder.tokenize, patch=2)
+
+
+def test_damaged_latents_are_broken_samples(precomputed, tmp_path):
+    """Whatever a precomputed shard holds: others are trained on."""
+    with tarfile.open(precomputed / "images-0.tar") as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]
+    whole = next(load(content) for name, content in members[1:] if name.endswith("safetensors"))
+    wrong = [
+        b"no latents",
+        save(whole | {"mean": whole["mean"][..., :-1].contiguous()}),
+        save(whole | {"mean": whole["mean"][0]}),
+        save(whole | {name: whole[name].repeat(1, 1, 8, 1, 1) for name in ("mean", "std")}),
+        save(whole | {"t5.tokens": whole["t5.tokens"][:, :-1].contiguous()}),
+        save({name: whole[name] for name in ("mean", "std")}),
+    ]
+    contents = [{"safetensors": save(whole)}, *({"safetensors": one} for one in wrong)]
+    contents += [{"broken.json": b"[" * 9999}, {"broken.json": b"1"}]
+    path = write_tar(tmp_path / "images-0.tar", contents)
+    with tarfile.open(path, "a") as tar:
+        entry = tarfile.TarInfo(members[0][0])
+        entry.size = len(members[0][1])
+        tar.addfile(entry, io.BytesIO(members[0][1]))
+    loader = make_loader(settings(tmp_path, tmp_path, kinds=("images",), batch=2), None, None)
+    next(loader)
+    assert set(loader.broken()) == {"unreadable latents", "no image"}
+    assert sum(loader.broken().values()) >= 8
+
+
+def test_a_name_that_is_no_text_is_logged(tmp_path):
+    log = BrokenLog(tmp_path / "log", 1.0, samples=1)
+    log.add(Broken("a", "b\udcff", "c", "d"))
+    assert json.loads((tmp_path / "log").read_text())["sample"] == "b\udcff"
+    with pytest.raises(TooManyBroken, match=r"1 of 1 samples .* all of c"):
+        BrokenLog(tmp_path / "log", 0.05, samples=0).add(Broken("unreadable shard", "", "c", ""))
 
 
 def test_checkpoint_of_other_data_is_refused(shards, models, encoder, tmp_path):

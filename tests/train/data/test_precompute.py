@@ -3,24 +3,34 @@
 import itertools
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tarfile
+import threading
+import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load
-from samples import BROKEN, assert_same, settings, write_tar
+from samples import BROKEN, CAPTION, as_file, assert_same, settings, write_tar
 from training import log_of
 from webdataset import WebDataset
 
+from gentron_fast.files import claim
 from gentron_fast.text import SUBFOLDERS
+from gentron_train.data import shards as shards_module
 from gentron_train.data.decode import Sampling
 from gentron_train.data.loader import make_loader
-from gentron_train.data.precompute import Decoder
+from gentron_train.data.precompute import Decoder, new_shard, precompute
 from gentron_train.data.precompute import main as precompute_main
-from gentron_train.data.shards import find_shards
+from gentron_train.data.shards import PRECOMPUTED, Shard, find_shards, read_facts
+from gentron_train.data.sources import load_facts, pack_facts
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -150,6 +160,80 @@ def test_precompute_goes_on_where_it_was_cut_off(shards, models, tmp_path, monke
     assert "with other settings or models" in capsys.readouterr().err
 
 
+def test_a_shard_that_was_replaced_under_its_name_is_told(models, tmp_path, capsys):
+    path, out = tmp_path / "a.tar", tmp_path / "out"
+    command = [str(path), str(out), f"--vae={models / 'vae'}", "--no-text", "--workers=0"]
+
+    def write(shade):
+        image = {"png": as_file(Image.new("RGB", (32, 32), (shade,) * 3), "png")} | CAPTION
+        write_tar(path, [image])
+
+    write(0)
+    assert precompute_main(command) == 0
+    assert precompute_main(command) == 0
+    before = (out / "a.tar").read_bytes()
+    write(255)
+    assert precompute_main(command) == 2
+    assert "a.tar was made from a when its content was another" in capsys.readouterr().err
+    assert (out / "a.tar").read_bytes() == before
+    # Those of earlier versions do not say of what they were made.
+    facts, null = load_facts(read_facts(Shard("a", out / "a.tar")), "a")
+    with new_shard(out / "a.tar") as add:
+        add(PRECOMPUTED, pack_facts(replace(facts, source=""), null))
+    shards_module.index.cache_clear()
+    shards_module._open_files.clear()
+    assert precompute_main(command) == 0
+
+
+def test_two_precomputes_share_the_work(shards, models, encoder, precomputed, tmp_path, capfd):
+    """What another one has begun is waited for; what it does not finish is made."""
+    paths = find_shards(f"{shards}/{{images,clips}}-*.tar")
+    arguments = tmp_path, models / "vae", encoder
+    sampling = Sampling(size=(32, 32))
+    for name, is_finished in (("images-0.tar", True), ("images-1.tar", False)):
+        (tmp_path / name).unlink(missing_ok=True)
+        give_back = claim(tmp_path / name)
+        thread = threading.Thread(
+            target=precompute, args=(paths, *arguments, sampling), kwargs={"max_broken": 1.0}
+        )
+        thread.start()
+        while "waiting for" not in capfd.readouterr().err:
+            assert thread.is_alive()
+            time.sleep(0.05)
+        assert not (tmp_path / name).exists() and (tmp_path / "clips-0.tar").exists()
+        if is_finished:
+            shutil.copy2(precomputed / name, tmp_path)
+        give_back()
+        thread.join()
+        with tarfile.open(tmp_path / name) as made, tarfile.open(precomputed / name) as wanted:
+            assert made.getnames() == wanted.getnames()
+        times = {(folder / name).stat().st_mtime_ns for folder in (tmp_path, precomputed)}
+        assert (len(times) == 1) == is_finished
+    assert not [path for path in tmp_path.iterdir() if path.suffix in (".lock", ".part")]
+
+
+def test_sigterm_leaves_nothing_half_written(shards, models, tmp_path, monkeypatch, capsys):
+    decode = Decoder.__getitem__
+    monkeypatch.setattr("gentron_train.data.precompute.ENCODED_AT_ONCE", 1)
+
+    def stopped(self, place):
+        if place[1] == 3:
+            assert list(tmp_path.glob("new/.*.part*"))
+            os.kill(os.getpid(), signal.SIGTERM)
+        return decode(self, place)
+
+    monkeypatch.setattr(Decoder, "__getitem__", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    command = [f"{shards}/images-0.tar", str(tmp_path / "new"), f"--vae={models / 'vae'}"]
+    options = ["--no-text", "--size=32x32", "--workers=0", "--max-broken=1"]
+    try:
+        assert precompute_main([*command, *options]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not [path for path in (tmp_path / "new").iterdir() if path.name != "broken.jsonl"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -164,6 +248,11 @@ def test_precompute_goes_on_where_it_was_cut_off(shards, models, tmp_path, monke
         (["SHARDS/clips-0.tar", "out", "--size=30x30", "--pipeline=MODELS"], "size 30x30"),
         (["SHARDS/clips-0.tar", "SHARDS", "--pipeline=MODELS"], "over itself"),
         (["SHARDS/clips-0.tar", "OUT", "--pipeline=MODELS", "--size=32x32"], "clips: 5 of 10"),
+        (["SHARDS/clips-0.tar", "out", "--device=x"], "unknown device 'x': wanted cpu, cuda"),
+        (["SHARDS/clips-0.tar", "out", "--device=meta"], "unknown device 'meta'"),
+        (["SHARDS/clips-0.tar", "out", "--device=cuda:99"], "no device cuda:99 here"),
+        (["pipe:cat a.tar", "out", "--pipeline=MODELS"], "shell: --allow-pipes allows it"),
+        (["SHARDS/clips-0.tar", "SHARDS/clips-0.tar/out", "--vae=v"], "cannot write into"),
         (["SHARDS/clips-0.tar"], "arguments are required: out"),
         (["a", "b", "--quick"], "unrecognized arguments: --quick"),
     ],

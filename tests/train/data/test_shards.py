@@ -1,13 +1,15 @@
 """Shards: found, fetched, indexed, and read where they break off."""
 
 import gzip
+import io
+import tarfile
 
 import pytest
 from samples import write_tar
 
 from gentron_train.data import shards as shards_module
 from gentron_train.data.broken import BrokenSample
-from gentron_train.data.shards import count, find_shards, read
+from gentron_train.data.shards import check_any_sample, count, digest, find_shards, index, read
 
 
 @pytest.mark.parametrize(
@@ -27,7 +29,7 @@ def test_shard_that_breaks_off(tmp_path, cut, samples):
 def test_shards_by_any_url(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "PAUSES", (0, 0))
     pattern = f"pipe:cat {shards}/{{images-0,clips-0}}.tar"
-    remote = find_shards(pattern, tmp_path / "cache")
+    remote = find_shards(pattern, tmp_path / "cache", allow_pipes=True)
     local = find_shards(f"file:{shards}/{{images-0,clips-0}}.tar")
     assert [shard.name for shard in remote] == [shard.name for shard in local]
     for one, other in zip(remote, local, strict=True):
@@ -36,7 +38,7 @@ def test_shards_by_any_url(shards, tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
     assert [shard.name for shard in find_shards(f"{shards}/*-0.tar")] == ["clips-0", "images-0"]
     with pytest.raises(ValueError, match="cannot read the shard pipe:false"):
-        count(find_shards("pipe:false", tmp_path / "cache")[0])
+        count(find_shards("pipe:false", tmp_path / "cache", allow_pipes=True)[0])
     (tmp_path / "a.tar").write_bytes(gzip.compress(b"a"))
     with pytest.raises(ValueError, match="is compressed"):
         count(find_shards(str(tmp_path / "a.tar"))[0])
@@ -46,7 +48,7 @@ def test_a_shard_is_fetched_three_times_before_its_samples_are_broken(tmp_path, 
     monkeypatch.setattr(shards_module, "PAUSES", (0, 0))
     tried, path = tmp_path / "tried", write_tar(tmp_path / "a.tar", [{"txt": b"one"}])
     command = f"pipe:echo >> {tried}; test $(wc -l < {tried}) -ge 3 && cat {path}"
-    shard = find_shards(command, tmp_path / "cache")[0]
+    shard = find_shards(command, tmp_path / "cache", allow_pipes=True)[0]
     assert count(shard) == (1, None) and tried.read_text().count("\n") == 3
     tried.unlink()
     path.unlink()
@@ -60,7 +62,7 @@ def test_a_shard_is_fetched_three_times_before_its_samples_are_broken(tmp_path, 
 @pytest.mark.parametrize("name", ["_read_headers", "_keep"])
 def test_a_copy_that_goes_while_it_is_counted_is_made_again(tmp_path, monkeypatch, name):
     path = write_tar(tmp_path / "a.tar", [{"txt": b"one"}, {"txt": b"two"}])
-    shard = find_shards(f"pipe:cat {path}", tmp_path / "cache")[0]
+    shard = find_shards(f"pipe:cat {path}", tmp_path / "cache", allow_pipes=True)[0]
     function, gone = getattr(shards_module, name), []
 
     def removed_once(*arguments):
@@ -80,7 +82,8 @@ def test_copies_of_shards_make_room_for_others(tmp_path):
         write_tar(tmp_path / f"{name}.tar", [{"txt": name.encode()}])
     room = 2 * (tmp_path / "a.tar").stat().st_size
     command = f"pipe:echo >> {fetched}; cat {tmp_path}/"
-    shards = [find_shards(f"{command}{n}.tar", tmp_path / "cache", room)[0] for n in names]
+    cache = tmp_path / "cache", room, True
+    shards = [find_shards(f"{command}{n}.tar", *cache)[0] for n in names]
 
     def fetches(contents):
         for shard, content in contents:
@@ -106,3 +109,77 @@ def test_index_follows_the_shard(tmp_path):
     assert count(shard) == (1, None)
     write_tar(path, [{"txt": b"one"}, {"txt": b"two"}])
     assert count(shard) == (2, None)
+    old = digest(shard)
+    assert digest(shard) == old
+    write_tar(path, [{"txt": b"one"}, {"txt": b"TWO"}])
+    assert digest(shard) != old
+
+
+def tar_of(path, names: list[str]):
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(name)
+            tar.addfile(entry, io.BytesIO(name.encode()))
+    return find_shards(str(path))[0]
+
+
+def test_files_that_are_apart_in_a_tar_are_told(tmp_path):
+    shard = tar_of(tmp_path / "a.tar", ["0.jpg", "1.jpg", "0.txt", "1.txt", "2.jpg", "2.txt"])
+    assert count(shard) == (3, None)
+    for number in range(2):
+        with pytest.raises(BrokenSample) as error:
+            read(shard, number)
+        assert "tar --sort=name" in error.value.cause
+        assert error.value.detail == f"jpg, txt of {number}"
+    assert read(shard, 2)[1] == {"jpg": b"2.jpg", "txt": b"2.txt"}
+    # A tar that holds a sample twice holds two.
+    assert count(tar_of(tmp_path / "b.tar", ["0.jpg", "0.txt", "1.jpg", "0.jpg", "0.txt"])) == (
+        3,
+        None,
+    )
+
+
+@pytest.mark.parametrize("content", [b"", bytes(10240)], ids=["nothing", "empty"])
+def test_shards_without_a_sample_are_told(tmp_path, content):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=r"no samples in .*a\.tar"):
+        check_any_sample(find_shards(str(tmp_path / "a.tar")))
+
+
+def test_brackets_in_the_name_of_what_is_there_are_no_pattern(tmp_path):
+    folder = tmp_path / "[ab]" / "{c,d}"
+    folder.mkdir(parents=True)
+    paths = [write_tar(folder / f"x[{n}].tar", [{"txt": b"one"}]) for n in "12"]
+    assert [shard.path for shard in find_shards(str(paths[0]))] == paths[:1]
+    assert [shard.path for shard in find_shards(f"{tmp_path}/[[]ab]/*/x*.tar")] == paths
+    assert [shard.path for shard in find_shards(f"{tmp_path}/[ab]/*/x*.tar")] == paths
+
+
+def test_a_header_with_a_number_too_large_is_where_a_shard_breaks_off(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [{"txt": b"one"}, {"txt": b"two"}])
+    content = bytearray(path.read_bytes())
+    header = bytearray(content[1024:1536])
+    header[124:136] = b"\x80" + b"\x7f" * 11  # its size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    content[1024:1536] = header
+    path.write_bytes(content)
+    assert count(find_shards(str(path))[0])[0] == 1
+
+
+def test_a_command_runs_only_where_it_is_asked_for(tmp_path):
+    for url in (f"pipe:touch {tmp_path}/ran", f"PIPE:touch {tmp_path}/ran"):
+        with pytest.raises(ValueError, match="runs a command in a shell: --allow-pipes"):
+            find_shards(url, tmp_path / "cache")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_index_of_an_earlier_version_is_made_anew(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [{"txt": b"one"}])
+    (shard,) = find_shards(str(path))
+    count(shard)
+    kept = tmp_path / ".a.tar.index"
+    kept.write_text(kept.read_text().replace('"format": 2', '"format": 1').replace("0000", "0009"))
+    index.cache_clear()
+    assert index(shard).samples[0][0] == "a-0000"

@@ -1,5 +1,6 @@
 """The autoencoder's training: what it writes, and that an interrupted run ends as a whole one."""
 
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,21 @@ def data(tmp_path_factory) -> Path:
 def test_frames_of_images_and_clips(data):
     frames = read_frames(data, images=5, clips=2)
     assert frames.shape == (5 + 2 * vae_training.CLIP_FRAMES, 64, 64, 3)
-    with pytest.raises(FileNotFoundError, match="no shards"):
+    with pytest.raises(ValueError, match="no shards"):
         read_frames(data / "nothing", 1, 1)
+
+
+def test_shards_that_break_off_are_read_up_to_there(tmp_path, capsys):
+    write_shards(tmp_path, images=6, clips=2, shard_size=4, processes=1, progress=False)
+    first = sorted(tmp_path.glob("images-*.tar"))[0]
+    with tarfile.open(first) as tar:
+        end = tar.getmembers()[4].offset_data + 100  # in a file of the second image
+    first.write_bytes(first.read_bytes()[:end])
+    frames = read_frames(tmp_path, images=6, clips=2)
+    assert frames.shape[0] == 1 + 2 + 2 * vae_training.CLIP_FRAMES
+    assert f"{first} breaks off after " in capsys.readouterr().out
+    first.write_bytes(b"")
+    assert read_frames(tmp_path, images=6, clips=2).shape[0] == 2 + 2 * vae_training.CLIP_FRAMES
 
 
 def test_an_interrupted_run_ends_as_a_whole_one(data, tmp_path, monkeypatch):
