@@ -19,7 +19,7 @@ from gentron_fast.schema import Schema, check
 RENAME_EXCHANGE = 2  # of Linux's renameat2
 AT_FDCWD = -100
 LOCK_NAME = ".lock"
-LONG_NAME = 100  # bytes
+LONG_NAME = 100  # bytes, which leaves room for what a partial name adds
 
 
 def read_json(path: Path, schema: Schema | None = None) -> dict:
