@@ -19,22 +19,47 @@ def run(
     """Call a command line's work. Returns 0, 2 after wrong input (told in one line, with --verbose
     in argv behind a traceback), 130 after Ctrl-C or SIGTERM, of which `interrupted` tells.
 
-    Wrong input is OSError, ValueError, and the errors of `wrong`.
+    Wrong input is OSError, ValueError, too little memory, and the errors of `wrong`.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
+    stopped = []
+
+    def stop(number, frame):
+        stopped.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"{name}: {message}", file=sys.stderr)
             command()
-    except KeyboardInterrupt:
-        print(f"{name}: {interrupted}", file=sys.stderr)
-        return 130
-    except (OSError, ValueError, *wrong) as error:
+    except SystemExit:  # --help
+        raise
+    except BaseException as error:
+        # A library that was interrupted while it was imported may raise something else.
+        if stopped or isinstance(error, KeyboardInterrupt):
+            print(f"{name}: {interrupted}", file=sys.stderr)
+            return 130
+        reason = " ".join(str(error).split())
+        if _is_lack_of_memory(error):
+            reason = f"too little memory: {reason or type(error).__name__}"
+        elif not isinstance(error, (OSError, ValueError, *wrong)):
+            raise
         if "--verbose" in argv:
             traceback.print_exc()
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: error: {reason}", file=sys.stderr)
         return 2
     return 0
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """Whether Python, a CUDA device, or torch on the CPU, which has no class for it, tells so."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def refuse(message: str):
@@ -52,6 +77,15 @@ def whole_number(low: int, high: int | None = None):
         return value
 
     return read
+
+
+def utf8_text(text: str) -> str:
+    """The argparse type of prompts."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"wanted UTF-8 text, got {text!a}") from None
+    return text
 
 
 def number(text: str) -> float:

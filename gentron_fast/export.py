@@ -25,7 +25,7 @@ from gentron_fast.commandline import (
 from gentron_fast.compiled import CompiledSampler, export_sampler
 from gentron_fast.compiled.exporter import MAX_BATCH
 from gentron_fast.compiled.package import part_digests
-from gentron_fast.config import MAX_FRAMES
+from gentron_fast.config import MAX_FRAMES, MAX_SIDE
 from gentron_fast.text import SUBFOLDERS
 
 __all__ = ["CompiledSampler", "export", "export_sampler", "main"]
@@ -102,7 +102,7 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("pipeline", nargs="?", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--frames", type=whole_number(1, MAX_FRAMES))
-    parser.add_argument("--size", type=whole_number(1), nargs="+")
+    parser.add_argument("--size", type=whole_number(1, MAX_SIDE), nargs="+")
     parser.add_argument("--steps", type=whole_number(1))
     parser.add_argument("--solver")
     parser.add_argument("--eta", type=number, default=0.0)

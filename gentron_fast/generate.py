@@ -17,9 +17,10 @@ from gentron_fast.commandline import (
     refuse,
     run,
     silence_libraries,
+    utf8_text,
     whole_number,
 )
-from gentron_fast.config import MAX_FRAMES, GenTronConfig, SamplingDefaults
+from gentron_fast.config import MAX_FRAMES, MAX_SIDE, GenTronConfig, SamplingDefaults
 
 # torch and the modules that need it are imported inside the functions, after the arguments have
 # been read: --help and most refusals answer at once.
@@ -37,6 +38,7 @@ FIXED = (
     "--fp8",
     "--offload",
 )  # in a compiled sampler
+MOST_CLIPS = 100_000  # of a prompt
 NAME_LENGTH = 48  # letters of the prompt in a file name: 4 bytes each stay below the usual 255
 
 HELP = f"""\
@@ -149,13 +151,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=NAME, allow_abbrev=False)
     parser.format_help = lambda: HELP
     parser.error = refuse
-    parser.add_argument("prompt", nargs="*")
+    parser.add_argument("prompt", nargs="*", type=utf8_text)
     parser.add_argument("--prompts", type=Path)
-    parser.add_argument("--negative-prompt")
+    parser.add_argument("--negative-prompt", type=utf8_text)
     parser.add_argument("--image", action="store_true")
     parser.add_argument("--frames", type=whole_number(1, MAX_FRAMES))
-    parser.add_argument("--size", type=whole_number(1), nargs=2)
-    parser.add_argument("--clips", type=whole_number(1), default=1)
+    parser.add_argument("--size", type=whole_number(1, MAX_SIDE), nargs=2)
+    parser.add_argument("--clips", type=whole_number(1, MOST_CLIPS), default=1)
     parser.add_argument("--seed", type=whole_number(0, 2**64 - 1), default=0)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--compiled", type=Path)

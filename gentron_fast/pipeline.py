@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gentron_fast.config import DEFAULTS_SCHEMA, MAX_FRAMES, GenTronConfig, SamplingDefaults
+from gentron_fast.config import (
+    DEFAULTS_SCHEMA,
+    MAX_FRAMES,
+    MAX_SIDE,
+    GenTronConfig,
+    SamplingDefaults,
+)
 from gentron_fast.diffusion import SCHEDULER_CONFIG, SCHEDULER_SCHEMA, portable_noise
 from gentron_fast.files import read_json, whole_folder, write_json
 from gentron_fast.guidance import GuidedDenoiser, check_rescale, guidance_schedule
@@ -38,10 +44,9 @@ TEXT_COMPONENTS = {
 }
 
 
-MOST_PIXELS = 2**15  # along a side
 INDEX_SCHEMA = DEFAULTS_SCHEMA | {
     "default_frames": whole(1, MAX_FRAMES),
-    "default_size": several(whole(1, MOST_PIXELS), 2, 2),
+    "default_size": several(whole(1, MAX_SIDE), 2, 2),
 }
 
 

@@ -161,7 +161,11 @@ class TextEncoder(nn.Module):
         if tokenizer.init_kwargs.get(LOWER_AND_STRIP):
             prompts = [prompt.lower().strip() for prompt in prompts]
         rows = []
-        for row in tokenizer(prompts, verbose=False)["input_ids"]:
+        with told_as(f"the {name} tokenizer cannot read the prompts"):
+            all_ids = tokenizer(prompts, verbose=False)["input_ids"]
+        for row in all_ids:
+            if end not in row:
+                raise ValueError(f"the {name} tokenizer puts no end token {end} behind a prompt")
             # CLIP pools at the first end token; a prompt that spells one ends there.
             row = row[: row.index(end) + 1]
             if len(row) > limit:

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -135,6 +136,10 @@ def test_reading_the_arguments_loads_no_torch():
         ([PROMPT, "--frames", 8, "--image"], ["--image", "8"]),
         ([PROMPT, "--size", 64], ["--size"]),
         ([PROMPT, "--size", 64, 0], ["--size", "'0'"]),
+        ([PROMPT, "--size", 100000000, 64], ["--size", "from 1 to 32768", "'100000000'"]),
+        ([PROMPT, "--negative-prompt", "\udcff"], ["--negative-prompt", "wanted UTF-8 text"]),
+        (["\udcff"], ["prompt", "wanted UTF-8 text"]),
+        ([PROMPT, "--clips", 10**12], ["--clips", "from 1 to 100000"]),
         ([PROMPT, "--size", 60, 64], ["60x64", "multiples of"]),
         ([PROMPT, "--size", 64, 68], ["64x68", "multiples of"]),
         ([PROMPT, "--eta", 0.5], ["eta", "ddim"]),
@@ -363,6 +368,36 @@ def test_interrupt_in_process(generate, monkeypatch):
 
     monkeypatch.setattr("gentron_fast.generate.write_clip", stop)
     code, _, err = generate(PROMPT, "--image")
+    assert code == 130 and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_told_in_one_line(generate, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("gentron_fast.pipeline.GenTronPipeline.__call__", fail)
+    assert_refused(*generate(PROMPT), "too little memory: ", error)
+
+
+def test_an_interrupt_that_a_library_makes_an_error_of_is_one(generate, monkeypatch):
+    def stop(*_, **__):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(9)
+        except KeyboardInterrupt:
+            raise ImportError("half imported") from None
+
+    monkeypatch.setattr("gentron_fast.generate.load_pipeline", stop)
+    code, _, err = generate(PROMPT)
     assert code == 130 and err.count("\n") == 1
 
 

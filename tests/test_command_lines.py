@@ -1,0 +1,142 @@
+"""Any command line ends well or in one line: never in a traceback.
+
+`make faults` tries FAULTS times as many.
+"""
+
+import json
+import os
+import sys
+import tarfile
+from types import SimpleNamespace
+
+import pytest
+import torch
+from command_lines import command_lines
+from configurations import ending
+from published import make_pixart
+
+from gentron_fast import convert, export, generate
+from gentron_train import shapes_score
+from gentron_train.data import precompute
+
+EACH = 40 * int(os.environ.get("FAULTS", "1"))
+NUMBERS = {name: ["1", "2"] for name in ("--steps", "--frames", "--seed", "--batch")}
+SAMPLING = NUMBERS | {
+    "--solver": ["ddim", "dpm++", "ddpm"],
+    "--lambda-t": ["3", "1.5"],
+    "--lambda-m": ["1", "1.2"],
+    "--device": ["cpu"],
+}
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+def assert_all_end_well_or_in_one_line(main, lines, capfd):
+    endings = {" ".join(line)[:400]: ending(main, line, capfd) for line in lines}
+    wrong = {line: told for line, (_, told) in endings.items() if told}
+    assert not wrong, json.dumps(wrong, indent=1)
+    assert {code for code, _ in endings.values()} == {0, 2}
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_generate(tiny_pipeline_folder, monkeypatch, capfd):
+    branches = SimpleNamespace(describe=lambda: "")
+    monkeypatch.setattr("gentron_fast.pipeline.GuidedDenoiser", lambda *_, **__: branches)
+    denoise = lambda self, denoiser, seeds, step_done: torch.zeros(len(seeds), 4, 1, 8, 8)  # noqa: E731
+    monkeypatch.setattr("gentron_fast.pipeline.GenTronPipeline._denoise", denoise)
+    with open("prompts.txt", "w") as file:
+        file.write("a red circle\n# a comment\n")
+    options = SAMPLING | {
+        "--prompts": ["prompts.txt"],
+        "--negative-prompt": ["blue", "two words"],
+        "--image": [],
+        "--size": ["64", "32"],
+        "--clips": ["1", "2"],
+        "--model": [str(tiny_pipeline_folder)],
+        "--compiled": ["prompts.txt"],
+        "--sha256": ["0" * 64],
+        "--rescale": ["0.5"],
+        "--guidance-range": ["0.2", "0.8"],
+        "--eta": ["0"],
+        "--reuse": ["1", "2"],
+        "--dtype": DTYPES,
+        "--fp8": [],
+        "--offload": [],
+        "--out": ["out/", "clip.mp4", "picture.png"],
+        "--grid": [],
+        "--fps": ["4"],
+    }
+    lines = command_lines(options, [["a red circle", "--image"]], range(EACH))
+    given = (["--model", str(tiny_pipeline_folder), *line] for line in lines)
+    assert_all_end_well_or_in_one_line(generate.main, given, capfd)
+
+
+def test_export(tiny_pipeline_folder, monkeypatch, capfd):
+    write = lambda path, *_, **__: path.write_bytes(b"")  # noqa: E731
+    monkeypatch.setattr("gentron_fast.export.export_sampler", write)
+    options = SAMPLING | {
+        "--out": ["clip.gentron"],
+        "--size": ["64", "32"],
+        "--eta": ["0"],
+        "--rescale": ["0.5"],
+        "--whole": [],
+        "--dtype": DTYPES,
+    }
+    lines = command_lines(options, [[str(tiny_pipeline_folder)]], range(EACH))
+    given = (["--out", "sampler.gentron", *line] for line in lines)
+    assert_all_end_well_or_in_one_line(export.main, given, capfd)
+
+
+def test_convert(tiny_pipeline_folder, capfd):
+    make_pixart(sample_size=32).save_pretrained("pixart")
+    options = {
+        "--t5": [f"{tiny_pipeline_folder}/text_encoder_2"],
+        "--clip": [f"{tiny_pipeline_folder}/text_encoder"],
+        "--vae": [f"{tiny_pipeline_folder}/vae"],
+        "--size": ["256"],
+        "--heads": ["4"],
+        "--no-ema": [],
+        "--seed": ["1"],
+    }
+    commands = ["pixart", "pixart", "pixart", "dit", "export-diffusers"]
+    places = commands, ["pixart", str(tiny_pipeline_folder)], [f"new{i}" for i in range(EACH)]
+    lines = command_lines(options, places, range(EACH))
+    assert_all_end_well_or_in_one_line(convert.main, lines, capfd)
+
+
+def test_precompute(tiny_pipeline_folder, monkeypatch, capfd):
+    monkeypatch.setattr(precompute, "precompute", lambda *_, **__: {})
+    with tarfile.open("images-0.tar", "w") as shard:
+        shard.add(tiny_pipeline_folder / "model_index.json", "0.json")
+    options = {
+        "--pipeline": [str(tiny_pipeline_folder)],
+        "--vae": [f"{tiny_pipeline_folder}/vae"],
+        "--clip": ["nowhere/at/all"],
+        "--t5": ["nowhere/at/all"],
+        "--no-text": [],
+        "--dtype": ["fp32", "bf16"],
+        "--size": ["32x32", "32x32,32x64"],
+        "--frames": ["8"],
+        "--fps": ["4"],
+        "--windows-per-clip": ["2"],
+        "--crop": ["center", "random"],
+        "--workers": ["1"],
+        "--device": ["cpu"],
+        "--max-broken": ["0.05"],
+    }
+    lines = command_lines(options, [["images-0.tar"], ["latents/"]], range(EACH))
+    given = (["--pipeline", str(tiny_pipeline_folder), *line] for line in lines)
+    assert_all_end_well_or_in_one_line(precompute.main, given, capfd)
+
+
+def test_evaluator(tiny_pipeline_folder, monkeypatch, capfd):
+    module = sys.modules[shapes_score.main.__module__]
+    for name in ("evaluate", "ceiling"):
+        monkeypatch.setattr(module, name, lambda *_, **__: {})
+    monkeypatch.setattr(module, "format_table", str)
+    options = SAMPLING | {"--prompts": ["2"], "--ceiling": [], "--out": ["score.json"]}
+    lines = command_lines(options, [[str(tiny_pipeline_folder)]], range(EACH))
+    assert_all_end_well_or_in_one_line(shapes_score.main, lines, capfd)
