@@ -1,14 +1,16 @@
 #include "json.h"
 
 #include <charconv>
-#include <stdexcept>
 #include <utility>
+
+#include "refusal.h"
 
 namespace gentron {
 
 namespace {
 
 constexpr int kDepth = 64;
+constexpr int kMostValues = 1 << 18;
 
 // Whether all of the text is one number that fits, in any locale.
 template <class T>
@@ -32,7 +34,8 @@ class JsonParser {
 
  private:
   Json parse_value(int depth) {
-    if (depth > kDepth) fail();
+    if (depth > kDepth) refuse("the JSON is nested too deeply");
+    if (++values_ > kMostValues) refuse("the JSON holds too many values");
     Json value;
     switch (peek()) {
       case '{': {
@@ -41,7 +44,8 @@ class JsonParser {
           if (peek() != '"') fail();
           std::string key = parse_string();
           expect(':');
-          object.insert_or_assign(std::move(key), parse_value(depth + 1));
+          if (object.count(key) > 0) refuse("the JSON names " + key + " twice");
+          object.emplace(std::move(key), parse_value(depth + 1));
         });
         value.kind_ = Json::Kind::kObject;
         value.object_ = std::make_shared<const Json::Object>(std::move(object));
@@ -95,19 +99,21 @@ class JsonParser {
     while (true) {
       const char c = next();
       if (c == '"') return result;
+      if (static_cast<unsigned char>(c) < 0x20) fail();
       if (c != '\\') {
         result.push_back(c);
         continue;
       }
       const char escaped = next();
       switch (escaped) {
+        case '"': case '\\': case '/': result.push_back(escaped); break;
         case 'b': result.push_back('\b'); break;
         case 'f': result.push_back('\f'); break;
         case 'n': result.push_back('\n'); break;
         case 'r': result.push_back('\r'); break;
         case 't': result.push_back('\t'); break;
-        case 'u': append_utf8(result, parse_code_unit()); break;
-        default: result.push_back(escaped);
+        case 'u': append_utf8(result, parse_code_point()); break;
+        default: fail();
       }
     }
   }
@@ -120,25 +126,52 @@ class JsonParser {
     return unit;
   }
 
-  // Code units of surrogate pairs are kept apart: headers hold ASCII only.
-  static void append_utf8(std::string& text, uint32_t unit) {
-    if (unit < 0x80) {
-      text.push_back(static_cast<char>(unit));
-    } else if (unit < 0x800) {
-      text.push_back(static_cast<char>(0xC0 | unit >> 6));
-      text.push_back(static_cast<char>(0x80 | (unit & 0x3F)));
+  // Beyond 0xFFFF two code units, a surrogate pair; one alone is no text.
+  uint32_t parse_code_point() {
+    const uint32_t unit = parse_code_unit();
+    if (unit < 0xD800 || unit > 0xDFFF) return unit;
+    if (unit > 0xDBFF || next() != '\\' || next() != 'u') fail();
+    const uint32_t low = parse_code_unit();
+    if (low < 0xDC00 || low > 0xDFFF) fail();
+    return 0x10000 + ((unit - 0xD800) << 10) + (low - 0xDC00);
+  }
+
+  static void append_utf8(std::string& text, uint32_t point) {
+    const auto tail = [&](int shift) {
+      text.push_back(static_cast<char>(0x80 | (point >> shift & 0x3F)));
+    };
+    if (point < 0x80) {
+      text.push_back(static_cast<char>(point));
+    } else if (point < 0x800) {
+      text.push_back(static_cast<char>(0xC0 | point >> 6));
+      tail(0);
+    } else if (point < 0x10000) {
+      text.push_back(static_cast<char>(0xE0 | point >> 12));
+      tail(6), tail(0);
     } else {
-      text.push_back(static_cast<char>(0xE0 | unit >> 12));
-      text.push_back(static_cast<char>(0x80 | (unit >> 6 & 0x3F)));
-      text.push_back(static_cast<char>(0x80 | (unit & 0x3F)));
+      text.push_back(static_cast<char>(0xF0 | point >> 18));
+      tail(12), tail(6), tail(0);
     }
   }
 
+  // As JSON writes numbers, one that fp64 holds.
   std::string parse_number() {
     const size_t start = position_;
-    while (position_ < text_.size() &&
-           std::string_view("+-0123456789.eE").find(text_[position_]) != std::string_view::npos) {
-      ++position_;
+    const auto take = [&](std::string_view any) {
+      const bool found = position_ < text_.size() && any.find(text_[position_]) != any.npos;
+      position_ += found;
+      return found;
+    };
+    const auto take_digits = [&] {
+      if (!take("0123456789")) fail();
+      while (take("0123456789")) {}
+    };
+    take("-");
+    if (!take("0")) take_digits();
+    if (take(".")) take_digits();
+    if (take("eE")) {
+      take("+-");
+      take_digits();
     }
     const std::string_view text = text_.substr(start, position_ - start);
     double value = 0;
@@ -171,18 +204,19 @@ class JsonParser {
   }
 
   [[noreturn]] void fail() const {
-    throw std::invalid_argument("no JSON at byte " + std::to_string(position_));
+    refuse("no JSON at byte " + std::to_string(position_));
   }
 
   std::string_view text_;
   size_t position_ = 0;
+  int values_ = 0;
 };
 
 Json Json::parse(std::string_view text) { return JsonParser(text).document(); }
 
 namespace {
 [[noreturn]] void wrong_kind(const char* wanted) {
-  throw std::invalid_argument(std::string("a header holds no ") + wanted + " where one belongs");
+  refuse(std::string("a header holds no ") + wanted + " where one belongs");
 }
 }  // namespace
 
@@ -196,6 +230,11 @@ double Json::number() const {
   double value = 0;
   read_number(text_, value);
   return value;
+}
+
+bool Json::is_integer() const {
+  int64_t value = 0;
+  return kind_ == Kind::kNumber && read_number(text_, value);
 }
 
 int64_t Json::integer() const {
@@ -221,7 +260,7 @@ const Json::Object& Json::object() const {
 
 const Json& Json::operator[](const std::string& key) const {
   const auto found = object().find(key);
-  if (found == object().end()) throw std::invalid_argument("a header lacks " + key);
+  if (found == object().end()) refuse("a header lacks " + key);
   return found->second;
 }
 

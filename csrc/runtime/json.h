@@ -1,4 +1,5 @@
-// A reader of JSON, for headers of a few thousand values.
+// A reader of JSON, for headers of a few thousand values: at most 64 levels and 262,144 values, which
+// take no more than 64 MB.
 #pragma once
 
 #include <cstdint>
@@ -17,10 +18,16 @@ class Json {
   using Array = std::vector<Json>;
   using Object = std::map<std::string, Json>;
 
-  // std::invalid_argument where the text is not one JSON value.
+  // std::invalid_argument where the text is not one JSON value, or names a key twice.
   static Json parse(std::string_view text);
 
   bool is_null() const { return kind_ == Kind::kNull; }
+  bool is_boolean() const { return kind_ == Kind::kBoolean; }
+  bool is_number() const { return kind_ == Kind::kNumber; }
+  bool is_integer() const;  // a number that fits int64_t and is written as a whole one
+  bool is_string() const { return kind_ == Kind::kString; }
+  bool is_array() const { return kind_ == Kind::kArray; }
+  bool is_object() const { return kind_ == Kind::kObject; }
   bool boolean() const;
   double number() const;
   int64_t integer() const;

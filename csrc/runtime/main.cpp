@@ -10,13 +10,14 @@
 #include <filesystem>
 #include <iostream>
 #include <optional>
-#include <stdexcept>
 
+#include "refusal.h"
 #include "sampler.h"
 
 namespace {
 
 using gentron::Sampler;
+using gentron::refuse;
 
 constexpr const char* kHelp = R"(usage: gentron-sample FILE --tokens NAME=IDS... --out FILE.npy [options]
        gentron-sample FILE --embeddings SAFETENSORS --out FILE.npy [options]
@@ -50,8 +51,6 @@ void interrupt(int number) {
   interrupted = 1;
   std::signal(number, SIG_DFL);
 }
-
-[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
 struct Arguments {
   std::string file, embeddings, device, sha256, operators, out;
@@ -217,17 +216,18 @@ void run(const Arguments& arguments) {
   const Sampler sampler =
       Sampler::load(arguments.file, arguments.sha256, arguments.device, operators);
   check_interrupted();
-  const auto check = [&](const char* name, const std::vector<int64_t>& asked) {
-    const std::vector<int64_t> made = sampler.metadata()[name].integers();
+  const auto check = [](const char* name, const std::vector<int64_t>& asked,
+                        const std::vector<int64_t>& made) {
     if (!asked.empty() && asked != made) {
       refuse(
           std::string("the compiled sampler was made for ") + name + " " + at::str(made) +
           ", not " + at::str(asked));
     }
   };
-  check("frames", arguments.frames);
-  check("size", arguments.size);
-  const bool whole = sampler.metadata()["whole"].boolean();
+  const gentron::Metadata& metadata = sampler.metadata();
+  check("frames", arguments.frames, metadata.frames);
+  check("size", arguments.size, metadata.size);
+  const bool whole = metadata.whole;
   if (!whole && !arguments.tokens.empty()) {
     refuse("this compiled sampler takes --embeddings; --tokens need an export with --whole");
   }

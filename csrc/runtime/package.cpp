@@ -11,8 +11,8 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <stdexcept>
 
+#include "refusal.h"
 #include "sha256.h"
 
 namespace gentron {
@@ -20,12 +20,11 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "packages are little endian");
 
-constexpr std::string_view kMagic("GENTRON\x01", 8);
+constexpr std::string_view kMagic("GENTRON");
+constexpr int kFormat = 2;
 constexpr int64_t kPrefix = 8 + 8 + 32;
-constexpr int64_t kLargestHeader = int64_t{1} << 26;
+constexpr int64_t kLargestHeader = int64_t{1} << 24;
 constexpr int64_t kAlignment = 64;
-
-[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
 uint64_t little_endian(const char* bytes) {
   uint64_t value;
@@ -106,6 +105,7 @@ Tensors parse_safetensors(const at::Tensor& bytes) {
   const int64_t size = bytes.numel();
   const int64_t header = size < 8 ? -1 : static_cast<int64_t>(little_endian(data));
   if (header < 2 || header > size - 8) refuse("no safetensors header");
+  if (header > kLargestHeader) refuse("its header is too large");
   Tensors tensors;
   const Json entries = Json::parse({data + 8, static_cast<size_t>(header)});
   for (const auto& [name, entry] : entries.object()) {
@@ -143,10 +143,14 @@ Package Package::read(const std::string& path, const std::string& pinned) {
   File file(path);
   if (file.size() < kPrefix) refuse(path + " is no compiled sampler: it is too short");
   const std::string prefix = file.read(0, kPrefix);
-  if (std::string_view(prefix).substr(0, 7) != kMagic.substr(0, 7)) {
-    refuse(path + " is no compiled sampler");
+  if (!prefix.starts_with(kMagic)) refuse(path + " is no compiled sampler");
+  const int format = static_cast<unsigned char>(prefix[kMagic.size()]);
+  if (format != kFormat) {
+    refuse(
+        path + " has format " + std::to_string(format) + ", this version reads " +
+        std::to_string(kFormat) + ": export it again, python -m gentron_fast.export PIPELINE "
+        "--out FILE");
   }
-  if (prefix[7] != kMagic[7]) refuse(path + " has another format than this version reads");
   const int64_t size = static_cast<int64_t>(little_endian(prefix.data() + 8));
   if (size < 2 || size > kLargestHeader || kPrefix + size > file.size()) {
     refuse(path + " is truncated or altered: its header does not fit");
@@ -156,14 +160,22 @@ Package Package::read(const std::string& path, const std::string& pinned) {
     refuse(path + " is altered: its header has another checksum");
   }
 
+  const auto is_ascii = [](char byte) { return static_cast<unsigned char>(byte) < 0x80; };
+  if (!std::all_of(header.begin(), header.end(), is_ascii)) refuse(path + "'s header is no ASCII");
   Package package;
   package.text_ = header;
-  package.header_ = Json::parse(header);
-  const Json::Object& entries = package.header_["sections"].object();
   std::vector<std::tuple<int64_t, int64_t, std::string>> in_order;
-  for (const auto& [name, entry] : entries) {
-    in_order.emplace_back(entry["offset"].integer(), entry["size"].integer(), name);
+  try {
+    package.header_ = Json::parse(header);
+    for (const auto& [name, entry] : package.header_["sections"].object()) {
+      in_order.emplace_back(entry["offset"].integer(), entry["size"].integer(), name);
+      entry["sha256"].string();
+    }
+    package.header_["metadata"].object();
+  } catch (const std::invalid_argument& error) {
+    refuse(path + " has a header that cannot be read: " + error.what());
   }
+  const Json::Object& entries = package.header_["sections"].object();
   std::sort(in_order.begin(), in_order.end());
   int64_t end = kPrefix + size;
   for (const auto& [offset, length, name] : in_order) {

@@ -16,17 +16,16 @@
 #include <mutex>
 #include <set>
 #include <sstream>
-#include <stdexcept>
 
+#include "metadata.h"
 #include "noise.h"
+#include "refusal.h"
 
 namespace gentron {
 namespace {
 
 using at::Tensor;
 using TensorList = std::vector<Tensor>;
-
-[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
 template <class T>
 std::string text_of(const T& value) {
@@ -64,8 +63,7 @@ std::string cuda_capability(int index) {
   return std::to_string(major) + "." + std::to_string(minor);
 }
 
-at::Device choose_device(const Json& metadata, const std::string& asked) {
-  const std::string& made_for = metadata["device"].string();
+at::Device choose_device(const std::string& made_for, const std::string& asked) {
   at::Device device(asked.empty() ? made_for : asked);
   if (device.str().rfind(made_for, 0) != 0) {
     refuse("the compiled sampler was made for " + made_for + ", not for " + asked);
@@ -81,36 +79,36 @@ at::Device choose_device(const Json& metadata, const std::string& asked) {
   return device;
 }
 
-void check_machine(const Json& metadata, const at::Device& device) {
+void check_machine(const Metadata& metadata, const at::Device& device) {
   // Of the libtorch that is loaded, not of the one this was built with: major and minor are the
   // two upper bytes.
   const uint64_t loaded = aoti_torch_abi_version();
   const std::string version =
       std::to_string(loaded >> 56) + "." + std::to_string(loaded >> 48 & 0xFF);
-  if (metadata["torch"].string() != version) {
+  if (metadata.torch != version) {
     refuse(
-        "the compiled sampler was made with torch " + metadata["torch"].string() +
+        "the compiled sampler was made with torch " + metadata.torch +
         ", this is torch " + version);
   }
   utsname machine{};
   uname(&machine);
-  if (metadata["machine"].string() != machine.machine) {
+  if (metadata.machine != machine.machine) {
     refuse(
-        "the compiled sampler was made for " + metadata["machine"].string() + ", this is " +
+        "the compiled sampler was made for " + metadata.machine + ", this is " +
         machine.machine);
   }
   const std::set<std::string> here = cpu_flags();
-  for (const Json& flag : metadata["cpu_flags"].array()) {
-    if (here.count(flag.string()) == 0) {
-      refuse("the compiled sampler was made for a CPU with " + flag.string() + ", this has none");
+  for (const std::string& flag : metadata.cpu_flags) {
+    if (here.count(flag) == 0) {
+      refuse("the compiled sampler was made for a CPU with " + flag + ", this has none");
     }
   }
   if (device.is_cuda()) {
     const std::string capability = cuda_capability(device.index());
-    if (metadata["capability"].string() != capability) {
+    if (metadata.capability != capability) {
       refuse(
-          "the compiled sampler was made for compute capability " +
-          metadata["capability"].string() + ", this is " + capability);
+          "the compiled sampler was made for compute capability " + metadata.capability +
+          ", this is " + capability);
     }
   }
 }
@@ -145,13 +143,27 @@ class TemporaryFolder {
 // A compiled graph. Its weights are inputs behind the others, so that graphs and blocks share one
 // copy; `weights` holds one list, or one a block.
 struct Graph {
+  std::string name;
+  std::vector<TensorKind> kinds;
   std::unique_ptr<torch::inductor::AOTIModelPackageLoader> loader;
   std::vector<TensorList> weights;
 
   TensorList operator()(TensorList inputs, int64_t block = 0) const {
     const TensorList& own = weights.at(block);
-    // The code goes by the strides of the examples, all contiguous, and checks none.
-    for (Tensor& input : inputs) input = input.contiguous();
+    // The code goes by the shapes and strides of the examples, all contiguous, and checks none.
+    if (inputs.size() != kinds.size()) {
+      refuse(
+          "graph " + name + " takes " + std::to_string(kinds.size()) + " tensors, not " +
+          std::to_string(inputs.size()));
+    }
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      inputs[i] = inputs[i].contiguous();
+      if (!kinds[i].fits(inputs[i])) {
+        refuse(
+            "graph " + name + " takes " + kinds[i].text() + ", not " +
+            c10::toString(inputs[i].scalar_type()) + " " + text_of(inputs[i].sizes()));
+      }
+    }
     inputs.insert(inputs.end(), own.begin(), own.end());
     return loader->boxed_run(std::move(inputs));
   }
@@ -182,91 +194,34 @@ Tensor per_step(const Tensor& scale, double otherwise, int64_t steps, int64_t ba
 
 }  // namespace
 
-struct Sampler::Parts {
+struct Sampler::Parts : Metadata {
   Package package;
   at::Device device = at::kCPU;
-  at::ScalarType dtype = at::kFloat;
   Tensors weights;
-  std::map<std::string, Graph> graphs;
+  std::map<std::string, Graph> compiled;
   mutable std::mutex busy;
-
-  // Of the metadata.
-  std::vector<int64_t> latent_shape;
-  std::vector<std::string> encoders;
-  std::vector<std::string> branches;  // fewest first
-  int64_t depth = 0, width = 0, steps = 0, max_batch = 0, head_size = 0;
-  std::vector<int64_t> modulation_chunks;  // by the number of clips, from 1 on
-  bool draws = false, cross_attention = false, pooled = false;
-  // Of each branch's weight: constant, coefficients of lambda_t and lambda_m, (3, 3) fp64.
-  Tensor coefficients;
-  Tensor timesteps, rows, bounds;
 
   void load(const std::string& path, const std::string& pinned, const std::string& asked);
   void load_graphs();
   const Graph& graph(const std::string& name) const;
-  void check_batch(int64_t batch) const;
 
   TextCondition prepared(TextCondition text, int64_t batch, const char* name) const;
   TextCondition null_text() const;
   // Of every block: keys, biases and values where the text is folded, else keys, values and mask.
   std::vector<TensorList> contexts(const TextCondition& text, bool folds) const;
   bool folds(const TextCondition& text, const std::string& encoder) const;
-  const std::string& block_encoder(int64_t block) const;
   Tensor latents_of(const Request& request, uint32_t step) const;
-  SamplingPlan plan(const Tensor& lambda_t, const Tensor& lambda_m, const Tensor& rescale,
-                    int64_t batch) const;
   Tensor sample(const Request& request) const;
 };
 
 void Sampler::Parts::load(
     const std::string& path, const std::string& pinned, const std::string& asked) {
   package = Package::read(path, pinned);
-  const Json& metadata = package.metadata();
-  device = choose_device(metadata, asked);
-  check_machine(metadata, device);
-  if (metadata.object().count("rescale") == 0) {
-    refuse(
-        "the compiled sampler was made by an older version: export it again, "
-        "python -m gentron_fast.export PIPELINE --out FILE");
-  }
-  const std::string& name = metadata["dtype"].string();
-  dtype = name == "bfloat16" ? at::kBFloat16 : name == "float16" ? at::kHalf : at::kFloat;
-
-  const Json& model = metadata["model"];
-  depth = model["depth"].integer();
-  width = model["width"].integer();
-  const int64_t heads = model["heads"].integer();
-  if (depth < 1 || heads < 1 || width < heads) refuse("the compiled sampler is of no model");
-  head_size = width / heads;
-  cross_attention = model["cross_attention"].boolean();
-  pooled = model["pooled_text"].boolean();
-  for (const Json& encoder : model["encoders"].array()) encoders.push_back(encoder.string());
-  for (const Json& set : metadata["branches"].array()) branches.push_back(set.string());
-  latent_shape = metadata["latent_shape"].integers();
-  max_batch = metadata["max_batch"].integer();
-  modulation_chunks = metadata["modulation_chunks"].integers();
-  const auto made_at_once = [](int64_t chunk) { return chunk >= 1; };
-  if (static_cast<int64_t>(modulation_chunks.size()) != max_batch ||
-      !std::all_of(modulation_chunks.begin(), modulation_chunks.end(), made_at_once)) {
-    refuse("the compiled sampler's modulation_chunks must be one of 1 or more for each clip");
-  }
-
-  const std::vector<int64_t> times = metadata["timesteps"].integers();
-  steps = static_cast<int64_t>(times.size());
-  timesteps = at::tensor(times, at::kLong).to(device);
-  const auto table = [&](const Json& values, int64_t height) {
-    std::vector<double> flat;
-    for (const Json& row : values.array()) {
-      for (const Json& value : row.array()) flat.push_back(value.number());
-    }
-    return at::tensor(flat, at::kDouble).view({height, -1});
-  };
-  coefficients = table(metadata["guidance_coefficients"], 3);
-  rows = table(metadata["rows"], steps);
-  draws = (rows.select(1, 5) != 0).any().item<bool>();
-  rows = rows.to(device);
-  if (!metadata["log_variance"].is_null()) {
-    bounds = table(metadata["log_variance"], steps).to(device, at::kFloat);
+  static_cast<Metadata&>(*this) = Metadata::read(package.metadata());
+  device = choose_device(made_for, asked);
+  check_machine(*this, device);
+  for (Tensor* table : {&timesteps, &rows, &bounds}) {
+    if (table->defined()) *table = table->to(device);
   }
 
   weights = package.tensors("weights.safetensors");
@@ -277,61 +232,35 @@ void Sampler::Parts::load(
 
 void Sampler::Parts::load_graphs() {
   const TemporaryFolder folder;
-  const auto tensor = [&](const std::string& name) {
-    const auto found = weights.find(name);
-    if (found == weights.end()) refuse("the compiled sampler lacks the tensor " + name);
-    return found->second;
-  };
-  for (const auto& [name, entry] : package.metadata()["graphs"].object()) {
-    if (name.find('/') != std::string::npos) refuse("no name for a graph: " + name);
+  for (const auto& [name, kind] : graphs) {
     const std::string section = "graphs/" + name;
     const std::string path = folder.write(name + ".pt2", package.section(section));
     package.drop(section);
-    Graph& graph = graphs[name];
+    Graph& graph = compiled[name];
+    graph.name = name;
+    graph.kinds = kind.inputs;
+    graph.weights = weights_of(name, weights);
     graph.loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(
         path, "model", false, 1, device.is_cuda() ? device.index() : -1);
-    const bool is_per_block = entry["per_block"].boolean();
-    for (int64_t block = 0; block < (is_per_block ? depth : 1); ++block) {
-      TensorList& own = graph.weights.emplace_back();
-      for (const Json& weight : entry["weights"].array()) {
-        std::string key = weight.string();
-        const size_t star = key.find('*');
-        if (star != std::string::npos) key.replace(star, 1, std::to_string(block));
-        own.push_back(tensor(key));
-      }
-    }
-  }
-}
-
-void Sampler::Parts::check_batch(int64_t batch) const {
-  if (batch < 1 || batch > max_batch) {
-    refuse(
-        "the compiled sampler makes 1 to " + std::to_string(max_batch) + " clips at once, not " +
-        std::to_string(batch));
   }
 }
 
 const Graph& Sampler::Parts::graph(const std::string& name) const {
-  const auto found = graphs.find(name);
-  if (found == graphs.end()) refuse("the compiled sampler holds no graph " + name);
+  const auto found = compiled.find(name);
+  if (found == compiled.end()) refuse("the compiled sampler holds no graph " + name);
   return found->second;
-}
-
-const std::string& Sampler::Parts::block_encoder(int64_t block) const {
-  return encoders[block % encoders.size()];
 }
 
 // On the device, cut to the longest text; at least two places, since softmax over one is no graph
 // of its own.
 TextCondition Sampler::Parts::prepared(
     TextCondition text, int64_t batch, const char* name) const {
-  const Json& limits = package.metadata()["max_tokens"];
   TextCondition result;
   for (const std::string& encoder : encoders) {
     const auto found = text.find(encoder);
     if (found == text.end()) refuse(std::string(name) + " lacks the encoder " + encoder);
     auto [tokens, mask, summary] = found->second;
-    const int64_t wide = package.metadata()["model"][encoder + "_width"].integer();
+    const int64_t wide = text_widths.at(encoder);
     if (!tokens.defined() || tokens.dim() != 3 || tokens.size(0) != batch ||
         tokens.size(2) != wide || tokens.size(1) == 0) {
       refuse(
@@ -354,10 +283,10 @@ TextCondition Sampler::Parts::prepared(
     }
     const int64_t length =
         at::arange(1, tokens.size(1) + 1).mul(mask.cpu()).max().item<int64_t>();
-    if (length > limits[encoder].integer()) {
+    if (length > max_tokens.at(encoder)) {
       refuse(
           std::string(name) + " has " + std::to_string(length) + " " + encoder + " tokens, " +
-          text_of(limits[encoder].integer()) + " are the most");
+          std::to_string(max_tokens.at(encoder)) + " are the most");
     }
     tokens = tokens.narrow(1, 0, length).to(device, dtype);
     mask = mask.narrow(1, 0, length).to(device);
@@ -367,7 +296,7 @@ TextCondition Sampler::Parts::prepared(
     }
     if (summary.defined()) summary = summary.to(device, dtype).contiguous();
     tokens = tokens.contiguous();
-    if (graphs.count("caption-" + encoder) > 0) tokens = graph("caption-" + encoder)({tokens})[0];
+    if (compiled.count("caption-" + encoder) > 0) tokens = graph("caption-" + encoder)({tokens})[0];
     result[encoder] = {tokens, mask.contiguous(), summary};
   }
   return result;
@@ -415,18 +344,19 @@ Tensor Sampler::Parts::latents_of(const Request& request, uint32_t step) const {
   return noise.to(device);
 }
 
-SamplingPlan Sampler::Parts::plan(
-    const Tensor& lambda_t, const Tensor& lambda_m, const Tensor& rescale, int64_t batch) const {
-  check_batch(batch);
-  const Json& metadata = package.metadata();
+SamplingPlan make_plan(
+    const Metadata& made, const Tensor& lambda_t, const Tensor& lambda_m, const Tensor& rescale,
+    int64_t batch) {
+  made.check_batch(batch);
+  const int64_t steps = made.steps;
   const Tensor scales = at::stack(
       {at::ones({steps, batch}, at::kDouble),
-       per_step(lambda_t, metadata["lambda_t"].number(), steps, batch, "lambda_t"),
-       per_step(lambda_m, metadata["lambda_m"].number(), steps, batch, "lambda_m")},
+       per_step(lambda_t, made.lambda_t, steps, batch, "lambda_t"),
+       per_step(lambda_m, made.lambda_m, steps, batch, "lambda_m")},
       -1);
   SamplingPlan plan;
-  plan.weights = at::mul(scales.unsqueeze(2), coefficients).sum(-1);
-  plan.rescale = per_step(rescale, metadata["rescale"].number(), steps, batch, "rescale");
+  plan.weights = at::mul(scales.unsqueeze(2), made.coefficients).sum(-1);
+  plan.rescale = per_step(rescale, made.rescale, steps, batch, "rescale");
   if (!((plan.rescale >= 0) & (plan.rescale <= 1)).all().item<bool>()) {
     refuse("the rescale must be 0 to 1");
   }
@@ -439,21 +369,21 @@ SamplingPlan Sampler::Parts::plan(
       }
       return true;
     };
-    plan.branches.push_back(*std::find_if(branches.begin(), branches.end(), runs));
+    plan.branches.push_back(*std::find_if(made.branches.begin(), made.branches.end(), runs));
   }
-  for (const std::string& set : branches) {
+  for (const std::string& set : made.branches) {
     const int64_t nulls = (count(set) - 1) * batch;
     const Tensor own = at::arange(1, 1 + batch, at::kLong);
     plan.conditions[set] = at::cat({at::zeros({nulls}, at::kLong), own});
   }
-  plan.chunk = modulation_chunks[batch - 1];
+  plan.chunk = made.modulation_chunks[batch - 1];
   return plan;
 }
 
 Tensor Sampler::Parts::sample(const Request& request) const {
   const auto batch = static_cast<int64_t>(request.seeds.size());
   const SamplingPlan plan =
-      this->plan(request.lambda_t, request.lambda_m, request.rescale, batch);
+      make_plan(*this, request.lambda_t, request.lambda_m, request.rescale, batch);
   const Tensor guidance = plan.weights.to(device), rescale = plan.rescale.to(device);
 
   const TextCondition text = prepared(request.text, batch, "the text");
@@ -545,7 +475,7 @@ Sampler Sampler::load(
 }
 
 const std::string& Sampler::header() const { return parts_->package.header(); }
-const Json& Sampler::metadata() const { return parts_->package.metadata(); }
+const Metadata& Sampler::metadata() const { return *parts_; }
 const Tensor& Sampler::section(const std::string& name) const {
   return parts_->package.section(name);
 }
@@ -576,8 +506,8 @@ TextCondition Sampler::encode(const Tokens& tokens) const {
     const auto found = tokens.find(encoder);
     if (found == tokens.end()) refuse("there are no " + encoder + " tokens");
     const auto& [ids, mask] = found->second;
-    const int64_t most = metadata()["max_tokens"][encoder].integer();
-    const int64_t known = metadata()["vocabulary"][encoder].integer();
+    const int64_t most = metadata().max_tokens.at(encoder);
+    const int64_t known = metadata().vocabulary.at(encoder);
     if (batch < 0) batch = ids.dim() == 2 ? ids.size(0) : 0;
     parts_->check_batch(batch);
     if (ids.dim() != 2 || ids.size(0) != batch || ids.size(1) < 1 || ids.size(1) > most ||
@@ -606,7 +536,7 @@ TextCondition Sampler::encode(const Tokens& tokens) const {
 
 SamplingPlan Sampler::plan(
     const Tensor& lambda_t, const Tensor& lambda_m, const Tensor& rescale, int64_t batch) const {
-  return parts_->plan(lambda_t, lambda_m, rescale, batch);
+  return make_plan(*parts_, lambda_t, lambda_m, rescale, batch);
 }
 
 Tensor Sampler::sample(const Request& request) const {

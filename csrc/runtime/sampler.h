@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "metadata.h"
 #include "package.h"
 
 namespace gentron {
@@ -44,6 +45,11 @@ struct SamplingPlan {
   int64_t chunk = 1;  // steps whose modulation rows are made at once
 };
 
+// std::invalid_argument for scales or a batch that do not fit.
+SamplingPlan make_plan(
+    const Metadata& made, const at::Tensor& lambda_t, const at::Tensor& lambda_m,
+    const at::Tensor& rescale, int64_t batch);
+
 // Every refusal is a std::invalid_argument of one line.
 class Sampler {
  public:
@@ -57,7 +63,7 @@ class Sampler {
   ~Sampler();
 
   const std::string& header() const;  // of the file, JSON
-  const Json& metadata() const;
+  const Metadata& metadata() const;
   const at::Tensor& section(const std::string& name) const;
 
   // Token ids → text; a package made with --whole only.

@@ -124,10 +124,7 @@ def export_sampler(
             if name in used or name.startswith(("blocks.", "null."))
         }
         save_file(tensors, folder / WEIGHTS)
-        metadata["graphs"] = {
-            graph.name: {"weights": list(graph.weights.values()), "per_block": graph.per_block}
-            for graph in graphs
-        }
+        metadata["graphs"] = {graph.name: graph.describe() for graph in graphs}
         compile_all(graphs, folder, on_graph)
         sections |= {f"graphs/{graph.name}": folder / f"{graph.name}.pt2" for graph in graphs}
         sections |= {WEIGHTS: folder / WEIGHTS}

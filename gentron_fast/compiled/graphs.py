@@ -4,7 +4,7 @@
 # D width, h × w latents.
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,10 +46,22 @@ class Graph(NamedTuple):
     def per_block(self) -> bool:
         return any("*" in name for name in self.weights.values())
 
+    def describe(self) -> dict:
+        """What the runtime checks: dtypes and shapes, in which None is a dynamic dimension."""
+        weights = zip(self.weights.values(), self._tensors().values(), strict=True)
+        return {
+            "per_block": self.per_block,
+            "inputs": [_kind(*pair) for pair in zip(self.inputs, self.dims, strict=True)],
+            "weights": [{"name": name} | _kind(tensor) for name, tensor in weights],
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        return {name: tensors[name].detach() for name in self.weights}
+
     def compile(self, path: Path) -> None:
         """Through torch.export and AOTInductor into a .pt2 file."""
-        tensors = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
-        weights = tuple(tensors[name].detach() for name in self.weights)
+        weights = tuple(self._tensors().values())
         with torch.no_grad():
             program = torch.export.export(
                 _WithWeights(self.module, self.run, list(self.weights)),
@@ -58,6 +70,11 @@ class Graph(NamedTuple):
                 dynamic_shapes=(self.dims, (None,) * len(weights)),
             )
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
+def _kind(tensor: Tensor, dynamic: Collection[int] = ()) -> dict:
+    shape = [None if i in dynamic else side for i, side in enumerate(tensor.shape)]
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": shape}
 
 
 class _WithWeights(nn.Module):

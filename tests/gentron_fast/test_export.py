@@ -4,22 +4,25 @@ The model that ships is exported once; nothing else is compiled.
 """
 
 import hashlib
-import io
-import json
 import os
-import re
-import shutil
-import signal
 import subprocess
 import sys
-import time
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from compiled_files import (
+    LONG,
+    PROMPT,
+    STEPS,
+    embeddings,
+    error,
+    read_package,
+    run_program,
+    write_package,
+)
 from safetensors.torch import save_file
 from torch._inductor import config as inductor_config
 
@@ -31,8 +34,6 @@ from gentron_fast.compiled import (
     exporter,
     graphs,
 )
-from gentron_fast.compiled import package as package_module
-from gentron_fast.compiled.package import MAGIC, part_digests
 from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
 from gentron_fast.export import HELP
 from gentron_fast.guidance import GuidedDenoiser, guidance_weights
@@ -41,74 +42,7 @@ from gentron_fast.media import read_video
 from gentron_fast.model import TextCondition
 from gentron_fast.solvers import make_table
 
-PROGRAM = Path(export.__file__).with_name("gentron-sample")
-PROMPT = "a red circle moving left"
-LONG = "a large yellow triangle moving slowly down and to the left on a white background"
 LONGEST = " and then ".join([PROMPT] * 12)  # more than 77 and 256 tokens, and cut
-STEPS = 20
-PREFIX = len(MAGIC) + 8 + 32
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    path = tmp_path_factory.mktemp("export") / "clip.gentron"
-    arguments = ["--out", str(path), "--whole", "--steps", str(STEPS), "--batch", "3"]
-    # The code around the kernels unoptimised: half of the compiler's time.
-    with inductor_config.patch("aot_inductor.compile_wrapper_opt_level", "O0"):
-        assert export.main(arguments) == 0
-    return path
-
-
-@pytest.fixture(scope="module")
-def sampler(package):
-    start = time.perf_counter()
-    sampler = CompiledSampler.load(package)
-    assert time.perf_counter() - start <= 10.0
-    return sampler
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    return GenTronPipeline.from_pretrained()
-
-
-def run_program(*arguments):
-    """gentron-sample in an environment with no trace of Python, on as many threads as this has."""
-    command = [PROGRAM, *map(str, arguments)]
-    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-
-
-def error(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
-def token_arguments(pipeline, prompt):
-    tokens = pipeline.text_encoder.tokenize([prompt])
-    return [f"{name}={','.join(map(str, ids[0].tolist()))}" for name, (ids, _) in tokens.items()]
-
-
-def embeddings(text, prefix=""):
-    named = {name: part for name, part in text._asdict().items() if part is not None}
-    return {
-        f"{prefix}{name}.{field}": tensor.contiguous()
-        for name, part in named.items()
-        for field, tensor in part._asdict().items()
-    }
-
-
-def read_package(path):
-    data = path.read_bytes()
-    size = int.from_bytes(data[8:16], "little")
-    return json.loads(data[PREFIX : PREFIX + size]), data[PREFIX + size :]
-
-
-def write_package(path, header, body):
-    """A package whose checksums are right."""
-    text = json.dumps(header).encode()
-    digest = hashlib.sha256(text).digest()
-    path.write_bytes(MAGIC + len(text).to_bytes(8, "little") + digest + text + body)
-    return path
 
 
 @pytest.mark.parametrize(
@@ -198,48 +132,6 @@ def test_a_negative_prompt_and_a_schedule_of_guidance(pipeline, sampler):
     assert error(got.latents, wanted.latents) <= 1e-4
 
 
-def test_the_program_gives_the_pipelines_latents_and_frames(pipeline, package, tmp_path):
-    scales = {"lambda_t": 5.0, "lambda_m": 1.3, "rescale": 0.4}
-    wanted = pipeline([PROMPT], steps=STEPS, seed=7, **scales, progress=False)
-    arguments = [package, "--tokens", *token_arguments(pipeline, PROMPT), "--seed", 7]
-    arguments += [
-        "--lambda-t",
-        5,
-        "--lambda-m",
-        1.3,
-        "--rescale",
-        0.4,
-        "--frames",
-        8,
-        "--size",
-        64,
-        64,
-    ]
-    done = run_program(*arguments, "--latents", "--out", tmp_path / "latents.npy")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    latents = torch.from_numpy(np.load(tmp_path / "latents.npy"))
-    assert latents.dtype == torch.float32 and error(latents, wanted.latents) <= 1e-4
-    assert run_program(*arguments, "--out", tmp_path / "frames.npy").returncode == 0
-    frames = torch.from_numpy(np.load(tmp_path / "frames.npy"))
-    assert frames.dtype == torch.uint8 and frames.shape == wanted.frames.shape
-    assert (frames.int() - wanted.frames.int()).abs().max() <= 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["frames.npy", "latents.npy"]
-
-
-def test_the_program_takes_embeddings(pipeline, package, tmp_path):
-    text = pipeline.text_encoder.encode([PROMPT, LONG])
-    negative = pipeline.text_encoder.encode(["a blue square"])
-    save_file(embeddings(text) | embeddings(negative, "null."), tmp_path / "text.safetensors")
-    arguments = ["--embeddings", tmp_path / "text.safetensors", "--seed", "1,2", "--latents"]
-    done = run_program(package, *arguments, "--out", tmp_path / "latents.npy")
-    assert (done.returncode, done.stderr) == (0, "")
-    wanted = pipeline(
-        [PROMPT, LONG], negative_prompt="a blue square", steps=STEPS, seed=[1, 2], progress=False
-    )
-    latents = torch.from_numpy(np.load(tmp_path / "latents.npy"))
-    assert error(latents, wanted.latents) <= 1e-4
-
-
 @pytest.fixture(scope="module")
 def image_package(tiny_t2i_folder, tmp_path_factory):
     """The tiny image model in bf16 without its text encoders and VAE, by a solver that draws noise;
@@ -300,92 +192,6 @@ def test_a_file_of_other_encoders_is_not_run_with_these(image_package, tmp_path,
     assert "no text encoders and no VAE: --model names them" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "vae"])
-def test_a_part_is_known_by_its_configuration_and_weights(tiny_t2i_folder, tmp_path, part):
-    shutil.copytree(tiny_t2i_folder, folder := tmp_path / "pipeline")
-    before = part_digests(tiny_t2i_folder, [part])
-    assert part_digests(folder, [part]) == before
-    for path in (folder / part / "config.json", *(folder / part).glob("*.safetensors")):
-        content = path.read_bytes()
-        path.write_bytes(content + b" ")
-        assert part_digests(folder, [part]) != before
-        path.write_bytes(content)
-    shutil.rmtree(folder / part)
-    with pytest.raises(FileNotFoundError, match=f"no {part} in {folder}"):
-        part_digests(folder, [part])
-
-
-def start_loading(package, tmp_path, ignored=False):
-    """gentron-sample while it loads the package, and its folder of temporary files."""
-    (temporary := tmp_path / "tmp").mkdir()
-    arguments = [package, "--tokens", "clip=1", "t5=1", "--out", tmp_path / "out.npy"]
-    process = subprocess.Popen(
-        [PROGRAM, *map(str, arguments)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={"TMPDIR": str(temporary)},
-        # A test run in the background ignores SIGINT, and its children with it.
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL
-        ),
-    )
-    while not any(temporary.iterdir()) and process.poll() is None:
-        time.sleep(0.001)
-    return process, temporary
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_an_interrupted_program_leaves_nothing(package, tmp_path, number):
-    process, temporary = start_loading(package, tmp_path)
-    process.send_signal(number)
-    told = process.communicate(timeout=60)[1]
-    assert (process.returncode, told.count("\n")) == (130, 1) and "interrupted" in told
-    assert not any(temporary.iterdir()) and not (tmp_path / "out.npy").exists()
-
-
-def signal_mask(process, name):
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    return int(re.search(rf"{name}:\s*(\w+)", status)[1], 16)
-
-
-def test_a_second_interrupt_ends_the_program_at_once(package, tmp_path):
-    process, _ = start_loading(package, tmp_path)
-    bit = 1 << signal.SIGINT - 1
-    assert signal_mask(process, "SigCgt") & bit
-    process.send_signal(signal.SIGINT)
-    while signal_mask(process, "SigCgt") & bit:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == "" and process.returncode == -signal.SIGINT
-
-
-def test_an_ignored_interrupt_stays_ignored(package, tmp_path):
-    process, _ = start_loading(package, tmp_path, ignored=True)
-    assert signal_mask(process, "SigIgn") & 1 << signal.SIGINT - 1
-    process.terminate()
-    assert "interrupted" in process.communicate(timeout=60)[1] and process.returncode == 130
-
-
-def test_the_program_links_no_python():
-    dynamic = subprocess.run(["readelf", "-d", PROGRAM], capture_output=True, text=True, check=True)
-    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic.stdout)
-    assert "libtorch_cpu.so" in needed and not [name for name in needed if "python" in name]
-
-
-def test_the_weights_are_there_once(package, pipeline):
-    header, body = read_package(package)
-    sections = header["sections"]
-    parts = pipeline.transformer, pipeline.text_encoder, pipeline.vae.autoencoder.decoder
-    least = sum(4 * p.numel() for part in parts for p in part.parameters())
-    assert least <= sections["weights.safetensors"]["size"] <= 1.15 * least
-    for name, entry in sections.items():
-        if name.startswith("graphs/"):  # code and its sources, with no weights of a block in them
-            content = body[entry["offset"] :][: entry["size"]]
-            for member in zipfile.ZipFile(io.BytesIO(content)).infolist():
-                assert member.file_size < 4 << 20, (name, member.filename)
-                assert "weight" not in member.filename or member.file_size < 4096
-
-
 def test_noise_is_drawn_alike():
     from gentron_fast._runtime import portable_noise as drawn
 
@@ -393,107 +199,6 @@ def test_noise_is_drawn_alike():
         wanted = portable_noise((3, 333), [seed], step, [sample])[0].flatten()
         got = drawn(seed, step, sample, 999)
         assert (got == wanted).float().mean() > 0.999 and (got - wanted).abs().max() <= 1e-6
-
-
-def corrupted(data, where):
-    return data[:where] + bytes([data[where] ^ 1]) + data[where + 1 :]
-
-
-@pytest.mark.parametrize(
-    "damage, words",
-    [
-        (lambda data: b"", "too short"),
-        (lambda data: b"no sampler" * 20, "no compiled sampler"),
-        (lambda data: data[:-1], "truncated"),
-        (lambda data: data[:100], "truncated"),
-        (lambda data: data + b"\0", "longer"),
-        (lambda data: corrupted(data, 7), "format"),
-        (lambda data: corrupted(data, 20), "checksum"),
-        (lambda data: corrupted(data, PREFIX + 30), "checksum"),
-        (lambda data: corrupted(data, len(data) // 2), "checksum"),
-        (lambda data: corrupted(data, len(data) - 1), "weights.safetensors"),
-    ],
-    ids=[
-        "empty",
-        "other",
-        "truncated",
-        "header_alone",
-        "longer",
-        "format",
-        "digest",
-        "header",
-        "code",
-        "weights",
-    ],
-)
-def test_a_damaged_file_is_refused(package, tmp_path, damage, words):
-    path = tmp_path / "damaged.gentron"
-    path.write_bytes(damage(package.read_bytes()))
-    with pytest.raises(ValueError, match=re.escape(words)) as refusal:
-        CompiledSampler.load(path)
-    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
-    done = run_program(path, "--tokens", "clip=1", "--out", tmp_path / "out.npy")
-    assert (done.returncode, done.stdout) == (2, "") and not (tmp_path / "out.npy").exists()
-    assert done.stderr == f"gentron-sample: error: {refusal.value}\n"
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"torch": "1.0"}, "made with torch 1.0"),
-        ({"machine": "pdp11"}, "made for pdp11"),
-        ({"cpu_flags": ["avx4096"]}, "a CPU with avx4096"),
-        ({"device": "cuda"}, "made for cuda"),
-    ],
-    ids=["torch", "machine", "instructions", "device"],
-)
-def test_another_machine_is_refused(package, tmp_path, change, words):
-    if change.get("device") == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is CUDA here")
-    header, body = read_package(package)
-    header["metadata"] |= change
-    path = write_package(tmp_path / "other.gentron", header, body)
-    with pytest.raises(ValueError, match=words):
-        CompiledSampler.load(path)
-
-
-def test_a_graphs_name_stays_in_its_folder(package, tmp_path):
-    header, body = read_package(package)
-    metadata, sections = header["metadata"], header["sections"]
-    metadata["graphs"]["../outside"] = metadata["graphs"].pop("embed")
-    sections["graphs/../outside"] = sections.pop("graphs/embed")
-    path = write_package(tmp_path / "outside.gentron", header, body)
-    with pytest.raises(ValueError, match=re.escape("no name for a graph: ../outside")):
-        CompiledSampler.load(path)
-
-
-@pytest.mark.parametrize("name", ["/outside", "../outside", "tokenizer/..", "other/outside"])
-def test_a_name_of_a_tokenizers_file_stays_in_its_folder(sampler, name):
-    other = CompiledSampler(sampler._runtime)
-    other.metadata = sampler.metadata | {"tokenizers": [name]}
-    with pytest.raises(ValueError, match=f"no tokenizer's file: '{name}'"):
-        other(PROMPT)
-
-
-def test_a_digest_pins_the_file(package, tmp_path):
-    digest = hashlib.sha256(package.read_bytes()).hexdigest()
-    CompiledSampler.load(package, sha256=digest.upper())
-    header, body = read_package(package)
-    header["metadata"]["lambda_t"] = 1.0
-    forged = write_package(tmp_path / "forged.gentron", header, body)
-    CompiledSampler.load(forged)  # its own checksums tell damage only
-    with pytest.raises(ValueError, match=f"wanted {digest}"):
-        CompiledSampler.load(forged, sha256=digest)
-    arguments = [forged, "--tokens", "clip=1", "--out", tmp_path / "out.npy", "--sha256", digest]
-    assert digest in run_program(*arguments).stderr
-
-
-def test_a_file_of_an_older_version_is_refused(package, tmp_path):
-    header, body = read_package(package)
-    del header["metadata"]["rescale"]
-    path = write_package(tmp_path / "older.gentron", header, body)
-    with pytest.raises(ValueError, match="export it again, python -m"):
-        CompiledSampler.load(path)
 
 
 def test_what_the_file_was_not_made_for_is_refused(pipeline, sampler):
@@ -535,78 +240,6 @@ def test_what_the_file_was_not_made_for_is_refused(pipeline, sampler):
 def test_latents_that_are_none_are_refused(sampler, latents, words):
     with pytest.raises(ValueError, match=words):
         sampler._runtime.decode(latents)
-
-
-@pytest.mark.parametrize(
-    "entry, words",
-    [
-        ({"data_offsets": [2**63 - 512, -(2**63)]}, "does not lie in its file"),
-        ({"data_offsets": [2, 514]}, "is not aligned"),
-        ({"shape": [1, 0, 128], "data_offsets": [0, 0]}, "has a side of 0"),
-        ({"shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}, "has a side of 0"),
-        ({"shape": [2**32, 2**32, 128]}, "is too large"),
-        ({"shape": [2**64, 1, 128]}, "no whole number"),
-        ({"dtype": "BOOL", "shape": [1, 512]}, "holds bytes that are no bool"),
-        ({"dtype": "F8"}, "unknown dtype F8"),
-    ],
-    ids=["wrapped", "misaligned", "empty", "no_elements", "large", "huge", "bool", "dtype"],
-)
-def test_a_safetensors_file_is_not_trusted(tmp_path, entry, words):
-    entry = {"dtype": "F32", "shape": [1, 1, 128], "data_offsets": [0, 512]} | entry
-    header = json.dumps({"clip.tokens": entry}).encode()
-    path = tmp_path / "text.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(range(256)) * 4)
-    done = run_program("nowhere", "--embeddings", path, "--out", tmp_path / "out.npy")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"{path} is no safetensors file: " in done.stderr and words in done.stderr
-
-
-def test_an_empty_section_may_share_a_place(package, tmp_path):
-    header, body = read_package(package)
-    empty = {"offset": 0, "size": 0, "sha256": hashlib.sha256().hexdigest()}
-    header["sections"] |= {"an empty one": empty, "zero": empty}
-    header["metadata"]["device"] = "none"  # refused behind the sections
-    path = write_package(tmp_path / "empty.gentron", header, body)
-    with pytest.raises(ValueError, match="made for none"):
-        CompiledSampler.load(path, device="cpu")
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["nowhere.gentron"], "one of --tokens and --embeddings"),
-        (["nowhere.gentron", "--tokens", "clip=1"], "no file nowhere.gentron"),
-        (["FILE", "--tokens", "clip=1,x"], "--tokens: no number: x"),
-        (["FILE", "--tokens", "clip=99999999", "t5=1"], "ids below"),
-        (["FILE", "--tokens", "clip=1"], "there are no t5 tokens"),
-        (["FILE", "--tokens", "clip=1", "t5=1", "--frames", "4"], "made for frames"),
-        (["FILE", "--tokens", "clip=1", "t5=1", "--size", "8", "8"], "made for size"),
-        (["FILE", "--tokens", "clip=1", "t5=1", "--seed", "-1"], "--seed"),
-        (["FILE", "--tokens", "clip=1", "t5=1", "--device", "cuda"], "made for cpu, not for cuda"),
-        (["FILE", "--shiny", "1"], "unknown option --shiny"),
-        (["FILE", "--embeddings", "nowhere"], "no file nowhere"),
-        (["FILE", "--tokens", "clip=1", "t5=1", "--sha256", ""], "64 hexadecimal digits"),
-        (["FILE", "--tokens", "clip=1", "--sha256", "é" * 32], "64 hexadecimal digits"),
-        (["FILE", "--tokens", "clip=1", "clip=2"], "--tokens names clip twice"),
-        (["FILE", "--tokens", "clip=1", "t5=1", "--tokens", "t6=1"], "of t6, which is no encoder"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_the_program_refuses_in_one_line(package, tmp_path, arguments, words):
-    arguments = [package if argument == "FILE" else argument for argument in arguments]
-    done = run_program(*arguments, "--out", tmp_path / "out.npy")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("gentron-sample: error: ") and done.stderr.count("\n") == 1
-    assert words in done.stderr
-
-
-@pytest.mark.parametrize("name", ["missing/out.npy", "folder.npy"])
-def test_the_program_refuses_what_cannot_be_written_first(tmp_path, name):
-    (tmp_path / "folder.npy").mkdir()
-    done = run_program("nowhere", "--tokens", "clip=1", "--out", tmp_path / name)
-    assert done.returncode == 2
-    assert done.stderr == f"gentron-sample: error: cannot write {tmp_path / name}\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["folder.npy"]
 
 
 def test_generate_takes_a_compiled_sampler(package, pipeline, tmp_path, capsys):
@@ -705,19 +338,6 @@ def test_the_files_name_is_free(make_model, make_text, tiny_config, tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize(
-    "line, flags",
-    [
-        ("flags\t\t: fpu sse2 smep avx512f", ["avx512f", "sse2"]),
-        ("Features\t: fp asimd sve bf16 crc32", ["asimd", "bf16", "sve"]),
-        ("", []),
-    ],
-    ids=["x86", "Arm", "none"],
-)
-def test_instruction_sets_are_read(line, flags):
-    assert package_module._cpu_flags(f"processor\t: 0\n{line}\nbugs\t: none\n") == flags
-
-
 def test_help_fits_one_screen_and_names_every_option(capsys):
     with pytest.raises(SystemExit) as stop:
         export.main(["--help"])
@@ -781,11 +401,3 @@ def test_loading_and_the_first_call_compile_nothing(package, pipeline, tmp_path)
     environment = {name: value for name, value in os.environ.items() if name not in ("PATH", "CXX")}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, timeout=300)
     assert done.returncode == 0
-
-
-def test_what_is_loaded_is_there_once(sampler):
-    """The bytes of graphs and weights are let go of, those of the tokenizers are not."""
-    assert sampler._runtime.section("tokenizer/tokenizer.json")
-    for name in ("weights.safetensors", "graphs/embed"):
-        with pytest.raises(ValueError, match=f"no section {name}"):
-            sampler._runtime.section(name)

@@ -1,0 +1,33 @@
+"""The compiled sampler that the tests share: the model that ships, exported once."""
+
+import time
+
+import pytest
+from compiled_files import STEPS
+from torch._inductor import config as inductor_config
+
+from gentron_fast import GenTronPipeline, export
+from gentron_fast.compiled import CompiledSampler
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / "clip.gentron"
+    arguments = ["--out", str(path), "--whole", "--steps", str(STEPS), "--batch", "3"]
+    # The code around the kernels unoptimised: half of the compiler's time.
+    with inductor_config.patch("aot_inductor.compile_wrapper_opt_level", "O0"):
+        assert export.main(arguments) == 0
+    return path
+
+
+@pytest.fixture(scope="session")
+def sampler(package):
+    start = time.perf_counter()
+    sampler = CompiledSampler.load(package)
+    assert time.perf_counter() - start <= 10.0
+    return sampler
+
+
+@pytest.fixture(scope="session")
+def pipeline():
+    return GenTronPipeline.from_pretrained()

@@ -1,0 +1,51 @@
+"""What the tests of compiled samplers share: package files, gentron-sample, and errors."""
+
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+
+import torch
+
+from gentron_fast import export
+from gentron_fast.compiled.package import MAGIC
+
+PROGRAM = Path(export.__file__).with_name("gentron-sample")
+PROMPT = "a red circle moving left"
+LONG = "a large yellow triangle moving slowly down and to the left on a white background"
+STEPS = 20
+PREFIX = len(MAGIC) + 8 + 32
+
+
+def run_program(*arguments):
+    """gentron-sample in an environment with no trace of Python, on as many threads as this has."""
+    command = [PROGRAM, *map(str, arguments)]
+    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def embeddings(text, prefix=""):
+    named = {name: part for name, part in text._asdict().items() if part is not None}
+    return {
+        f"{prefix}{name}.{field}": tensor.contiguous()
+        for name, part in named.items()
+        for field, tensor in part._asdict().items()
+    }
+
+
+def read_package(path):
+    data = path.read_bytes()
+    size = int.from_bytes(data[8:16], "little")
+    return json.loads(data[PREFIX : PREFIX + size]), data[PREFIX + size :]
+
+
+def write_package(path, header, body):
+    """A package whose checksums are right."""
+    text = json.dumps(header).encode()
+    digest = hashlib.sha256(text).digest()
+    path.write_bytes(MAGIC + len(text).to_bytes(8, "little") + digest + text + body)
+    return path
