@@ -2,8 +2,9 @@
 
 A scene holds one or two objects (shape, colour, size, fill), a neutral background and one motion.
 Images are clean. Clips carry motion blur, H.264 compression and a watermark, as real video data
-does. One combination of shape x colour x motion in ten never occurs in training. A sample depends
-on (seed, kind, index) only.
+does. One combination of shape x colour x motion in ten never occurs in training. What a caption
+leaves out has its usual value: plain, of medium size, on white. A sample depends on (seed, kind,
+index) only.
 
     python -m gentron_train.shapes OUT --images 20000 --clips 6000 --seed 0
 """
@@ -32,6 +33,7 @@ FPS = 24
 FRAMES = 48  # two seconds
 INDEX_NAME = "index.json"  # of a folder's shards
 SHARD_SIZE = 500  # samples
+WORLD = 2  # its edition: samples of another one are others
 SPAN = (FRAMES - 1) / FPS  # seconds from the first frame to the last
 TEXT_BYTES = 110  # no caption is longer
 
@@ -47,6 +49,7 @@ COLOURS = {
 RADII = {"small": (7.5, 8.5), "medium": (10.0, 11.0), "large": (12.5, 13.5)}  # pixels
 FILLS = ("plain", "striped", "dotted")
 BACKGROUNDS = {"white": (240, 240), "grey": (130, 130), "black": (15, 15), "gradient": (60, 200)}
+USUAL = {"size": "medium", "fill": "plain", "background": "white"}  # what is left unsaid
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 MOTIONS = ("still", *DIRECTIONS, "spinning", "growing", "shrinking")
@@ -164,11 +167,19 @@ def _uniform(rng, low, high):
     return float(rng.uniform(low, max(low, high)))
 
 
-def _thing(rng, shape, colour, motion) -> Thing:
+def _pick_value(rng, what, choices, usual):
+    """The usual value of "size", "fill" or "background" with probability `usual`, or any other."""
+    others = [choice for choice in choices if choice != USUAL[what]]
+    is_usual = USUAL[what] in choices and rng.random() < usual
+    return USUAL[what] if is_usual else _pick(rng, others)
+
+
+def _thing(rng, shape, colour, motion, usual) -> Thing:
     """An object that stays within the frame for the whole clip while it moves by `motion`."""
     # A plain circle that spins would look still.
     fills = FILLS[1:] if motion == "spinning" and shape == "circle" else FILLS
-    fill, size = _pick(rng, fills), _pick(rng, RADII)
+    fill = _pick_value(rng, "fill", fills, usual)
+    size = _pick_value(rng, "size", RADII, usual)
     radius = _uniform(rng, *RADII[size])
     angle, spin, growth, largest = _uniform(rng, -0.12, 0.12), 0.0, 0.0, radius
     if motion == "spinning":
@@ -198,7 +209,7 @@ def _axis(direction):
     return axis, direction[axis]
 
 
-def _pair(rng, shapes, colours, motion, relation) -> tuple[Thing, Thing]:
+def _pair(rng, shapes, colours, motion, relation, usual) -> tuple[Thing, Thing]:
     """Two small objects side by side that stand still or move the same way, and never touch."""
     # Small enough to travel 14 px between eight sampled frames even along the line they stand on.
     radii = [_uniform(rng, 6.8, 7.5) for _ in shapes]
@@ -224,7 +235,7 @@ def _pair(rng, shapes, colours, motion, relation) -> tuple[Thing, Thing]:
         Thing(
             shape=shape,
             colour=colour,
-            fill=_pick(rng, FILLS),
+            fill=_pick_value(rng, "fill", FILLS, usual),
             size="small",
             x=position[0],
             y=position[1],
@@ -238,16 +249,27 @@ def _pair(rng, shapes, colours, motion, relation) -> tuple[Thing, Thing]:
     )
 
 
-def make_scene(rng, shape: str, colour: str, motion: str) -> Scene:
+def make_scene(rng, shape: str, colour: str, motion: str, usual: float = 0.5) -> Scene:
     """A scene with one object of this shape, colour and motion; the rest is drawn from `rng`.
 
-    Raises ValueError for a word that the small world does not know.
+    usual: how often size, fill and background each have their usual value. Raises ValueError for a
+    word that the small world does not know.
     """
     for word, known in ((shape, SHAPES), (colour, COLOURS), (motion, MOTIONS)):
         if word not in known:
             raise ValueError(f"{word!r} is not one of {', '.join(known)}")
-    thing = _thing(rng, shape, colour, motion)
-    return Scene((thing,), _pick(rng, BACKGROUNDS), motion, None, _uniform(rng, 0, 2 * math.pi))
+    return _scene(rng, (_thing(rng, shape, colour, motion, usual),), motion, None, usual)
+
+
+def make_pair(rng, shapes, colours, motion: str, relation: str, usual: float = 0.5) -> Scene:
+    """A scene of two objects; motion "still" or one of DIRECTIONS. As `make_scene` else."""
+    things = _pair(rng, shapes, colours, motion, relation, usual)
+    return _scene(rng, things, motion, relation, usual)
+
+
+def _scene(rng, things, motion, relation, usual) -> Scene:
+    background = _pick_value(rng, "background", BACKGROUNDS, usual)
+    return Scene(things, background, motion, relation, _uniform(rng, 0, 2 * math.pi))
 
 
 def sample_scene(rng) -> Scene:
@@ -258,22 +280,31 @@ def sample_scene(rng) -> Scene:
             if not is_held_out(*triple):
                 return make_scene(rng, *triple)
         else:
-            shapes = [_pick(rng, SHAPES) for _ in range(2)]
-            colours = [str(c) for c in rng.choice(tuple(COLOURS), 2, replace=False)]
-            motion = _pick(rng, ("still", *DIRECTIONS))
-            relation = _pick(rng, RELATIONS)
-            pairs = zip(shapes, colours, strict=True)
-            if not any(is_held_out(*pair, motion) for pair in pairs):
-                things = _pair(rng, shapes, colours, motion, relation)
-                tilt = _uniform(rng, 0, 2 * math.pi)
-                return Scene(things, _pick(rng, BACKGROUNDS), motion, relation, tilt)
+            return _sample_pair(rng)
 
 
-def _noun(rng, thing, detail):
+def _sample_pair(rng) -> Scene:
+    """Two objects of different colours, none held out."""
+    while True:
+        shapes = [_pick(rng, SHAPES) for _ in range(2)]
+        colours = [str(c) for c in rng.choice(tuple(COLOURS), 2, replace=False)]
+        motion = _pick(rng, ("still", *DIRECTIONS))
+        relation = _pick(rng, RELATIONS)
+        pairs = zip(shapes, colours, strict=True)
+        if not any(is_held_out(*pair, motion) for pair in pairs):
+            return make_pair(rng, shapes, colours, motion, relation)
+
+
+def _says(rng, what, value, detail):
+    return value != USUAL[what] or rng.random() < detail
+
+
+def _noun(rng, thing, detail, alone):
     words = ["a"]
-    if thing.size and rng.random() < detail:
+    # Two objects are always small, or they would not fit.
+    if thing.size and (_says(rng, "size", thing.size, detail) if alone else rng.random() < detail):
         words.append(thing.size)
-    if rng.random() < detail:
+    if _says(rng, "fill", thing.fill, detail):
         words.append(thing.fill)
     return " ".join([*words, thing.colour, thing.shape])
 
@@ -281,10 +312,12 @@ def _noun(rng, thing, detail):
 def caption(scene: Scene, rng, motion: bool = True, detail: float = 0.4) -> str:
     """One of the phrasings that are true of `scene`, in words of `vocabulary()`, at most 110 bytes.
 
-    motion: name the motion. detail: how often size, fill and background are each mentioned.
+    motion: name the motion. detail: how often size, fill and background are each mentioned where
+    they are the usual ones; others always are.
     """
+    alone = len(scene.objects) == 1
     while True:
-        things = [_noun(rng, thing, detail) for thing in scene.objects]
+        things = [_noun(rng, thing, detail, alone) for thing in scene.objects]
         phrase = _pick(rng, PHRASES[scene.motion])
         if len(things) == 2:
             thing = f"{things[0]} {_pick(rng, RELATION_PHRASES[scene.relation])} {things[1]}"
@@ -293,7 +326,7 @@ def caption(scene: Scene, rng, motion: bool = True, detail: float = 0.4) -> str:
             text = _pick(rng, SENTENCES).format(thing=things[0], motion=phrase)
         else:
             text = things[0]
-        if rng.random() < detail:
+        if _says(rng, "background", scene.background, detail):
             text = _pick(rng, PLACES).format(sentence=text, background=scene.background)
         if len(text) <= TEXT_BYTES:
             return text
@@ -351,18 +384,26 @@ def _brightness(fill, u, v, pixel):
 def _render(scene, times) -> np.ndarray:
     """Frames (T, 64, 64, 3) float32 in 0..255, each the mean over its row of `times` (T, S)."""
     times = np.asarray(times, dtype=np.float32)
+    return paint(scene, [thing.pose(times) for thing in scene.objects], times.shape)
+
+
+def paint(scene: Scene, poses, shape: tuple[int, int]) -> np.ndarray:
+    """The scene with its objects in other poses: (T, 64, 64, 3) float32 in 0..255.
+
+    poses: of each object x, y, radius and angle, numbers or arrays of `shape` (T, S); a frame is
+    the mean over its S poses.
+    """
     centres = np.arange(SIZE, dtype=np.float32) + np.float32(0.5)
     low, high = BACKGROUNDS[scene.background]
     slope = math.cos(scene.tilt) * (centres - SIZE / 2) + math.sin(scene.tilt) * (
         centres[:, None] - SIZE / 2
     )
     ground = low + (high - low) * (slope / (SIZE * math.sqrt(2)) + 0.5)
-    frames = np.empty((len(times), SIZE, SIZE, 3), dtype=np.float32)
+    frames = np.empty((shape[0], SIZE, SIZE, 3), dtype=np.float32)
     frames[:] = ground[..., None]
-    for thing in scene.objects:
+    for thing, pose in zip(scene.objects, poses, strict=True):
         x, y, radius, angle = (
-            np.broadcast_to(np.asarray(a, np.float32), times.shape)[..., None, None]
-            for a in thing.pose(times)
+            np.broadcast_to(np.asarray(a, np.float32), shape)[..., None, None] for a in pose
         )
         reach = REACH[thing.shape] * radius + 1
         rows = slice(max(int((y - reach).min()), 0), int((y + reach).max()) + 1)
@@ -387,12 +428,12 @@ def render_frame(scene: Scene, time: float = 0.0) -> np.ndarray:
     return _to_uint8(_render(scene, [[time]]))[0]
 
 
-def render_clip(scene: Scene, clean: bool = True, rng=None) -> np.ndarray:
-    """The scene's two seconds: uint8 (48, 64, 64, 3).
+def render_clip(scene: Scene, clean: bool = True, rng=None, every: int = 1) -> np.ndarray:
+    """The scene's two seconds, each `every`-th frame of 48: uint8 (T, 64, 64, 3).
 
     clean=False adds motion blur and a watermark drawn from `rng`; compression is `encode_mp4`'s.
     """
-    times = np.arange(FRAMES)[:, None] / FPS
+    times = np.arange(0, FRAMES, every)[:, None] / FPS
     if clean:
         return _to_uint8(_render(scene, times))
     if rng is None:
@@ -468,6 +509,13 @@ def unseen_prompts(n: int, seed: int = 0) -> list[tuple[str, Scene]]:
     return list(_prompts(n, seed, unseen=True))
 
 
+def pair_prompts(n: int, seed: int = 0) -> list[tuple[str, Scene]]:
+    """n short prompts of two objects and their relation, and a scene of each."""
+    rng = np.random.default_rng([seed, 4])
+    scenes = [_sample_pair(rng) for _ in range(n)]
+    return [(caption(scene, rng, detail=0.0), scene) for scene in scenes]
+
+
 def _write_shard(job) -> int:
     path, seed, kind, start, stop = job
     with whole_file(path) as partial, tarfile.open(partial, "w") as tar:
@@ -495,8 +543,9 @@ def write_shards(
     """
     from tqdm import tqdm
 
-    wanted = {"images": images, "clips": clips, "seed": seed, "shard_size": shard_size}
-    for name, value in wanted.items():
+    counts = {"images": images, "clips": clips, "seed": seed, "shard_size": shard_size}
+    wanted = counts | {"world": WORLD}
+    for name, value in counts.items():
         if value < (name == "shard_size"):
             raise ValueError(f"{name} is {value}, must be at least {int(name == 'shard_size')}")
     if processes is not None and processes < 1:
@@ -537,7 +586,9 @@ def ensure_shards(folder, images: int = 20000, clips: int = 6000) -> None:
     """
     index = Path(folder) / INDEX_NAME
     if index.exists():
-        write_shards(folder, **json.loads(index.read_text()))
+        counts = json.loads(index.read_text())
+        counts.pop("world", None)
+        write_shards(folder, **counts)
     elif not list(Path(folder).glob("*.tar")):
         write_shards(folder, images, clips)
 

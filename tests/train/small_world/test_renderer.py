@@ -79,7 +79,7 @@ def test_prompts_are_seen_or_unseen():
 
 def test_readme_prompt_is_one_of_the_captions():
     rng = np.random.default_rng(0)
-    scene = renderer.make_scene(rng, "circle", "red", "left")
+    scene = renderer.make_scene(rng, "circle", "red", "left", usual=1.0)
     assert "a red circle moving left" in {renderer.caption(scene, rng) for _ in range(300)}
 
 
@@ -104,6 +104,19 @@ def test_captions_are_true_short_and_of_known_words(scenes):
                 f" {phrase} a " in text for phrase in renderer.RELATION_PHRASES[scene.relation]
             )
     assert words == set(renderer.vocabulary())
+
+
+def test_what_a_caption_leaves_out_has_its_usual_value(scenes):
+    rng, usual = np.random.default_rng(3), 0
+    for scene in scenes:
+        said = renderer.caption(scene, rng).replace(",", "").split()
+        values = [scene.background, *(thing.fill for thing in scene.objects)]
+        if len(scene.objects) == 1:  # two are always small
+            values += [thing.size for thing in scene.objects if thing.size]
+        unusual = [value for value in values if value not in renderer.USUAL.values()]
+        assert set(unusual) <= set(said)
+        usual += not unusual
+    assert 0.05 < usual / len(scenes) < 0.3  # both kinds are common
 
 
 def test_caption_without_motion_names_none(scenes):
