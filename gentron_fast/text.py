@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,10 @@ MAX_TOKENS = {"clip": 77, "t5": 256}
 SUBFOLDERS = {"clip": ("text_encoder", "tokenizer"), "t5": ("text_encoder_2", "tokenizer_2")}
 MODEL_CLASSES = {"clip": "CLIPTextModel", "t5": "T5EncoderModel"}
 TOKENIZER_CONFIG = "tokenizer_config.json"
-LOWER_AND_STRIP = "lower_and_strip"  # a field of ours there: prompts are lower-cased and stripped
+# Fields of ours there: prompts are lower-cased and stripped; each word that the model was trained
+# with is one token, so that any other is known to be new to it.
+LOWER_AND_STRIP = "lower_and_strip"
+WHOLE_WORDS = "whole_words"
 Tokens = dict[str, tuple[Tensor, Tensor]]
 WEIGHTS_STEM = "model"
 _LAYERS, _WIDTH = whole(1, MOST_LAYERS), whole(1, MOST_WIDTH)
@@ -56,6 +60,7 @@ TOKENIZER_SCHEMA = {
     "model_max_length": optional(real(2, 1e32)),
     "extra_ids": whole(0, 10_000),
     LOWER_AND_STRIP: FLAG,
+    WHOLE_WORDS: FLAG,
 }
 
 
@@ -148,7 +153,7 @@ class TextEncoder(nn.Module):
         Padded to the longest prompt of the batch; prompts longer than the encoder's limit (77 for
         CLIP, 256 for T5, or the tokenizer's model_max_length where that is less) are cut, with a
         warning the first time. A tokenizer_config.json with lower_and_strip has prompts lower-cased
-        and stripped first.
+        and stripped first, one with whole_words warns of words that the model has never seen.
         """
         if not prompts:
             raise ValueError("no prompts to encode")
@@ -160,6 +165,8 @@ class TextEncoder(nn.Module):
         limit, end = min(MAX_TOKENS[name], tokenizer.model_max_length), tokenizer.eos_token_id
         if tokenizer.init_kwargs.get(LOWER_AND_STRIP):
             prompts = [prompt.lower().strip() for prompt in prompts]
+        if tokenizer.init_kwargs.get(WHOLE_WORDS):
+            self._warn_of_words(tokenizer, prompts)
         rows = []
         with told_as(f"the {name} tokenizer cannot read the prompts"):
             all_ids = tokenizer(prompts, verbose=False)["input_ids"]
@@ -186,6 +193,14 @@ class TextEncoder(nn.Module):
                 "later ones are cut without a warning",
                 stacklevel=2,
             )
+
+    def _warn_of_words(self, tokenizer, prompts: list[str]) -> None:
+        words = dict.fromkeys(re.findall(r"[^\W\d_]+", " ".join(prompts).lower()))
+        new = [word for word in words if word not in self._warned_of]
+        unknown = [word for word in new if len(tokenizer.tokenize(word)) > 1]
+        self._warned_of.update(unknown)
+        if unknown:
+            warnings.warn(f"the model has never seen: {', '.join(unknown)}", stacklevel=2)
 
     def forward(self, tokens: Tokens) -> TextCondition:
         """Encode what `tokenize` returns; differentiable.

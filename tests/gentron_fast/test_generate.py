@@ -111,6 +111,14 @@ def test_help_fits_one_screen_and_names_every_option(capsys):
     assert len(options) > 20 and all(f"--{option} " in HELP for option in options)
 
 
+def test_words_that_the_small_model_has_never_seen_are_told(tmp_path, capsys):
+    prompts = ["an orange circle moving left", "an orange white square", "a red circle moving left"]
+    assert main([*prompts, "--steps", "1", "--image", "--out", f"{tmp_path}/"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "never seen" in line]
+    assert [line.partition("seen: ")[2] for line in told] == ["an, orange"]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_reading_the_arguments_loads_no_torch():
     code = (
         "import sys, gentron_fast.generate as g; g.parse_arguments(['x']);"

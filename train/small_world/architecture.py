@@ -17,7 +17,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from gentron_fast.text import MAX_TOKENS, TextEncoder
+from gentron_fast.text import MAX_TOKENS, WHOLE_WORDS, TextEncoder
 from gentron_fast.vae import VideoVAE
 
 # Channels per level, full resolution first. Nearly all the time goes to the full-resolution level,
@@ -107,6 +107,7 @@ def word_tokenizer(words: list[str]) -> CLIPTokenizer:
         vocab={token: index for index, token in enumerate(tokens)},
         merges=merges,
         model_max_length=MAX_TOKENS["clip"],
+        **{WHOLE_WORDS: True},
     )
 
 
