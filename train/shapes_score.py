@@ -1,8 +1,87 @@
-"""Score a pipeline in the small world: python -m gentron_train.shapes_score PIPELINE"""
+"""Score a pipeline in the small world.
 
+python -m gentron_train.shapes_score PIPELINE --prompts 200 --out score.json
+python -m gentron_train.shapes_score --sweep lambda_t=2,3,5 rescale=0,0.7 --out sweep.json
+"""
+
+import argparse
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
-from gentron_train.small_world.evaluator import main
+from gentron_fast.commandline import refuse, usable_device
+from gentron_fast.files import write_json
+from gentron_train.small_world.evaluator import COLUMNS, ceiling, evaluate, format_table
+from gentron_train.small_world.sweep import SWEPT, parse_grid, sweep, sweep_table
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0, or 2 after wrong input, which is told in one line."""
+    parser = argparse.ArgumentParser(
+        prog="gentron_train.shapes_score", description="Score a pipeline in the small world."
+    )
+    parser.error = refuse
+    parser.add_argument("pipeline", nargs="?", help="pipeline folder (the model that ships)")
+    parser.add_argument("--prompts", type=int, default=200, help="of each kind (200)")
+    parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=list(COLUMNS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--frames", type=int, help="frames a clip (the pipeline's)")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--solver", help="(the pipeline's)")
+    for name in SWEPT:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="(the pipeline's)")
+    parser.add_argument("--device", type=usable_device, default="cpu")
+    parser.add_argument(
+        "--ceiling", action="store_true", help="score its VAE on clean clips, and sample nothing"
+    )
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        metavar="NAME=VALUE,…",
+        help=f"every combination of values of {', '.join(SWEPT)}, seen and unseen; --out FILE.json "
+        "is resumed, with a picture and a contact sheet beside it",
+    )
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    try:
+        args = parser.parse_args(argv)
+        if args.out and not args.out.absolute().parent.is_dir():
+            raise ValueError(f"no folder {args.out.parent} for {args.out.name}")
+        if args.prompts < 1 or args.batch < 1:
+            raise ValueError("--prompts and --batch must be at least 1")
+        if args.pipeline and not Path(args.pipeline).is_dir():
+            raise ValueError(f"no pipeline folder {args.pipeline}")
+        grid = parse_grid(args.sweep) if args.sweep else None
+        if grid and args.out is None:
+            raise ValueError("--sweep needs --out FILE.json, where its figures are kept")
+
+        from gentron_fast import GenTronPipeline
+
+        pipeline = GenTronPipeline.from_pretrained(args.pipeline, device=args.device)
+        options = {"frames": args.frames, "steps": args.steps}
+        for name in ("solver", *SWEPT):
+            given = getattr(args, name)
+            options[name] = getattr(pipeline.defaults, name) if given is None else given
+        settings = {"prompts": args.prompts, "seed": args.seed, **options}
+        if grid:
+            rows = sweep(pipeline, grid, args.out, settings, args.batch)
+            print(sweep_table(rows, args.prompts))
+            return 0
+        if args.ceiling:
+            scores = ceiling(pipeline, args.prompts, args.seed, args.columns)
+        else:
+            scores = evaluate(
+                pipeline, args.prompts, args.seed, args.batch, columns=args.columns, **options
+            )
+        print(format_table(scores))
+        if args.out:
+            columns = {name: asdict(column) for name, column in scores.items()}
+            write_json(args.out, {"settings": settings, "scores": columns})
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -26,17 +26,23 @@ PROMPTS = (
 COLUMNS, LINE = 2, 14  # clips beside one another; pixels of a prompt's line
 
 
-def picture(frames: np.ndarray) -> np.ndarray:
-    """Frames uint8 (12, T, H, W, 3) → every clip as a row of frames below its prompt."""
+def labelled(picture: np.ndarray, title: str) -> np.ndarray:
+    """A picture, uint8 (H, W, 3), below a line of text."""
     from PIL import Image, ImageDraw
 
-    clips = []
-    for prompt, clip in zip(PROMPTS, frames, strict=True):
-        sheet = Image.fromarray(contact_sheet([clip]))
-        labelled = Image.new("RGB", (sheet.width, sheet.height + LINE), "white")
-        labelled.paste(sheet, (0, LINE))
-        ImageDraw.Draw(labelled).text((1, 1), prompt, fill="black")
-        clips.append(np.asarray(labelled))
+    height, width, _ = picture.shape
+    whole = Image.new("RGB", (width, height + LINE), "white")
+    whole.paste(Image.fromarray(picture), (0, LINE))
+    ImageDraw.Draw(whole).text((1, 1), title, fill="black")
+    return np.asarray(whole)
+
+
+def picture(frames: np.ndarray) -> np.ndarray:
+    """Frames uint8 (12, T, H, W, 3) → every clip as a row of frames below its prompt."""
+    clips = [
+        labelled(contact_sheet([clip]), prompt)
+        for prompt, clip in zip(PROMPTS, frames, strict=True)
+    ]
     rows = [np.concatenate(clips[i : i + COLUMNS], 1) for i in range(0, len(clips), COLUMNS)]
     return np.concatenate(rows)
 

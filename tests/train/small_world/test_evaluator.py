@@ -1,14 +1,17 @@
 """The evaluator reads back what the renderer drew, and scores what a pipeline makes."""
 
 import io
+import itertools
 import json
 import math
 
 import numpy as np
 import pytest
 
+from gentron_train import shapes_score
 from gentron_train.small_world import evaluator, renderer
-from gentron_train.small_world.evaluator import judge, read_clip, read_image, read_objects, score
+from gentron_train.small_world.evaluator import judge, score
+from gentron_train.small_world.reading import read_clip, read_image, read_objects
 from gentron_train.small_world.renderer import FPS, Scene, Thing
 
 
@@ -158,30 +161,33 @@ class Painter:
 
 
 def test_evaluate_feeds_prompts_and_seeds_in_batches():
-    painter = Painter(renderer.seen_prompts(5, 2) + renderer.unseen_prompts(5, 2))
+    prompts = (draw(5, 2) for draw in evaluator.COLUMNS.values())
+    painter = Painter(itertools.chain.from_iterable(prompts))
     scores = evaluator.evaluate(painter, prompts=5, seed=2, batch=2, progress=False, frames=8)
-    assert painter.seeds == [2, 3, 4, 5, 6] * 2
-    assert scores["seen"]["colour"] == scores["unseen"]["colour"] == 1
+    assert painter.seeds == [2, 3, 4, 5, 6] * 3
+    for column in scores.values():
+        assert column.shares["colour"] == 1 and column.counts["colour"] == 5
+        assert column.fidelity["psnr"] > 40 and column.fidelity["broken"] == 0
     table = evaluator.format_table(scores)
-    assert "colour" in table
-    assert "100.0" in table
+    assert "colour" in table and "PSNR" in table
+    assert "100.0 (56.6–100.0)" in table  # Wilson's interval of 5 of 5
 
 
 def test_command_line_scores_clips(tiny_pipeline_folder, tmp_path, capsys):
     out = tmp_path / "score.json"
     options = ["--prompts", "2", "--batch", "2", "--steps", "1", "--out", str(out)]
-    assert evaluator.main([str(tiny_pipeline_folder), *options]) == 0
+    assert shapes_score.main([str(tiny_pipeline_folder), *options]) == 0
     assert "motion" in capsys.readouterr().out
     figures = json.loads(out.read_text())
     assert figures["settings"]["steps"] == 1
-    assert set(figures["scores"]) == {"seen", "unseen"}
-    assert "motion" in figures["scores"]["seen"]
+    assert set(figures["scores"]) == {"seen", "unseen", "pairs"}
+    assert {"motion", "relation"} <= set(figures["scores"]["pairs"]["shares"])
     assert [path.name for path in tmp_path.iterdir()] == ["score.json"]
 
 
 def test_image_pipelines_have_no_motion(tiny_t2i_folder, capsys):
     arguments = [str(tiny_t2i_folder), "--prompts", "1", "--steps", "1"]
-    assert evaluator.main(arguments) == 0
+    assert shapes_score.main(arguments) == 0
     table = capsys.readouterr().out
     assert "shape" in table
     assert "motion" not in table
@@ -199,7 +205,7 @@ def test_image_pipelines_have_no_motion(tiny_t2i_folder, capsys):
     ids=str,
 )
 def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, capsys):
-    assert evaluator.main(arguments) == 2
+    assert shapes_score.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

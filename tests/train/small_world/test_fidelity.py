@@ -1,0 +1,139 @@
+"""Fidelity: the fitted scene is the scene, and each kind of damage moves its figure."""
+
+import numpy as np
+import pytest
+
+from gentron_train.small_world import renderer
+from gentron_train.small_world.fidelity import (
+    BROKEN,
+    features,
+    fit_scene,
+    frechet_distance,
+    summarize,
+)
+
+
+def clip_of(scene):
+    return renderer.render_clip(scene, every=6)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [renderer.sample_scene(np.random.default_rng([5, k])) for k in range(12)]
+
+
+@pytest.fixture(scope="module")
+def clips(scenes):
+    return [clip_of(scene) for scene in scenes]
+
+
+@pytest.fixture(scope="module")
+def clean(clips):
+    return summarize([fit_scene(clip) for clip in clips])
+
+
+def blurred(clip):
+    return sum(np.roll(clip.astype(np.float32), k, axis) for k in (-2, 0, 2) for axis in (1, 2)) / 6
+
+
+def noisy(clip):
+    return clip + np.random.default_rng(0).normal(0, 30, clip.shape)
+
+
+def striped(clip):
+    return clip + 60.0 * (np.arange(64) % 6 < 3)[:, None]
+
+
+def jerky(clip):
+    """Every other frame four pixels to the right."""
+    return np.stack([np.roll(frame, 4 * (k % 2), 1) for k, frame in enumerate(clip)])
+
+
+def flickering(clip):
+    return np.stack([frame * (1 - 0.2 * (k % 2)) for k, frame in enumerate(clip)])
+
+
+def damaged(clips, damage):
+    return [np.clip(damage(clip), 0, 255).astype(np.uint8) for clip in clips]
+
+
+def test_the_scene_is_found_and_rendered(scenes, clips):
+    for scene, clip in zip(scenes, clips, strict=True):
+        fit = fit_scene(clip)
+        assert fit.psnr > 35
+        assert fit.scene.background == scene.background
+        found = {(thing.shape, thing.colour, thing.fill) for thing in fit.scene.objects}
+        assert found == {(thing.shape, thing.colour, thing.fill) for thing in scene.objects}
+        times = np.arange(8) / 4
+        for thing, pose in zip(fit.scene.objects, fit.poses, strict=True):
+            own = next(o for o in scene.objects if o.colour == thing.colour)
+            for value, wanted in zip(pose[:3], own.pose(times)[:3], strict=True):
+                assert np.abs(value - wanted).max() < 0.3
+
+
+def test_clean_clips_are_steady(clean):
+    assert clean["psnr"] > 50 and clean["broken"] == 0
+    assert clean["place jitter"] < 0.05 and clean["size jitter"] < 0.5
+    assert clean["colour jitter"] < 2
+
+
+@pytest.mark.parametrize("damage", [noisy, blurred, striped], ids=lambda f: f.__name__)
+def test_damage_lowers_the_psnr(clips, clean, damage):
+    figures = summarize([fit_scene(clip) for clip in damaged(clips[:4], damage)])
+    assert figures["psnr"] < clean["psnr"] - 20
+    stronger = lambda clip: clip + 2.5 * (damage(clip) - clip)  # noqa: E731
+    assert summarize([fit_scene(c) for c in damaged(clips[:4], stronger)])["psnr"] < figures["psnr"]
+
+
+def test_what_jumps_is_not_steady(clips, clean):
+    def figures(damage):
+        return summarize([fit_scene(clip) for clip in damaged(clips[:4], damage)])
+
+    assert figures(jerky)["place jitter"] > clean["place jitter"] + 3
+    assert figures(flickering)["colour jitter"] > clean["colour jitter"] + 5
+
+
+def test_a_clip_of_no_scene_is_broken():
+    noise = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    fit = fit_scene(noise)
+    assert fit.psnr < BROKEN and summarize([fit])["broken"] == 1
+
+
+def test_an_empty_picture_is_its_background():
+    fit = fit_scene(np.full((1, 64, 64, 3), 130, dtype=np.uint8))
+    assert fit.scene.background == "grey" and not fit.scene.objects
+    assert fit.psnr == 60 and not fit.jitter()
+
+
+def test_frames_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"float32 \(2, 64, 64, 3\), must be uint8 \(T, 64, 64, 3"):
+        fit_scene(np.zeros((2, 64, 64, 3), dtype=np.float32))
+
+
+def test_the_frechet_distance_is_heusels():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(200, 6)), rng.normal(0.5, 2, size=(300, 6)) @ rng.normal(size=(6, 6))
+    a, b = a / b.std(0), b / b.std(0)
+    first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    wanted = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    wanted += np.trace(first + second)
+    # The trace of a root is the sum of the eigenvalues' roots.
+    wanted -= 2 * np.sqrt(np.linalg.eigvals(first @ second).real).sum()
+    assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-6)
+    assert frechet_distance(a, a) < 1e-9
+
+
+def test_damage_is_far_from_real_clips():
+    def some(seed):
+        rng = np.random.default_rng(seed)
+        return [clip_of(renderer.sample_scene(rng)) for _ in range(100)]
+
+    real, other = features(some(1)), some(2)
+    floor = frechet_distance(features(other), real)
+    assert features(other[:2]).shape == (2, 64)
+    for damage in (noisy, blurred, striped, jerky, flickering):
+        assert frechet_distance(features(damaged(other, damage)), real) > 1.5 * floor
+    # Wrong shapes: all of them circles.
+    rng = np.random.default_rng(3)
+    circles = [renderer.make_scene(rng, "circle", "red", "still") for _ in range(100)]
+    assert frechet_distance(features([clip_of(scene) for scene in circles]), real) > 10 * floor

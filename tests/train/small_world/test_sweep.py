@@ -1,0 +1,63 @@
+"""A sweep over guidance: every combination once, resumed, a rule for the default."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from gentron_train import shapes_score
+from gentron_train.small_world import sweep as module
+from gentron_train.small_world.sweep import choose, parse_grid
+
+
+def test_the_grid_is_every_combination():
+    grid = parse_grid(["lambda_t=1.5,3", "rescale=0,0.7"])
+    assert grid == [
+        {"lambda_t": 1.5, "rescale": 0},
+        {"lambda_t": 1.5, "rescale": 0.7},
+        {"lambda_t": 3, "rescale": 0},
+        {"lambda_t": 3, "rescale": 0.7},
+    ]
+
+
+@pytest.mark.parametrize("word", ["steps=3", "lambda_t", "lambda_t=", "lambda_t=a", "lambda_t=nan"])
+def test_what_is_no_grid_is_refused(word, tmp_path, capsys):
+    assert shapes_score.main(["--sweep", word, "--out", str(tmp_path / "sweep.json")]) == 2
+    assert "--sweep" in capsys.readouterr().err
+
+
+def row(alignment, psnr, **values):
+    shares = {"seen all": alignment, "unseen all": alignment}
+    return shares | {"seen psnr": psnr, "unseen psnr": psnr} | values
+
+
+def test_the_rule_takes_the_best_looking_of_those_that_are_as_right():
+    burnt, clean, wrong = row(0.90, 18.0), row(0.885, 25.0), row(0.80, 30.0)
+    assert choose([burnt, clean, wrong], prompts=100) is clean
+    assert choose([burnt, clean, wrong], prompts=10_000) is burnt
+
+
+def test_a_sweep_is_written_and_resumed(tiny_pipeline_folder, tmp_path, capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        module, "evaluate", lambda *a, **o: calls.append(o) or shapes_score.evaluate(*a, **o)
+    )
+    out = tmp_path / "sweep.json"
+    arguments = [str(tiny_pipeline_folder), "--prompts", "2", "--steps", "1", "--out", str(out)]
+    assert shapes_score.main([*arguments, "--sweep", "lambda_t=1,3"]) == 0
+    assert [call["lambda_t"] for call in calls] == [1, 3]
+    assert shapes_score.main([*arguments, "--sweep", "lambda_t=1,3,5", "rescale=0"]) == 0
+    assert [call["lambda_t"] for call in calls] == [1, 3, 5]
+    rows = json.loads(out.read_text())["rows"]
+    assert [(r["lambda_t"], r["lambda_m"], r["rescale"]) for r in rows] == [
+        (1, 1.2, 0),
+        (3, 1.2, 0),
+        (5, 1.2, 0),
+    ]
+    table = capsys.readouterr().out
+    assert "chosen: λ_T" in table and "PSNR" not in table
+    for name in ("sweep.png", "sweep-clips.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.size[0] > 200
+    assert shapes_score.main([*arguments, "--seed", "1", "--sweep", "lambda_t=1"]) == 2
+    assert "holds a sweep of other settings" in capsys.readouterr().err

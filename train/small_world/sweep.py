@@ -1,0 +1,147 @@
+"""What guidance does: the evaluator's alignment and fidelity over a grid of its values.
+
+The default of a pipeline is chosen from them by one rule, `choose`.
+"""
+
+import argparse
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gentron_fast.commandline import number
+from gentron_fast.config import SamplingDefaults
+from gentron_fast.files import read_json, whole_file, write_json
+from gentron_fast.media import contact_sheet
+from gentron_train.small_world.evaluator import evaluate
+from gentron_train.small_world.picture import labelled
+
+SWEPT = ("lambda_t", "lambda_m", "rescale")
+COLUMNS = ("seen", "unseen")
+SHEET_PROMPTS = "a red circle moving left", "a blue star rotating", "a dotted green square growing"
+LABELS = {"lambda_t": "λ_T", "lambda_m": "λ_M", "rescale": "φ"}
+
+
+def parse_grid(words: Sequence[str]) -> list[dict[str, float]]:
+    """Every combination of "lambda_t=2,3" "rescale=0,0.7". ValueError for anything else."""
+    values = {}
+    for word in words:
+        name, _, listed = word.partition("=")
+        if name not in SWEPT or name in values or not listed:
+            raise ValueError(f"--sweep takes NAME=VALUE,… of {', '.join(SWEPT)}, got {word!r}")
+        try:
+            values[name] = [number(value) for value in listed.split(",")]
+        except argparse.ArgumentTypeError:
+            raise ValueError(f"--sweep {name} takes numbers, got {listed!r}") from None
+    return [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
+
+
+def sweep(
+    pipeline, grid: Sequence[dict[str, float]], out: Path, settings: dict, batch: int = 16
+) -> list[dict]:
+    """Score every point of the grid; rows that `out` holds for the same settings are kept.
+
+    settings: "prompts" and "seed" of `evaluate`, and what else its calls take, the grid's values
+    coming over them. Beside out (.json) stand a picture and a contact sheet (.png, -clips.png).
+    """
+    options = {k: v for k, v in settings.items() if k not in ("prompts", "seed")}
+    rows = []
+    if out.exists():
+        found = read_json(out)
+        if found.get("settings") != settings:
+            raise ValueError(f"{out} holds a sweep of other settings; choose another file")
+        rows = found["rows"]
+    for point in grid:
+        if any(all(row[name] == value for name, value in point.items()) for row in rows):
+            continue
+        scores = evaluate(
+            pipeline,
+            settings["prompts"],
+            settings["seed"],
+            batch,
+            columns=COLUMNS,
+            **options | point,
+        )
+        row = {name: (options | point)[name] for name in SWEPT}
+        for name, column in scores.items():
+            row |= {f"{name} {share}": column.shares[share] for share in column.shares}
+            row |= {f"{name} {figure}": column.fidelity[figure] for figure in column.fidelity}
+        rows.append(row)
+        write_json(out, {"settings": settings, "rows": rows})
+    _draw(rows, out.with_suffix(".png"))
+    _draw_sheet(pipeline, rows, options, out.with_name(f"{out.stem}-clips.png"))
+    return rows
+
+
+def alignment(row: dict) -> float:
+    """The share of clips right in everything, over seen and unseen prompts."""
+    return (row["seen all"] + row["unseen all"]) / 2
+
+
+def psnr(row: dict) -> float:
+    return (row["seen psnr"] + row["unseen psnr"]) / 2
+
+
+def choose(rows: Sequence[dict], prompts: int) -> dict:
+    """The rule for a pipeline's defaults: of all points whose alignment is within one standard
+    error of the best, the one of highest PSNR, and of equal ones the first."""
+    best = max(alignment(row) for row in rows)
+    error = math.sqrt(best * (1 - best) / (2 * prompts))
+    return max((row for row in rows if alignment(row) >= best - error), key=psnr)
+
+
+def sweep_table(rows: Sequence[dict], prompts: int) -> str:
+    """A line a point, and the point that `choose` takes."""
+    figures = ("all", "shape", "motion", "psnr", "broken", "fréchet")
+    titles = [*(LABELS[name] for name in SWEPT), *figures]
+    lines = ["".join(f"{title:>9}" for title in titles)]
+    for row in rows:
+        cells = [f"{row[name]:g}" for name in SWEPT]
+        for figure in figures:
+            mean = (row[f"seen {figure}"] + row[f"unseen {figure}"]) / 2
+            cells.append(f"{mean if figure in ('psnr', 'fréchet') else 100 * mean:.2f}")
+        lines.append("".join(f"{cell:>9}" for cell in cells))
+    chosen = choose(rows, prompts)
+    values = ", ".join(f"{LABELS[name]} {chosen[name]:g}" for name in SWEPT)
+    return "\n".join([*lines, f"chosen: {values}"])
+
+
+def _draw(rows: Sequence[dict], path: Path) -> None:
+    """Alignment against PSNR, a line for each λ_M and φ, the paper's values marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    paper = SamplingDefaults()
+    for key in dict.fromkeys((row["lambda_m"], row["rescale"]) for row in rows):
+        line = [row for row in rows if (row["lambda_m"], row["rescale"]) == key]
+        line.sort(key=lambda row: row["lambda_t"])
+        points = [(psnr(row), 100 * alignment(row)) for row in line]
+        axes.plot(*zip(*points, strict=True), "o-", ms=4, label=f"λ_M {key[0]:g}, φ {key[1]:g}")
+        for row, point in zip(line, points, strict=True):
+            axes.annotate(f"{row['lambda_t']:g}", point, xytext=(3, 3), textcoords="offset points")
+            if (row["lambda_t"], row["lambda_m"]) == (paper.lambda_t, paper.lambda_m):
+                axes.plot(*point, "s", ms=11, mfc="none", mec="black")
+    axes.set_xlabel("PSNR against the best scene, median, dB")
+    axes.set_ylabel("right in colour, shape and motion, %")
+    axes.set_title("λ_T at each point; the paper's λ_T 7.5 and λ_M 1.2 squared")
+    axes.legend(fontsize="small")
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+
+
+def _draw_sheet(pipeline, rows: Sequence[dict], options: dict, path: Path) -> None:
+    """A row a point: clips of the same prompts, all of seed 0."""
+    from PIL import Image
+
+    strips = []
+    for row in rows:
+        own = options | {name: row[name] for name in SWEPT}
+        clips = pipeline(list(SHEET_PROMPTS), seed=[0] * len(SHEET_PROMPTS), progress=False, **own)
+        sheets = [contact_sheet([clip]) for clip in np.asarray(clips.frames)]
+        title = "   ".join(f"{name} {row[name]:g}" for name in SWEPT)
+        strips.append(labelled(np.concatenate(sheets, 1), title))
+    with whole_file(path) as partial:
+        Image.fromarray(np.concatenate(strips)).save(partial, format="png")
