@@ -1,5 +1,5 @@
 # make demo   a clip by the model that ships        make test   everything the tests need, and the tests
-# make lint   ruff                                  make train  the small model, from nothing
+# make lint   ruff                                  make train  the small model, from nothing: hours, resumed
 # make gpu PART=test|ops|step|train|export [RESULTS=DIR]   on a CUDA machine, by its own python
 # make faults   twenty ranks killed at random moments, each run resumed; changed configurations, command lines
 # make large    one step of the whole G/2-T2V on the CPU, plain against shared: 12 GB of memory
@@ -29,8 +29,7 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 
 train: .venv/dev
-	$(BIN)/deepspeed train/t2i.py --no-shipped-parts
-	$(BIN)/deepspeed train/t2v.py
+	$(BIN)/python -m gentron_train.shipped
 
 gpu:
 	@$(PYTHON) bench/gpu.py $(PART) $(RESULTS)

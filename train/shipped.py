@@ -1,0 +1,151 @@
+"""Make the model that ships, from nothing, in one run that can be cut off anywhere.
+
+python -m gentron_train.shipped      (make train)
+
+The stages of configs/shipped.yaml in order: the small world's shards, autoencoder, text encoders,
+T2I, T2V, a sweep over guidance that chooses the defaults, figures and a picture. What is done is
+noted in OUT/stages.json; started again, the run goes on where it was. At the end OUT/pipeline is a
+pipeline folder with its MODEL.md.
+"""
+
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from gentron_fast.commandline import refuse
+from gentron_fast.config import SamplingDefaults
+from gentron_fast.files import read_json, whole_file, whole_folder, write_json
+from gentron_fast.pipeline import INDEX_NAME, PARTS
+from gentron_train.checkpoint import checkpoint_names
+from gentron_train.small_world.evaluator import Scores, format_table
+from gentron_train.small_world.sweep import SWEPT, choose, sweep_table
+
+CONFIG = Path(__file__).parent / "configs" / "shipped.yaml"
+ROOT = Path(__file__).parent.parent
+STATE = "stages.json"
+
+
+def read_stages(path: Path, out: Path) -> dict[str, list[list[str]]]:
+    """The commands of each stage, as words."""
+    try:
+        stages = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(stages, dict) or not all(isinstance(v, list) for v in stages.values()):
+        raise ValueError(f"{path} must hold stages, each a list of commands")
+    return {
+        name: [shlex.split(line.format(out=shlex.quote(str(out)))) for line in lines]
+        for name, lines in stages.items()
+    }
+
+
+def run_stages(stages: dict[str, list[list[str]]], out: Path) -> None:
+    """Run what is not done yet. ValueError where a command fails; the next run begins there."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / STATE
+    done = read_json(path)["done"] if path.exists() else []
+    lines = [(name, words) for name, commands in stages.items() for words in commands]
+    for number, (name, words) in enumerate(lines):
+        line = shlex.join(words)
+        if number < len(done):
+            if done[number]["command"] != line:
+                raise ValueError(
+                    f"{path} was made by other commands: {done[number]['command']} in the place of "
+                    f"{line}; choose another folder"
+                )
+            continue
+        print(f"stage        {number + 1} of {len(lines)}, {name}: {line}", flush=True)
+        start = time.monotonic()
+        result = subprocess.run(program(words), cwd=ROOT)
+        if result.returncode:
+            raise ValueError(f"stage {name} ended with exit code {result.returncode}: {line}")
+        seconds = round(time.monotonic() - start)
+        done.append({"stage": name, "command": line, "seconds": seconds, "commit": commit()})
+        write_json(path, {"done": done})
+
+
+def program(words: list[str]) -> list[str]:
+    """A command of this Python's own environment; a training that was cut off is resumed."""
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    command = [{"python": sys.executable, "deepspeed": deepspeed}[words[0]], *words[1:]]
+    if "--run" in words and checkpoint_names(Path(words[words.index("--run") + 1]))[0]:
+        command.append("--resume")
+    return command
+
+
+def commit() -> str:
+    """The commit that is checked out, "" outside a checkout."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def assemble(out: Path) -> None:
+    """OUT/pipeline: what T2V made, with the defaults that the sweep chooses."""
+    sweep = read_json(out / "sweep.json")
+    chosen = choose(sweep["rows"], sweep["settings"]["prompts"])
+    guidance = {name: chosen[name] for name in SWEPT}
+    with whole_folder(out / "pipeline", PARTS) as partial:
+        shutil.copytree(out / "t2v" / "pipeline", partial, dirs_exist_ok=True)
+        index = read_json(partial / INDEX_NAME)
+        defaults = replace(SamplingDefaults.from_index(index), **guidance)
+        write_json(partial / INDEX_NAME, index | defaults.to_index())
+
+
+def model_page(out: Path) -> str:
+    """MODEL.md: the commands with their times, the sweep, the figures."""
+    done = read_json(out / STATE)["done"]
+    sweep, score, ceiling = (read_json(out / f"{n}.json") for n in ("sweep", "score", "ceiling"))
+    tables = [
+        format_table({name: Scores(**column) for name, column in part["scores"].items()})
+        for part in (score, ceiling)
+    ]
+    hours = sum(stage["seconds"] for stage in done) / 3600
+    commits = ", ".join(dict.fromkeys(stage["commit"] for stage in done))
+    commands = [f"    {stage['command']}    # {stage['seconds']} s" for stage in done]
+    rows = sweep_table(sweep["rows"], sweep["settings"]["prompts"]).splitlines()
+    parts = [
+        "# The small model that ships",
+        f"Made by `make train` in {hours:.1f} hours at {commits}:",
+        "\n".join(commands).replace(str(out), "OUT"),
+        f"Guidance, on {sweep['settings']['prompts']} prompts a column of another seed:",
+        "\n".join(f"    {row}" for row in rows),
+        f"{score['settings']['prompts']} prompts a column; shares in % with 95 % intervals:",
+        "\n".join(f"    {line}" for line in tables[0].splitlines()),
+        "Clean clips through the autoencoder, the most that can be reached:",
+        "\n".join(f"    {line}" for line in tables[1].splitlines()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0, or 2 where a stage failed, told in one line."""
+    parser = argparse.ArgumentParser(prog="gentron_train.shipped", description=__doc__)
+    parser.error = refuse
+    parser.add_argument("--out", type=Path, default=Path("runs/shipped"))
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--assemble", action="store_true", help=argparse.SUPPRESS)  # a stage's own
+    try:
+        args = parser.parse_args(argv)
+        out = args.out.absolute()
+        if args.assemble:
+            assemble(out)
+            return 0
+        run_stages(read_stages(args.config, out), out)
+        with whole_file(out / "pipeline" / "MODEL.md") as partial:
+            partial.write_text(model_page(out), encoding="utf-8")
+        print(f"wrote        {out / 'pipeline'}")
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
