@@ -133,7 +133,7 @@ def check_writable(paths: Iterable[Path]) -> None:
         except OSError as error:
             raise ValueError(f"cannot write into {folder}: {error.strerror}") from error
         for path in paths:
-            if max(len(os.fsencode(part)) for part in path.parts) > longest:
+            if any(len(os.fsencode(part)) > longest for part in path.parts):
                 raise ValueError(
                     f"cannot write {path}: a name in it is longer than {longest} bytes"
                 )

@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from gentron_fast.commandline import refuse, usable_device
+from gentron_fast.commandline import check_writable, refuse, usable_device
 from gentron_fast.files import write_json
 from gentron_train.small_world.evaluator import COLUMNS, ceiling, evaluate, format_table
 from gentron_train.small_world.sweep import SWEPT, parse_grid, sweep, sweep_table
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         if args.out and not args.out.absolute().parent.is_dir():
             raise ValueError(f"no folder {args.out.parent} for {args.out.name}")
+        check_writable([args.out] if args.out else [])
         if args.prompts < 1 or args.batch < 1:
             raise ValueError("--prompts and --batch must be at least 1")
         if args.pipeline and not Path(args.pipeline).is_dir():

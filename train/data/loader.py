@@ -289,8 +289,11 @@ class Loader:
             bucket = self._buckets.setdefault(sample.size, [])
             bucket.append((number, sample))
             if len(self._buckets) > max(1, len(self.data.buckets)):
+                kind, shard, place = self.reader.order.locate(number)
+                where = self.data.shards[kind][shard]
                 raise ValueError(
-                    f"samples are of sizes {sorted(self._buckets)}: set size or buckets"
+                    f"{index(where).samples[place][0]} of {where.url} is of another size than "
+                    f"others, {sorted(self._buckets)}: --size or --buckets makes them fit"
                 )
             if len(bucket) == self.data.batch:
                 batch = self._batch(bucket)
@@ -429,7 +432,8 @@ def make_loader(
                 Broken("shard cut off" if samples else "unreadable shard", "", shard.url, cut)
             )
     for kind in data.kinds:
-        check_any_sample(data.shards[kind])
+        if not sum(counts[kind]):
+            check_any_sample(data.shards[kind])
     if not data.precomputed:
         check_kinds(data.shards)
     if data.precomputed:
@@ -445,6 +449,9 @@ def make_loader(
     else:
         source = PixelSource(data.shards, data.sampling, Path(vae), tokenize, device, patch)
     loader = Loader(data, source, counts, rank, ranks)
+    if cuts and rank == 0:
+        first = f"{cuts[0].shard} breaks off {cuts[0].detail}"
+        print(f"{len(cuts)} of {len(everything)} shards break off: {first}", flush=True)
     for broken in cuts[rank::ranks]:
         loader.log.add(broken)
     return loader

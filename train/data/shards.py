@@ -57,7 +57,13 @@ class Shard:
     room: int | None = None
 
     @property
+    def is_remote(self) -> bool:
+        return Path(self.url) != self.path
+
+    @property
     def name(self) -> str:
+        if not self.is_remote:
+            return self.path.stem
         found = re.findall(r"([^/\s?:]+)\.tar", self.url)  # a URL may be a whole command
         return found[-1] if found else Path(self.url).stem
 
@@ -72,39 +78,54 @@ def find_shards(
 
     Raises ValueError if there are none, or one of them is not there.
     """
-    from webdataset.shardlists import expand_urls
-
     shards = []
-    for name in [pattern] if os.path.exists(pattern) else expand_urls(pattern):
-        if _is_remote(name):
-            if name.lower().startswith("pipe:") and not allow_pipes:
-                raise ValueError(f"{name} runs a command in a shell: --allow-pipes allows it")
+    for url in [pattern] if os.path.exists(pattern) else pattern.split("::"):
+        url = url.removeprefix("file:")
+        folder = _folder_there(url)
+        if folder or os.path.exists(url) or not _is_remote(url):
+            shards += [Shard(path, Path(path)) for path in _matching(url, folder)]
+            continue
+        if url.lower().startswith("pipe:") and not allow_pipes:
+            raise ValueError(f"{url} runs a command in a shell: --allow-pipes allows it")
+        for name in _expand(url):
             digest = hashlib.sha256(name.encode()).hexdigest()[:DIGITS]
             shards.append(Shard(name, cache / f"{digest}.tar", room))
-            continue
-        shards += [Shard(one, Path(one)) for one in _matching(name.removeprefix("file:"))]
     if not shards:
         raise ValueError(f"no shards match {pattern}")
     for shard in shards:
-        if not _is_remote(shard.url) and not shard.path.is_file():
+        if not shard.is_remote and not shard.path.is_file():
             raise ValueError(f"there is no shard {shard.path}")
     return shards
 
 
-def _matching(pattern: str) -> list[str]:
-    """The files that a glob names, in order; brackets in the name of what is there are no glob."""
-    if not glob.has_magic(pattern) or os.path.exists(pattern):
-        return [pattern]
-    path = Path(pattern)
-    folder = next(parent for parent in path.parents if os.path.exists(parent))
-    found = glob.glob(str(path.relative_to(folder)), root_dir=folder)
-    return [str(folder / one) for one in sorted(found)]
+def _expand(url: str) -> list[str]:
+    from webdataset.shardlists import expand_urls
+
+    return expand_urls(url)
+
+
+def _matching(pattern: str, folder: str) -> list[str]:
+    """The files that a glob with braces names, in order; `folder`, its beginning, is no glob."""
+    found = []
+    for name in [pattern] if os.path.exists(pattern) else _expand(pattern[len(folder) :]):
+        path = name if name == pattern else folder + name
+        if os.path.exists(path) or not glob.has_magic(name):
+            found.append(path)
+        else:
+            found += [folder + one for one in sorted(glob.glob(name, root_dir=folder or None))]
+    return found
+
+
+def _folder_there(path: str) -> str:
+    """The folder that is there and with which a path begins, whatever signs its name holds."""
+    ends = [slash.end() for slash in re.finditer("/", path)]
+    return next((path[:end] for end in reversed(ends) if os.path.isdir(path[:end])), "")
 
 
 def fetch(shard: Shard) -> None:
     """Copy a shard that is no local file, unless the copy is there; ValueError where that fails
     three times, with pauses."""
-    if shard.path.exists() or not _is_remote(shard.url):
+    if shard.path.exists() or not shard.is_remote:
         return
     from webdataset.gopen import gopen
 
@@ -171,7 +192,7 @@ def _may_be_removed(shard: Shard):
     try:
         yield
     except FileNotFoundError:
-        if not _is_remote(shard.url):
+        if not shard.is_remote:
             raise
 
 
@@ -239,7 +260,7 @@ def read_facts(shard: Shard) -> bytes | None:
 
 def _is_remote(url: str) -> bool:
     scheme = url.partition(":")[0]
-    return scheme != "file" and scheme != url and scheme.isalnum()
+    return scheme != url and scheme.isalnum()
 
 
 def _stamp(path: Path) -> list[int]:
@@ -347,7 +368,7 @@ def _open(shard: Shard) -> int:
         try:
             descriptor = os.open(shard.path, os.O_RDONLY)
         except FileNotFoundError:
-            if not _is_remote(shard.url):
+            if not shard.is_remote:
                 raise
             continue  # another process made room between the two
         if shard.room is not None:

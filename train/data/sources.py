@@ -452,7 +452,7 @@ def _encode_shard(
             if pixels and windows.shape != pixels[0].shape:
                 raise ValueError(
                     f"{key} in {shard.url} is {tuple(windows.shape[2:4])}, others are "
-                    f"{tuple(pixels[0].shape[2:4])}: latents in memory take one size; set size"
+                    f"{tuple(pixels[0].shape[2:4])}: latents in memory take one, --size makes it"
                 )
         except BrokenSample as error:
             broken[number] = (error.cause, key, error.detail)

@@ -187,11 +187,12 @@ def test_loader_in_memory(world):
     assert all(len(ids) == 5 for ids, _ in batch.text.values())
 
 
-def test_broken_samples_are_skipped_counted_and_named(shards, models, encoder, tmp_path):
+def test_broken_samples_are_skipped_counted_and_named(shards, models, encoder, tmp_path, capsys):
     """One epoch: 10 whole images, 5 whole clips; each whole one comes once, nothing else does."""
     data = settings(shards, tmp_path, batch=1, p_null=0.0, draws=2)
     loader = make_loader(replace(data, kinds=("images",)), models / "vae", encoder.tokenize)
     assert loader.broken() == {"shard cut off": 1}
+    assert f"1 of 2 shards break off: {shards}/images-1.tar " in capsys.readouterr().out
     seen = Counter()
     for _ in range(10):
         seen += Counter(texts(encoder, next(loader)))
@@ -508,7 +509,9 @@ def test_checkpoint_of_other_data_is_refused(shards, models, encoder, tmp_path):
 def test_unlike_sizes_without_buckets_are_refused(shards, models, encoder, tmp_path):
     data = settings(shards, tmp_path, kinds=("images",), size=None)
     loader = make_loader(data, models / "vae", encoder.tokenize)
-    with pytest.raises(ValueError, match="set size or buckets"):
+    with pytest.raises(
+        ValueError, match=r"images-.* of .* is of another size than .*--size or --buckets"
+    ):
         [next(loader) for _ in range(4)]
 
 

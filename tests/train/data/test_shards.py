@@ -147,13 +147,18 @@ def test_shards_without_a_sample_are_told(tmp_path, content):
         check_any_sample(find_shards(str(tmp_path / "a.tar")))
 
 
-def test_brackets_in_the_name_of_what_is_there_are_no_pattern(tmp_path):
-    folder = tmp_path / "[ab]" / "{c,d}"
-    folder.mkdir(parents=True)
-    paths = [write_tar(folder / f"x[{n}].tar", [{"txt": b"one"}]) for n in "12"]
-    assert [shard.path for shard in find_shards(str(paths[0]))] == paths[:1]
-    assert [shard.path for shard in find_shards(f"{tmp_path}/[[]ab]/*/x*.tar")] == paths
-    assert [shard.path for shard in find_shards(f"{tmp_path}/[ab]/*/x*.tar")] == paths
+@pytest.mark.parametrize("name", ["[ab]", "{c,d}", "12:30", "e::f", "?*"])
+def test_a_folder_that_is_there_is_no_pattern_and_no_protocol(tmp_path, monkeypatch, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    paths = [write_tar(folder / f"x[{n}]:{n}.tar", [{"txt": b"one"}]) for n in "12"]
+    if "::" not in name:
+        assert [shard.path for shard in find_shards(f"{folder}/x*.tar")] == paths
+        assert [shard.path for shard in find_shards(f"{folder}/x[[]{{1,2}}*.tar")] == paths
+        assert [shard.path for shard in find_shards("::".join(map(str, paths)))] == paths
+    monkeypatch.chdir(tmp_path)
+    (shard,) = find_shards(f"{name}/{paths[0].name}")
+    assert (shard.name, count(shard)) == ("x[1]:1", (1, None))
 
 
 def test_a_header_with_a_number_too_large_is_where_a_shard_breaks_off(tmp_path):

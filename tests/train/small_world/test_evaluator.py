@@ -199,6 +199,7 @@ def test_image_pipelines_have_no_motion(tiny_t2i_folder, capsys):
         (["--steps", "few"], "invalid int value: 'few'"),
         (["nowhere"], "no pipeline folder nowhere"),
         (["--prompts", "0"], "must be at least 1"),
+        (["--out", "."], "cannot write .: it is a folder"),
         (["--device", "meta"], "unknown device 'meta': wanted cpu, cuda"),
         (["--out", "nowhere/score.json"], "no folder nowhere for score.json"),
     ],
