@@ -14,7 +14,8 @@ from setuptools.command.build_ext import build_ext
 # kernels/ and train/ hold no __init__.py: transformers probes for a PyPI package called "kernels".
 FOLDERS = {"gentron_kernels": "kernels", "gentron_train": "train"}
 ROOMS = [
-    *("gentron_fast.compiled", "gentron_fast.convert", "gentron_fast.guidance"),
+    *("gentron_fast.compiled", "gentron_fast.convert", "gentron_fast.evaluation"),
+    "gentron_fast.guidance",
     *("gentron_train.data", "gentron_train.small_world"),
 ]
 PACKAGES = ["gentron_fast", *FOLDERS, *ROOMS]

@@ -103,9 +103,12 @@ def generate(args: argparse.Namespace) -> None:
     check_solver(args, folder)
     device = choose_device(args.device)
     clips = clips_to_make(args, clips)
-    if not clips:
-        return
+    if clips:
+        load_and_make(args, folder, device, clips, frames)
 
+
+def load_and_make(args, folder: Path, device, clips: list[Clip], frames: int | None) -> None:
+    """Load the pipeline in the folder, make and write the clips, and report."""
     start = time.perf_counter()
     pipeline = load_pipeline(args, folder, device)
     load_seconds = time.perf_counter() - start
@@ -153,15 +156,32 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.error = refuse
     parser.add_argument("prompt", nargs="*", type=utf8_text)
     parser.add_argument("--prompts", type=Path)
-    parser.add_argument("--negative-prompt", type=utf8_text)
     parser.add_argument("--image", action="store_true")
-    parser.add_argument("--frames", type=whole_number(1, MAX_FRAMES))
-    parser.add_argument("--size", type=whole_number(1, MAX_SIDE), nargs=2)
     parser.add_argument("--clips", type=whole_number(1, MOST_CLIPS), default=1)
-    parser.add_argument("--seed", type=whole_number(0, 2**64 - 1), default=0)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--compiled", type=Path)
     parser.add_argument("--sha256")
+    parser.add_argument("--out", default="outputs/")
+    parser.add_argument("--grid", action="store_true")
+    add_sampling_options(parser)
+    args = parser.parse_intermixed_args(argv)
+    if args.image and args.frames not in (None, 1):
+        raise ValueError(f"--image is one frame, --frames asks for {args.frames}")
+    given = {word.partition("=")[0] for word in argv}
+    if args.compiled is None and args.sha256 is not None:
+        raise ValueError("--sha256 is for the file of --compiled, and there is none")
+    check_precision(args)
+    if args.compiled is not None and (fixed := sorted(given & set(FIXED))):
+        raise ValueError(f"{fixed[0]} is fixed in a compiled sampler: leave it out")
+    return args
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `generate` that say how a pipeline samples, wherever the prompts come from."""
+    parser.add_argument("--negative-prompt", type=utf8_text)
+    parser.add_argument("--frames", type=whole_number(1, MAX_FRAMES))
+    parser.add_argument("--size", type=whole_number(1, MAX_SIDE), nargs=2)
+    parser.add_argument("--seed", type=whole_number(0, 2**64 - 1), default=0)
     parser.add_argument("--steps", type=whole_number(1))
     parser.add_argument("--solver")
     parser.add_argument("--lambda-t", type=number)
@@ -176,23 +196,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--fp8", action="store_true")
     parser.add_argument("--offload", action="store_true")
-    parser.add_argument("--out", default="outputs/")
-    parser.add_argument("--grid", action="store_true")
     parser.add_argument("--fps", type=whole_number(1, 100), default=4)
     parser.add_argument("--verbose", action="store_true")
-    args = parser.parse_intermixed_args(argv)
-    if args.image and args.frames not in (None, 1):
-        raise ValueError(f"--image is one frame, --frames asks for {args.frames}")
-    given = {word.partition("=")[0] for word in argv}
-    if args.compiled is None and args.sha256 is not None:
-        raise ValueError("--sha256 is for the file of --compiled, and there is none")
+
+
+def check_precision(args: argparse.Namespace) -> None:
+    """ValueError where --fp8 stands beside what it does not go with."""
     if args.fp8 and args.dtype != "bfloat16":
         raise ValueError(f"--fp8 goes with --dtype bfloat16, not {args.dtype}")
     if args.fp8 and args.offload:
         raise ValueError("--fp8 keeps the transformer on the GPU, --offload does not: give one")
-    if args.compiled is not None and (fixed := sorted(given & set(FIXED))):
-        raise ValueError(f"{fixed[0]} is fixed in a compiled sampler: leave it out")
-    return args
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

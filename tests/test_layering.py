@@ -26,6 +26,9 @@ ONLY_IN = {
     "webdataset": {"train/data/shards.py", "train/small_world/autoencoder.py"},
     "av": {"gentron_fast/media.py", "train/data/decode.py", "train/small_world/renderer.py"},
 }
+# The room of evaluation serves commands alone: nothing that samples or trains needs it.
+EVALUATION = "gentron_fast/evaluation"
+MAY_EVALUATE = {"gentron_fast/evaluate.py", "gentron_fast/study.py", "train/shapes_table.py"}
 CORE_MODULES = [
     "gentron_fast",
     "gentron_fast.config",
@@ -65,6 +68,19 @@ def test_imports_go_downward(folder):
         for library, allowed in ONLY_IN.items():
             where = path.relative_to(ROOT).as_posix()
             assert library not in names or where in allowed, f"{where} imports {library}"
+
+
+def test_evaluation_is_imported_by_commands_alone():
+    for path in sorted(path for folder in OURS_ALLOWED for path in (ROOT / folder).rglob("*.py")):
+        where = path.relative_to(ROOT).as_posix()
+        names = {
+            name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in [getattr(node, "module", None), *(alias.name for alias in node.names)]
+        }
+        if any(f"{name}.".startswith("gentron_fast.evaluation.") for name in names):
+            assert where in MAY_EVALUATE or where.startswith(EVALUATION), where
 
 
 @pytest.mark.parametrize("folder", ["kernels", "train"])
