@@ -1,6 +1,9 @@
-"""What several test files build on: tiny models with no zero weights, and tiny pipeline folders."""
+"""What several test files build on: tiny models with no zero weights, tiny pipeline folders, and
+the figures of the tests marked `faults`."""
 
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,3 +75,44 @@ def tiny_pipeline_folder(make_model, tmp_path_factory):
 def tiny_t2i_folder(make_model, tmp_path_factory):
     """The same for text to image."""
     return _save_pipeline(make_model, replace(TINY, temporal=False), tmp_path_factory.mktemp("t2i"))
+
+
+OUTCOMES = ("ended well", "refused", "recovered", "lost")  # of a trial, refused: in one line
+
+
+@pytest.fixture
+def tally(request):
+    """tally(outcome): count a trial of a test marked `faults` for the table of `make faults`."""
+    counts = Counter()
+    request.node.user_properties.append(("faults", counts))
+
+    def count(outcome: str) -> None:
+        assert outcome in OUTCOMES
+        counts[outcome] += 1
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The figures of `make faults`; a test that failed lost a trial."""
+    rows: dict[str, Counter] = {}
+    for result in ("passed", "failed"):
+        for report in terminalreporter.getreports(result):
+            for name, counts in report.user_properties:
+                if name == "faults" and (report.when == "call" or result == "failed"):
+                    file, _, test = report.location
+                    names = Path(file).stem, test.partition("[")[0]
+                    name = ": ".join(part.removeprefix("test_") for part in names)
+                    row = rows.setdefault(name.replace("_", " "), Counter())
+                    row.update(counts)
+                    row["lost"] += result == "failed"
+    if not rows:
+        return
+    width = max(map(len, rows)) + 2
+    heads = ("trials", *OUTCOMES)
+    terminalreporter.section("faults")
+    terminalreporter.write_line(" " * width + "".join(f"{head:>12}" for head in heads))
+    for name, row in rows.items():
+        figures = (row.total(), *(row[outcome] for outcome in OUTCOMES))
+        cells = "".join(f"{figure:12,d}" for figure in figures)
+        terminalreporter.write_line(f"{name:{width}}{cells}")

@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import sys
 import tarfile
 from types import SimpleNamespace
@@ -13,13 +12,14 @@ import pytest
 import torch
 from command_lines import command_lines
 from configurations import ending
+from faults import EXIT_CODES, FAULTS
 from published import make_pixart
 
 from gentron_fast import convert, export, generate
 from gentron_train import shapes_score
 from gentron_train.data import precompute
 
-EACH = 40 * int(os.environ.get("FAULTS", "1"))
+EACH = 40 * FAULTS
 NUMBERS = {name: ["1", "2"] for name in ("--steps", "--frames", "--seed", "--batch")}
 SAMPLING = NUMBERS | {
     "--solver": ["ddim", "dpm++", "ddpm"],
@@ -30,11 +30,20 @@ SAMPLING = NUMBERS | {
 DTYPES = ["float32", "bfloat16", "float16"]
 
 
-def assert_all_end_well_or_in_one_line(main, lines, capfd):
-    endings = {" ".join(line)[:400]: ending(main, line, capfd) for line in lines}
-    wrong = {line: told for line, (_, told) in endings.items() if told}
-    assert not wrong, json.dumps(wrong, indent=1)
-    assert {code for code, _ in endings.values()} == {0, 2}
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture
+def assert_all_end_well_or_in_one_line(capfd, tally):
+    def check(main, lines) -> None:
+        endings = {" ".join(line)[:400]: ending(main, line, capfd) for line in lines}
+        wrong = {line: told for line, (_, told) in endings.items() if told}
+        assert not wrong, json.dumps(wrong, indent=1)
+        assert {code for code, _ in endings.values()} == {0, 2}
+        for code, _ in endings.values():
+            tally(EXIT_CODES[code])
+
+    return check
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +51,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_generate(tiny_pipeline_folder, monkeypatch, capfd):
+def test_generate(tiny_pipeline_folder, monkeypatch, assert_all_end_well_or_in_one_line):
     branches = SimpleNamespace(describe=lambda: "")
     monkeypatch.setattr("gentron_fast.pipeline.GuidedDenoiser", lambda *_, **__: branches)
     denoise = lambda self, denoiser, seeds, step_done: torch.zeros(len(seeds), 4, 1, 8, 8)  # noqa: E731
@@ -71,10 +80,10 @@ def test_generate(tiny_pipeline_folder, monkeypatch, capfd):
     }
     lines = command_lines(options, [["a red circle", "--image"]], range(EACH))
     given = (["--model", str(tiny_pipeline_folder), *line] for line in lines)
-    assert_all_end_well_or_in_one_line(generate.main, given, capfd)
+    assert_all_end_well_or_in_one_line(generate.main, given)
 
 
-def test_export(tiny_pipeline_folder, monkeypatch, capfd):
+def test_export(tiny_pipeline_folder, monkeypatch, assert_all_end_well_or_in_one_line):
     write = lambda path, *_, **__: path.write_bytes(b"")  # noqa: E731
     monkeypatch.setattr("gentron_fast.export.export_sampler", write)
     options = SAMPLING | {
@@ -87,10 +96,10 @@ def test_export(tiny_pipeline_folder, monkeypatch, capfd):
     }
     lines = command_lines(options, [[str(tiny_pipeline_folder)]], range(EACH))
     given = (["--out", "sampler.gentron", *line] for line in lines)
-    assert_all_end_well_or_in_one_line(export.main, given, capfd)
+    assert_all_end_well_or_in_one_line(export.main, given)
 
 
-def test_convert(tiny_pipeline_folder, capfd):
+def test_convert(tiny_pipeline_folder, assert_all_end_well_or_in_one_line):
     make_pixart(sample_size=32).save_pretrained("pixart")
     options = {
         "--t5": [f"{tiny_pipeline_folder}/text_encoder_2"],
@@ -104,10 +113,10 @@ def test_convert(tiny_pipeline_folder, capfd):
     commands = ["pixart", "pixart", "pixart", "dit", "export-diffusers"]
     places = commands, ["pixart", str(tiny_pipeline_folder)], [f"new{i}" for i in range(EACH)]
     lines = command_lines(options, places, range(EACH))
-    assert_all_end_well_or_in_one_line(convert.main, lines, capfd)
+    assert_all_end_well_or_in_one_line(convert.main, lines)
 
 
-def test_precompute(tiny_pipeline_folder, monkeypatch, capfd):
+def test_precompute(tiny_pipeline_folder, monkeypatch, assert_all_end_well_or_in_one_line):
     monkeypatch.setattr(precompute, "precompute", lambda *_, **__: {})
     with tarfile.open("images-0.tar", "w") as shard:
         shard.add(tiny_pipeline_folder / "model_index.json", "0.json")
@@ -129,14 +138,14 @@ def test_precompute(tiny_pipeline_folder, monkeypatch, capfd):
     }
     lines = command_lines(options, [["images-0.tar"], ["latents/"]], range(EACH))
     given = (["--pipeline", str(tiny_pipeline_folder), *line] for line in lines)
-    assert_all_end_well_or_in_one_line(precompute.main, given, capfd)
+    assert_all_end_well_or_in_one_line(precompute.main, given)
 
 
-def test_evaluator(tiny_pipeline_folder, monkeypatch, capfd):
+def test_evaluator(tiny_pipeline_folder, monkeypatch, assert_all_end_well_or_in_one_line):
     module = sys.modules[shapes_score.main.__module__]
     for name in ("evaluate", "ceiling"):
         monkeypatch.setattr(module, name, lambda *_, **__: {})
     monkeypatch.setattr(module, "format_table", str)
     options = SAMPLING | {"--prompts": ["2"], "--ceiling": [], "--out": ["score.json"]}
     lines = command_lines(options, [[str(tiny_pipeline_folder)]], range(EACH))
-    assert_all_end_well_or_in_one_line(shapes_score.main, lines, capfd)
+    assert_all_end_well_or_in_one_line(shapes_score.main, lines)

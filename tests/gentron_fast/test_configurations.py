@@ -4,19 +4,22 @@
 """
 
 import json
-import os
 import re
 
 import pytest
 from configurations import changes, copied, ending
+from faults import EXIT_CODES, FAULTS
 
 from gentron_fast import GenTron, GenTronPipeline
 from gentron_fast.generate import main
 
-TRIALS = 150 * int(os.environ.get("FAULTS", "1"))
+TRIALS = 150 * FAULTS
 
 
-def test_a_changed_configuration_ends_well_or_in_one_line(tiny_pipeline_folder, tmp_path, capfd):
+@pytest.mark.faults
+def test_a_changed_configuration_ends_well_or_in_one_line(
+    tiny_pipeline_folder, tmp_path, capfd, tally
+):
     folder = copied(tiny_pipeline_folder, tmp_path / "model")
     arguments = ["a", "--model", folder, "--steps", 1, "--frames", 1, "--size", 16, 16]
     arguments += ["--device", "cpu", "--out", tmp_path / "out/"]
@@ -24,6 +27,8 @@ def test_a_changed_configuration_ends_well_or_in_one_line(tiny_pipeline_folder, 
     wrong = {what: told for what, (_, told) in endings.items() if told}
     assert not wrong, json.dumps(wrong, indent=1)
     assert {code for code, _ in endings.values()} == {0, 2}
+    for code, _ in endings.values():
+        tally(EXIT_CODES[code])
 
 
 @pytest.mark.parametrize(

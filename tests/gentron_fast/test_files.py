@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from faults import FAULTS
 
 from gentron_fast import files
 from gentron_fast.files import (
@@ -96,7 +97,8 @@ def test_what_is_not_ours_is_refused_and_stays(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_killed_at_any_moment_a_whole_folder_is_there(tmp_path):
+@pytest.mark.faults
+def test_killed_at_any_moment_a_whole_folder_is_there(tmp_path, tally):
     folder = tmp_path / "out"
     code = (
         "import sys; from pathlib import Path\n"
@@ -105,17 +107,18 @@ def test_killed_at_any_moment_a_whole_folder_is_there(tmp_path):
         "    with whole_folder(Path(sys.argv[1]), ('a', 'b')) as partial:\n"
         "        for name in 'ab': (partial / name).write_text('x' * 1000)\n"
     )
-    for trial in range(6):
+    for trial in range(6 * FAULTS):
         process = subprocess.Popen([sys.executable, "-c", code, str(folder)])
         while not folder.exists() and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(0.05 + 0.013 * trial)
+        time.sleep(0.05 + 0.013 * (trial % 20))
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert {name: len((folder / name).read_text()) for name in names(folder)} == {
             "a": 1000,
             "b": 1000,
         }
+        tally("recovered")
     with whole_folder(folder, ("a", "b")) as partial:
         (partial / "a").touch()
     assert names(tmp_path) == ["out"]  # what the killed ones left is gone

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from training import free_port
 
 from gentron_train.small_world.architecture import small_text_encoder, small_vae
 from gentron_train.small_world.renderer import vocabulary, write_shards
@@ -36,10 +36,7 @@ class Ranks:
 
     def start(self, count: int, function: Callable, *args) -> list[int]:
         """Process ids of forks that call function(*args) in the launcher's environment."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        pids = []
+        port, pids = str(free_port()), []
         for rank in map(str, range(count)):
             if pid := os.fork():
                 pids.append(pid)

@@ -1,7 +1,11 @@
 """Checkpoints: resumed by as many ranks, by fewer and by more; kept whole; exported."""
 
+import contextlib
 import errno
+import io
 import os
+import random
+import re
 import shutil
 import signal
 import time
@@ -10,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed import comm as dist
+from faults import FAULTS
 from safetensors.torch import load_file, save_file
 from training import log_of
 
@@ -56,6 +61,13 @@ def averages(run: Path, weights=export_pipeline.averaged_weights) -> dict:
     info = read_info(checkpoint)
     read = weights(checkpoint, info)
     return {name: read(name) for name in info["parameters"]}
+
+
+def load_whole(checkpoint: Path) -> dict:
+    """The averaged weights of a checkpoint's transformer."""
+    info = read_info(checkpoint)
+    read, prefix = export_pipeline.averaged_weights(checkpoint, info), "transformer."
+    return {n.removeprefix(prefix): read(n) for n in info["parameters"] if n.startswith(prefix)}
 
 
 def masters(run: Path) -> dict:
@@ -192,8 +204,12 @@ def test_rotation_counts_whole_checkpoints(
     assert names(run) == ["latest", *kept] and latest_checkpoint(run).name == kept[-1]
 
 
-def test_a_run_folder_has_one_training(ranks, world, tiny_t2i_folder, tmp_path, capfd):
-    """Whose lock is free once it is killed."""
+@pytest.mark.faults
+@pytest.mark.parametrize("trial", range(FAULTS))
+def test_a_run_folder_has_one_training(
+    ranks, world, tiny_t2i_folder, tmp_path, capfd, tally, trial
+):
+    """Whose lock is free once it is killed, while it saves most often."""
     run, more = tmp_path / "run", ("--steps=100000", "--save-every=1")
     first = ranks.start(2, train, world, tiny_t2i_folder, run, *more)
     try:
@@ -201,6 +217,8 @@ def test_a_run_folder_has_one_training(ranks, world, tiny_t2i_folder, tmp_path, 
             time.sleep(0.05)
         second = ranks.start(2, train, world, tiny_t2i_folder, run, "--resume")
         assert ranks.wait(second) == [2, 2]
+        tally("refused")
+        time.sleep(random.Random(trial).uniform(0, 1))
     finally:
         for pid in first:
             os.kill(pid, signal.SIGKILL)
@@ -215,6 +233,100 @@ def test_a_run_folder_has_one_training(ranks, world, tiny_t2i_folder, tmp_path, 
     for name in names(run)[1:]:
         checkpoint = run / "checkpoints" / name
         check_digests(checkpoint, read_info(checkpoint)[FILES])
+    tally("recovered")
+
+
+POINTERS = [b"", b"\n", b"../../elsewhere", b"/etc", b"step-00000099\n", b"step-2", b"\xff\0" * 99]
+
+
+def damage(run: Path, chance: random.Random) -> list[str]:
+    """Damage some of a run's three checkpoints, and in one case of four `latest`; those that are
+    whole, the newest first."""
+    steps = [6, 4, 2]
+    for step in chance.sample(steps, chance.choice([0, 1, 1, 1, 2, 2, 3])):
+        folder = checkpoint_of(run, step)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        file, action = chance.choice(files), chance.randrange(8)
+        if action == 0:
+            file.unlink()
+        elif action == 1:
+            shutil.rmtree(folder)
+        elif action == 2:
+            shutil.copy(file, folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+        else:
+            content = file.read_bytes()
+            place = chance.randrange(len(content))
+            bit = bytes([content[place] ^ 1 << chance.randrange(8)])
+            new = (
+                content[:place] + bit + content[place + 1 :],
+                content[:place],
+                content + chance.randbytes(9),
+                content[:place] + bytes(len(content) - place),
+                chance.randbytes(len(content)),
+            )[action - 3]
+            file.write_bytes(new)
+            if new == content or (file.name == INFO_NAME and content.strip() == new.strip()):
+                continue  # zeros in place of zeros, a line's end that is no more
+        steps.remove(step)
+    if chance.random() < 0.25:
+        pointer = run / "checkpoints" / "latest"
+        pointer.unlink()
+        if chance.random() < 0.8:
+            pointer.write_bytes(chance.choice(POINTERS))
+    return [f"step-{step:08d}" for step in steps]
+
+
+def opened(whole: Path, run: Path, seeds: range) -> list[tuple]:
+    """For each seed: the whole checkpoints of a damaged run, the one that two ranks take, and the
+    line that tells of the others or refuses."""
+    process.start_distributed(40)
+    checkpoints, trials = checkpoint_module.Checkpoints(run, 2, torch.device("cpu")), []
+    for seed in seeds:
+        expected = None
+        if checkpoints.is_main:
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.copytree(whole, run)
+            expected = damage(run, random.Random(seed))
+        checkpoints.barrier()
+        try:
+            resumed, line = checkpoints.open(True)
+            trials.append((expected, resumed.folder.name, line))
+        except ValueError as error:
+            trials.append((expected, None, str(error)))
+        checkpoints.barrier()
+        if checkpoints.is_main:
+            exported(run, whole)
+    return trials
+
+
+def exported(run: Path, whole: Path) -> None:
+    """Export a damaged run: weights that one of the checkpoints had, or one line."""
+    out, told = run.with_name("out"), io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        code = export_pipeline.main([str(run), str(out), "--ema"])
+    if code == 0:
+        step = int(re.search(r": step (\d+), averaged", told.getvalue())[1])
+        ours = GenTron.from_pretrained(out / "transformer").state_dict()
+        theirs = load_whole(checkpoint_of(whole, step))
+        assert all(torch.equal(ours[name], theirs[name].half().float()) for name in ours)
+        shutil.rmtree(out)
+    else:
+        assert code == 2 and re.fullmatch(r"error: [^\n]+\n", told.getvalue()), told.getvalue()
+        assert not out.exists()
+
+
+@pytest.mark.faults
+def test_seeded_damage_is_never_taken(ranks, tmp_path, whole_run, tally):
+    for first in range(0, 20 * FAULTS, 100):  # as many in one pair of processes
+        seeds = range(first, min(first + 100, 20 * FAULTS))
+        ours, others = ranks.call(2, opened, whole_run, tmp_path / "run", seeds)
+        for seed, (whole, taken, line), (_, others_taken, others_line) in zip(
+            seeds, ours, others, strict=True
+        ):
+            assert (taken, line) == (others_taken, others_line), seed
+            assert taken == next(iter(whole), None), (seed, line)
+            assert line is None or "\n" not in line, (seed, line)
+            tally("refused" if taken is None else "recovered" if line else "ended well")
 
 
 class MakesFolder:

@@ -1,14 +1,17 @@
 """The commands of the front page in a folder where nothing is, and a signal while they start."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
-from training import ROOT, log_of
+from faults import FAULTS
+from training import ROOT, free_port, log_of
 
 from gentron_fast import GenTron
 from gentron_fast.pipeline import ASSETS
@@ -43,18 +46,28 @@ def test_a_fresh_clone_trains(stage, ranks, tmp_path, monkeypatch):
                 assert torch.equal(weight, shipped[name]), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_a_rank_imports(number, tmp_path):
+@pytest.mark.faults
+@pytest.mark.parametrize("trial", range(3 * FAULTS))
+def test_a_signal_while_a_rank_starts(trial, tmp_path, tally):
+    """At the first moment, or at a random one; with other work beside, those are in the imports."""
+    number = (signal.SIGINT, signal.SIGTERM)[trial % 2]
+    moment = random.Random(trial).uniform(0, 5) if trial else 0
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     process = subprocess.Popen(
-        [sys.executable, "-u", str(ROOT / "train" / "t2i.py")],
+        [sys.executable, "-u", str(ROOT / "train" / "t2i.py"), "--no-tensorboard"],
         cwd=tmp_path,
-        env=os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout.readline().startswith("t2i: loading")
+    time.sleep(moment)
     process.send_signal(number)
-    output, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert output == "stopped before the first step\n" and "Traceback" not in error
+    output, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    *_, last = output.splitlines()
+    assert last == "stopped before the first step" or "go on with --resume" in last
+    tally("ended well")

@@ -1,7 +1,7 @@
 """Ranks that are killed or freeze: everything ends within a minute, and a resumed run loses few
 steps; a checkpoint that takes longer than the launcher's patience is written.
 
-`make faults` makes FAULTS trials, and what takes a minute; the tests make two trials, one a rank.
+`make faults` makes more trials, and what takes a minute; the tests make two trials, one a rank.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from faults import FAULTS
 from training import launch, log_of
 
 from gentron_train.checkpoint import latest_checkpoint, read_info
 from gentron_train.process import run as run_entry
 from gentron_train.trainer import train
 
-TRIALS = int(os.environ.get("FAULTS", "2"))
 OPTIONS = (
     "--batch=1",
     "--steps=100000",
@@ -28,6 +28,7 @@ OPTIONS = (
     "--no-tensorboard",
 )
 OPTIONS += ("--dtype=fp32",)
+pytestmark = pytest.mark.faults
 slow = pytest.mark.skipif("FAULTS" not in os.environ, reason="takes a minute: make faults")
 
 
@@ -68,8 +69,8 @@ def end_all(process) -> None:
     process.communicate()
 
 
-@pytest.mark.parametrize("trial", range(TRIALS))
-def test_a_killed_rank_ends_the_run(ranks, world, tiny_t2i_folder, tmp_path, trial):
+@pytest.mark.parametrize("trial", range(max(2, FAULTS)))
+def test_a_killed_rank_ends_the_run(ranks, world, tiny_t2i_folder, tmp_path, tally, trial):
     run, moment = tmp_path / "run", random.Random(trial)
     options = (*OPTIONS, f"--init={tiny_t2i_folder}")
     process = launch("train/t2i.py", world, run, *options)
@@ -85,10 +86,11 @@ def test_a_killed_rank_ends_the_run(ranks, world, tiny_t2i_folder, tmp_path, tri
     assert done - step <= 3  # the last two, and a checkpoint that was not whole yet
     assert ranks.wait(ranks.start(2, resume, world, tiny_t2i_folder, run, step + 2)) == [0, 0]
     assert [row["step"] for row in log_of(run)] == list(range(1, step + 3))
+    tally("recovered")
 
 
 @slow
-def test_a_frozen_rank_ends_the_run(world, tiny_t2i_folder, tmp_path):
+def test_a_frozen_rank_ends_the_run(world, tiny_t2i_folder, tmp_path, tally):
     options = (*OPTIONS, f"--init={tiny_t2i_folder}", "--save-every=100000")
     process = launch("train/t2i.py", world, tmp_path, *options)
     try:
@@ -98,10 +100,11 @@ def test_a_frozen_rank_ends_the_run(world, tiny_t2i_folder, tmp_path):
     finally:
         end_all(process)
     assert process.returncode != 0
+    tally("ended well")
 
 
 @slow
-def test_a_signal_waits_for_a_long_save(world, tiny_t2i_folder, tmp_path):
+def test_a_signal_waits_for_a_long_save(world, tiny_t2i_folder, tmp_path, tally):
     """The launcher would kill its ranks after 30 seconds."""
     options = (*OPTIONS, f"--init={tiny_t2i_folder}", "--save-every=100000")
     process = launch("tests/train/slow_save.py", world, tmp_path, *options)
@@ -111,6 +114,25 @@ def test_a_signal_waits_for_a_long_save(world, tiny_t2i_folder, tmp_path):
     assert "go on with --resume" in output, output[-4000:]
     assert latest_checkpoint(tmp_path).is_dir()
     assert not members(process.pid)
+    tally("ended well")
+
+
+@slow
+@pytest.mark.parametrize("trial", range(FAULTS // 2))
+def test_a_signal_while_the_ranks_start(world, tiny_t2i_folder, tmp_path, tally, trial):
+    """To all processes of a launch, as Ctrl-C in a terminal."""
+    process = launch("train/t2i.py", world, tmp_path, *OPTIONS, f"--init={tiny_t2i_folder}")
+    try:
+        while "t2i: loading" not in (line := process.stdout.readline()):
+            assert line, "it ended"
+        time.sleep(random.Random(trial).uniform(0, 10))
+        os.killpg(process.pid, (signal.SIGINT, signal.SIGTERM)[trial % 2])
+        wait_for(lambda: not members(process.pid), 60)
+    finally:
+        end_all(process)
+    output = process.stdout.read() if not process.stdout.closed else ""
+    assert "Traceback" not in output, output
+    tally("ended well")
 
 
 def resume(world: Path, init: Path, run: Path, steps: int) -> None:

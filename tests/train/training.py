@@ -23,13 +23,16 @@ def settings_of(world: Path, init: Path, run: Path, stage: str = "t2i", **change
     return replace(parse_settings(stage, "", argv), **changes)
 
 
-def launch(script: str, world: Path, run: Path, *options, ranks: int = 2) -> subprocess.Popen:
-    """The `deepspeed` command of a script in the repository, in a session of its own."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def launch(script: str, world: Path, run: Path, *options, ranks: int = 2) -> subprocess.Popen:
+    """The `deepspeed` command of a script in the repository, in a session of its own."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    command += [f"--num_gpus={ranks}", f"--master_port={port}", script]
+    command += [f"--num_gpus={ranks}", f"--master_port={free_port()}", script]
     command += [f"--data={world / 'data'}", f"--vae={world / 'vae'}", f"--run={run}"]
     command += [
         "--train-text",

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from configurations import changes, copied, ending
+from faults import EXIT_CODES, FAULTS
 from published import BLOCK, WEIGHTS, make_dit, make_pixart, original_dit, original_pixart
 from safetensors.torch import load_file, save_file
 
@@ -222,18 +223,21 @@ def test_nothing_half_written_stays(error, code, tmp_path, monkeypatch):
         assert not os.listdir(tmp_path / "old")
 
 
+@pytest.mark.faults
 def test_a_changed_configuration_is_converted_or_refused_in_one_line(
-    pipeline_folder, tmp_path, capfd
+    pipeline_folder, tmp_path, capfd, tally
 ):
     folder, out = copied(pipeline_folder, tmp_path / "pixart"), tmp_path / "out"
     endings = {}
-    for what in changes(folder, range(40 * int(os.environ.get("FAULTS", "1")))):
+    for what in changes(folder, range(40 * FAULTS)):
         endings[what] = ending(main, ["pixart", folder, out], capfd)
         assert out.exists() == (endings[what][0] == 0)
         shutil.rmtree(out, ignore_errors=True)
     wrong = {what: told for what, (_, told) in endings.items() if told}
     assert not wrong, json.dumps(wrong, indent=1)
     assert {code for code, _ in endings.values()} == {0, 2}
+    for code, _ in endings.values():
+        tally(EXIT_CODES[code])
 
 
 def test_code_of_a_folder_is_not_carried_along(pipeline_folder, refused, tmp_path):
