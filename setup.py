@@ -115,7 +115,7 @@ class BuildTorch(build_ext):
 setup(
     packages=PACKAGES,
     package_dir=FOLDERS,
-    package_data={"gentron_fast": ["assets/**/*", "assets/*"]},
+    package_data={"gentron_fast": ["assets/**/*", "assets/*", "evaluation/page.html"]},
     ext_modules=[OPERATORS] if SANITIZED else [OPERATORS, RUNTIME],
     cmdclass={"build_ext": BuildTorch},
 )

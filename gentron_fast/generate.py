@@ -219,17 +219,22 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         return list(dict.fromkeys(prompts))
     if args.prompt:
         raise ValueError("give PROMPT or --prompts FILE, not both")
-    if not args.prompts.is_file():
-        raise ValueError(f"no prompts file {args.prompts}")
+    return list(dict.fromkeys(read_prompts_file(args.prompts)))
+
+
+def read_prompts_file(path: Path) -> list[str]:
+    """The prompts of a text file, one a line; empty lines and # comments are left out."""
+    if not path.is_file():
+        raise ValueError(f"no prompts file {path}")
     try:
-        lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise ValueError(f"the prompts file {args.prompts} is not UTF-8 text") from None
+        raise ValueError(f"the prompts file {path} is not UTF-8 text") from None
     prompts = [line.strip() for line in lines]
     prompts = [prompt for prompt in prompts if prompt and not prompt.startswith("#")]
     if not prompts:
-        raise ValueError(f"the prompts file {args.prompts} holds no prompt")
-    return list(dict.fromkeys(prompts))
+        raise ValueError(f"the prompts file {path} holds no prompt")
+    return prompts
 
 
 def choose_frames(args: argparse.Namespace, folder: Path) -> int | None:

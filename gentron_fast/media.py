@@ -70,6 +70,13 @@ def read_video(path: str | os.PathLike) -> tuple[np.ndarray, float]:
     return np.stack(frames), float(rate)
 
 
+def video_format(path: str | os.PathLike) -> tuple[str, str]:
+    """The names that FFmpeg gives a video's codec and pixels: ("h264", "yuv420p")."""
+    with _import_av().open(_local(path)) as container:
+        context = container.streams.video[0].codec_context
+        return context.codec.canonical_name, context.pix_fmt
+
+
 class ShownFrames:
     """A video stream's decoded frames to pictures as a player shows them.
 
