@@ -2,15 +2,21 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <fcntl.h>
+#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <bit>
+#include <cctype>
 #include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <random>
+#include <utility>
 
 #include "refusal.h"
 #include "sha256.h"
@@ -25,6 +31,7 @@ constexpr int kFormat = 2;
 constexpr int64_t kPrefix = 8 + 8 + 32;
 constexpr int64_t kLargestHeader = int64_t{1} << 24;
 constexpr int64_t kAlignment = 64;
+constexpr size_t kLongName = 100;  // bytes, which leaves room for what a partial name adds
 
 uint64_t little_endian(const char* bytes) {
   uint64_t value;
@@ -39,8 +46,6 @@ std::string hex(const std::string& bytes) {
   }
   return digits;
 }
-
-std::string aside_of(const std::string& path) { return path + ".part"; }
 
 std::string sha256(const void* data, size_t size) {
   Sha256 hash;
@@ -212,6 +217,10 @@ const at::Tensor& Package::section(const std::string& name) const {
   return found->second;
 }
 
+const std::string& Package::digest(const std::string& name) const {
+  return header_["sections"][name]["sha256"].string();
+}
+
 Tensors Package::tensors(const std::string& name) const { return parse_safetensors(section(name)); }
 
 void Package::drop(const std::string& name) { sections_.erase(name); }
@@ -225,11 +234,85 @@ Tensors read_safetensors(const std::string& path) {
   }
 }
 
+namespace {
+
+// A file beside `path` that takes its place, or is gone when this is. Its name is its own, so that
+// nothing that is there is written to; those of dead processes are removed. Names are those of
+// gentron_fast/files.py, which removes them too.
+class PartialFile {
+ public:
+  explicit PartialFile(const std::string& path) : path_(path) {
+    const std::filesystem::path whole = path;
+    const std::filesystem::path folder = whole.has_parent_path() ? whole.parent_path() : ".";
+    std::string stem = whole.stem().string();
+    if (stem.size() > kLongName) stem = sha256(stem.data(), stem.size());
+    stem = "." + stem + "." + host() + ".";
+    remove_dead(folder, stem);
+    std::random_device random;
+    const std::string unique = std::to_string(random()) + std::to_string(random());
+    const std::string name =
+        stem + std::to_string(getpid()) + "." + unique + ".part" + whole.extension().string();
+    aside_ = (folder / name).string();
+    file_ = open(aside_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0666);
+    if (file_ < 0) fail();
+  }
+  ~PartialFile() {
+    if (file_ >= 0) close(file_);
+    if (!published_) unlink(aside_.c_str());
+  }
+  PartialFile(const PartialFile&) = delete;
+
+  void write(const void* data, size_t size) {
+    const char* next = static_cast<const char*>(data);
+    while (size > 0) {
+      const ssize_t written = ::write(file_, next, size);
+      if (written < 0 && errno == EINTR) continue;
+      if (written <= 0) fail();
+      next += written;
+      size -= static_cast<size_t>(written);
+    }
+  }
+
+  void publish() {
+    const int file = std::exchange(file_, -1);
+    if (close(file) != 0 || rename(aside_.c_str(), path_.c_str()) != 0) fail();
+    published_ = true;
+  }
+
+ private:
+  [[noreturn]] void fail() const {
+    refuse("cannot write " + path_ + ": " + std::strerror(errno));
+  }
+
+  static std::string host() {
+    char name[256] = "";
+    gethostname(name, sizeof(name) - 1);
+    for (char& c : name) {
+      if (c != '\0' && c != '_' && !std::isalnum(static_cast<unsigned char>(c))) c = '-';
+    }
+    return name;
+  }
+
+  static void remove_dead(const std::filesystem::path& folder, const std::string& stem) {
+    std::error_code error;
+    for (const auto& entry : std::filesystem::directory_iterator(folder, error)) {
+      const std::string name = entry.path().filename().string();
+      if (!name.starts_with(stem) || name.find(".part") == std::string::npos) continue;
+      const pid_t owner = std::atoi(name.c_str() + stem.size());
+      if (owner > 0 && kill(owner, 0) != 0 && errno == ESRCH) unlink(entry.path().c_str());
+    }
+  }
+
+  std::string path_, aside_;
+  int file_ = -1;
+  bool published_ = false;
+};
+
+}  // namespace
+
 void check_writable(const std::string& path) {
-  const std::string aside = aside_of(path);
-  const bool opens = std::ofstream(aside).is_open();
-  if (opens) std::remove(aside.c_str());
-  if (!opens || std::filesystem::is_directory(path)) refuse("cannot write " + path);
+  if (std::filesystem::is_directory(path)) refuse("cannot write " + path + ": it is a folder");
+  PartialFile{path};
 }
 
 void write_npy(const std::string& path, const at::Tensor& tensor) {
@@ -241,20 +324,13 @@ void write_npy(const std::string& path, const at::Tensor& tensor) {
   header.append(kAlignment - (10 + header.size() + 1) % kAlignment, ' ');
   header.push_back('\n');
 
-  const std::string aside = aside_of(path);
-  std::ofstream out(aside, std::ios::binary);
+  PartialFile out(path);
   const auto length = static_cast<uint16_t>(header.size());
   out.write("\x93NUMPY\x01\x00", 8);
-  out.write(reinterpret_cast<const char*>(&length), sizeof(length));
-  out << header;
-  out.write(static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes());
-  out.close();
-  std::error_code error;
-  if (out) std::filesystem::rename(aside, path, error);
-  if (!out || error) {
-    std::remove(aside.c_str());
-    refuse("cannot write " + path);
-  }
+  out.write(&length, sizeof(length));
+  out.write(header.data(), header.size());
+  out.write(tensor.const_data_ptr(), tensor.nbytes());
+  out.publish();
 }
 
 }  // namespace gentron

@@ -32,6 +32,8 @@ class Package {
   const Json& metadata() const { return header_["metadata"]; }
   // The section's bytes, (size,) uint8.
   const at::Tensor& section(const std::string& name) const;
+  // The section's SHA-256.
+  const std::string& digest(const std::string& name) const;
   // A section of safetensors; the tensors share its memory, and keep it.
   Tensors tensors(const std::string& name) const;
   // Forget a section.
@@ -49,7 +51,7 @@ Tensors read_safetensors(const std::string& path);
 // std::invalid_argument where `write_npy` could not write.
 void check_writable(const std::string& path);
 
-// Write aside, then rename: fp32 or uint8, contiguous.
+// Write aside, in a file of this call's own, then rename: fp32 or uint8, contiguous.
 void write_npy(const std::string& path, const at::Tensor& tensor);
 
 }  // namespace gentron

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -10,17 +11,20 @@ import torch
 from gentron_fast import export
 from gentron_fast.compiled.package import MAGIC
 
-PROGRAM = Path(export.__file__).with_name("gentron-sample")
+# GENTRON_RUNTIME is a folder with another build of the runtime and of the program.
+RUNTIME = Path(os.environ.get("GENTRON_RUNTIME", Path(export.__file__).parent))
+PROGRAM = RUNTIME / "gentron-sample"
 PROMPT = "a red circle moving left"
 LONG = "a large yellow triangle moving slowly down and to the left on a white background"
 STEPS = 20
+SANITIZER_OPTIONS = {k: v for k, v in os.environ.items() if k.endswith("SAN_OPTIONS")}
 PREFIX = len(MAGIC) + 8 + 32
 
 
 def run_program(*arguments):
     """gentron-sample in an environment with no trace of Python, on as many threads as this has."""
     command = [PROGRAM, *map(str, arguments)]
-    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())} | SANITIZER_OPTIONS
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 

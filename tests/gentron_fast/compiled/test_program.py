@@ -1,7 +1,10 @@
 """gentron-sample: the pipeline's result without Python, signals, and every refusal."""
 
+import os
 import re
+import resource
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -9,7 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compiled_files import LONG, PROGRAM, PROMPT, STEPS, embeddings, error, run_program
+from compiled_files import (
+    LONG,
+    PROGRAM,
+    PROMPT,
+    SANITIZER_OPTIONS,
+    STEPS,
+    embeddings,
+    error,
+    run_program,
+)
 from safetensors.torch import save_file
 
 
@@ -68,7 +80,7 @@ def start_loading(package, tmp_path, ignored=False):
         [PROGRAM, *map(str, arguments)],
         stderr=subprocess.PIPE,
         text=True,
-        env={"TMPDIR": str(temporary)},
+        env={"TMPDIR": str(temporary)} | SANITIZER_OPTIONS,
         # A test run in the background ignores SIGINT, and its children with it.
         preexec_fn=lambda: signal.signal(
             signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL
@@ -151,5 +163,63 @@ def test_the_program_refuses_what_cannot_be_written_first(tmp_path, name):
     (tmp_path / "folder.npy").mkdir()
     done = run_program("nowhere", "--tokens", "clip=1", "--out", tmp_path / name)
     assert done.returncode == 2
-    assert done.stderr == f"gentron-sample: error: cannot write {tmp_path / name}\n"
+    assert done.stderr.startswith(f"gentron-sample: error: cannot write {tmp_path / name}: ")
+    assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["folder.npy"]
+
+
+def test_the_program_touches_nothing_that_is_there(tmp_path):
+    """Neither what lies under a likely name of a partial file nor what it links to."""
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "out.npy.part").symlink_to("mine")
+    (tmp_path / ".out.part.npy").symlink_to("mine")
+    before = sorted(tmp_path.iterdir())
+    done = run_program("nowhere", "--tokens", "clip=1", "--out", tmp_path / "out.npy")
+    assert done.returncode == 2 and sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_what_a_killed_program_left_is_removed(tmp_path):
+    host = re.sub(r"\W", "-", socket.gethostname())
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    alive, dead = (tmp_path / f".out.{host}.{pid}.0.part.npy" for pid in (os.getpid(), ended.pid))
+    for path in (alive, dead):
+        path.touch()
+    run_program("nowhere", "--tokens", "clip=1", "--out", tmp_path / "out.npy")
+    assert list(tmp_path.iterdir()) == [alive]
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(package, pipeline, tmp_path):
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    (tmp_path / "out").mkdir()
+    arguments = [
+        PROGRAM,
+        package,
+        "--tokens",
+        "clip=1",
+        "t5=1",
+        "--out",
+        tmp_path / "out" / "x.npy",
+    ]
+    options = {"capture_output": True, "text": True, "preexec_fn": limit, "timeout": 300}
+    environment = {"TMPDIR": str(tmp_path)} | SANITIZER_OPTIONS
+    done = subprocess.run([*map(str, arguments)], env=environment, **options)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "cannot write into TMPDIR" in done.stderr
+    assert not list((tmp_path / "out").iterdir()) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_missing_tmpdir_is_named(package, tmp_path):
+    arguments = [PROGRAM, package, "--tokens", "clip=1", "t5=1", "--out", tmp_path / "x.npy"]
+    options = {"capture_output": True, "text": True, "timeout": 300}
+    environment = {"TMPDIR": str(tmp_path / "missing")} | SANITIZER_OPTIONS
+    done = subprocess.run([*map(str, arguments)], env=environment, **options)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "gentron-sample: error: cannot write into TMPDIR, "
+        f"{tmp_path / 'missing'}: No such file or directory\n"
+    )
