@@ -5,7 +5,10 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <exception>
 #include <optional>
+#include <stdexcept>
+#include <string_view>
 
 #include "runtime/noise.h"
 #include "runtime/sampler.h"
@@ -80,6 +83,17 @@ Tensor noise(uint64_t seed, uint32_t step, uint32_t sample, int64_t size) {
 }  // namespace
 
 PYBIND11_MODULE(_runtime, m) {
+  // A refusal may name what no UTF-8 is, in a file or a path.
+  py::register_local_exception_translator([](std::exception_ptr raised) {
+    try {
+      if (raised) std::rethrow_exception(raised);
+    } catch (const std::invalid_argument& error) {
+      const std::string_view words = error.what();
+      const auto text = py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(
+          words.data(), static_cast<Py_ssize_t>(words.size()), "backslashreplace"));
+      PyErr_SetObject(PyExc_ValueError, text.ptr());
+    }
+  });
   m.def("portable_noise", &noise);
   py::class_<Sampler>(m, "Sampler")
       .def_static("load", &Sampler::load, py::call_guard<py::gil_scoped_release>())

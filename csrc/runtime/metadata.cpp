@@ -317,7 +317,9 @@ Metadata Metadata::read(const Json& values) {
   fields.string("solver");
   fields.number("eta");
   for (const auto& [part, digest] : fields.fields("parts").object()) {
-    if (!digest.is_string()) fields.fail("parts", "must be digests by name");
+    if (!digest.is_string() || part.find('/') != std::string::npos) {
+      fields.fail("parts", "must be digests by name");
+    }
   }
   if (made.whole) fields.strings("tokenizers");
   return made;

@@ -5,11 +5,15 @@
 #include <c10/core/DeviceGuard.h>
 #include <dlfcn.h>
 #include <stdlib.h>
+#include <sys/statvfs.h>
 #include <sys/utsname.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <limits>
@@ -113,18 +117,31 @@ void check_machine(const Metadata& metadata, const at::Device& device) {
   }
 }
 
-// A folder of our own that is gone when this is.
+// A folder of our own in TMPDIR that is gone when this is. Code is loaded from it, and unpacked
+// beside it by torch.
 class TemporaryFolder {
  public:
-  TemporaryFolder() {
-    std::string name = (std::filesystem::temp_directory_path() / "gentron-XXXXXX").string();
-    if (mkdtemp(name.data()) == nullptr) refuse("cannot make a folder like " + name);
+  explicit TemporaryFolder(int64_t bytes) {
+    const char* set = std::getenv("TMPDIR");
+    const std::string root = set != nullptr && *set != '\0' ? set : "/tmp";
+    std::string name = root + "/gentron-XXXXXX";
+    if (mkdtemp(name.data()) == nullptr) {
+      refuse("cannot write into TMPDIR, " + root + ": " + std::strerror(errno));
+    }
     path_ = name;
+    struct statvfs system {};
+    if (statvfs(root.c_str(), &system) != 0) return;
+    if (system.f_flag & ST_NOEXEC) {
+      fail("TMPDIR, " + root + ", is mounted noexec, so that no code can be loaded from it");
+    }
+    const auto free = static_cast<int64_t>(system.f_bavail * system.f_frsize);
+    if (free < bytes) {
+      fail(
+          "TMPDIR, " + root + ", has " + std::to_string(free >> 20) + " MiB free, loading takes " +
+          std::to_string((bytes >> 20) + 1));
+    }
   }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
+  ~TemporaryFolder() { remove(); }
   TemporaryFolder(const TemporaryFolder&) = delete;
 
   std::string write(const std::string& name, const Tensor& bytes) const {
@@ -132,20 +149,48 @@ class TemporaryFolder {
     std::ofstream out(path, std::ios::binary);
     out.write(static_cast<const char*>(bytes.const_data_ptr()), bytes.numel());
     out.close();
-    if (!out) refuse("cannot write " + path.string());
+    if (!out) refuse("cannot write into TMPDIR: " + path.string());
     return path.string();
   }
 
  private:
+  void remove() const {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  [[noreturn]] void fail(const std::string& message) const {
+    remove();
+    refuse(message);
+  }
+
   std::filesystem::path path_;
 };
+
+using Loader = torch::inductor::AOTIModelPackageLoader;
+
+// The code of a graph, loaded once in a process: its libraries stay mapped until the end, whatever
+// is closed, since what g++ makes of static variables in inline functions pins them. The weights
+// are inputs, so that nothing else is kept. `digest` is of the bytes in the file that `write` makes.
+std::shared_ptr<Loader> load_code(
+    const std::string& digest, const at::Device& device,
+    const std::function<std::string()>& write) {
+  static std::mutex loading;
+  static std::map<std::string, std::shared_ptr<Loader>> loaded;
+  const std::lock_guard<std::mutex> lock(loading);
+  std::shared_ptr<Loader>& own = loaded[digest + device.str()];
+  if (!own) {
+    own = std::make_shared<Loader>(
+        write(), "model", false, 1, device.is_cuda() ? device.index() : -1);
+  }
+  return own;
+}
 
 // A compiled graph. Its weights are inputs behind the others, so that graphs and blocks share one
 // copy; `weights` holds one list, or one a block.
 struct Graph {
   std::string name;
   std::vector<TensorKind> kinds;
-  std::unique_ptr<torch::inductor::AOTIModelPackageLoader> loader;
+  std::shared_ptr<Loader> loader;
   std::vector<TensorList> weights;
 
   TensorList operator()(TensorList inputs, int64_t block = 0) const {
@@ -231,17 +276,28 @@ void Sampler::Parts::load(
 }
 
 void Sampler::Parts::load_graphs() {
-  const TemporaryFolder folder;
+  int64_t bytes = 0;
+  for (const auto& [name, kind] : graphs) bytes += package.section("graphs/" + name).numel();
+  const TemporaryFolder folder(2 * bytes);  // packed and unpacked
   for (const auto& [name, kind] : graphs) {
     const std::string section = "graphs/" + name;
-    const std::string path = folder.write(name + ".pt2", package.section(section));
-    package.drop(section);
     Graph& graph = compiled[name];
     graph.name = name;
     graph.kinds = kind.inputs;
     graph.weights = weights_of(name, weights);
-    graph.loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(
-        path, "model", false, 1, device.is_cuda() ? device.index() : -1);
+    try {
+      graph.loader = load_code(package.digest(section), device, [&] {
+        return folder.write(name + ".pt2", package.section(section));
+      });
+    } catch (const std::invalid_argument&) {
+      throw;
+    } catch (const std::exception& error) {  // torch's own, with a backtrace below it
+      const std::string words = error.what();
+      refuse(
+          "graph " + name + " cannot be loaded by way of TMPDIR: " +
+          words.substr(0, words.find('\n')));
+    }
+    package.drop(section);
   }
 }
 
@@ -481,13 +537,33 @@ const Tensor& Sampler::section(const std::string& name) const {
 }
 
 namespace {
+// The samplers, by their mutex, that run a caller's function on this thread.
+thread_local std::vector<const std::mutex*> calling;
+
 // What every run needs: the device, and no autograd, whose kernels may be Python's.
 struct Run {
-  std::lock_guard<std::mutex> lock;
+  std::unique_lock<std::mutex> lock;
   c10::OptionalDeviceGuard guard;
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  Run(std::mutex& busy, const at::Device& device) : lock(busy) {
+  Run(std::mutex& busy, const at::Device& device) {
+    if (std::find(calling.begin(), calling.end(), &busy) != calling.end()) {
+      refuse("a callback of a compiled sampler cannot call that sampler");
+    }
+    lock = std::unique_lock<std::mutex>(busy);
     if (device.is_cuda()) guard.reset_device(device);
+  }
+};
+
+// While a caller's function runs other threads have the sampler, so that it may wait for them.
+struct Callback {
+  std::unique_lock<std::mutex>& lock;
+  explicit Callback(std::unique_lock<std::mutex>& lock) : lock(lock) {
+    calling.push_back(lock.mutex());
+    lock.unlock();
+  }
+  ~Callback() {
+    lock.lock();
+    calling.pop_back();
   }
 };
 }  // namespace
@@ -540,8 +616,15 @@ SamplingPlan Sampler::plan(
 }
 
 Tensor Sampler::sample(const Request& request) const {
-  const Run run(parts_->busy, parts_->device);
-  return parts_->sample(request);
+  Run run(parts_->busy, parts_->device);
+  Request own = request;
+  if (request.on_step) {
+    own.on_step = [&](int64_t step) {
+      const Callback callback(run.lock);
+      request.on_step(step);
+    };
+  }
+  return parts_->sample(own);
 }
 
 Tensor Sampler::decode(const Tensor& latents) const {

@@ -59,7 +59,7 @@ class CompiledSampler:
         launch.cpu_library()
         pinned = "" if sha256 is None else sha256.lower()
         try:
-            return cls(Sampler.load(os.fspath(path), pinned, str(device or ""), ""))
+            return cls(Sampler.load(os.fsencode(path), pinned, str(device or ""), ""))
         except RuntimeError as error:  # torch's own, such as for an unknown device
             raise ValueError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
 
