@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from gentron_fast.files import whole_file
-from gentron_train.data.broken import BrokenSample
+from gentron_train.data.broken import BrokenSample, broken_by
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "gentron"
 PRECOMPUTED = "__precomputed__"  # a member of ours; WebDataset skips names of this form
@@ -169,7 +169,7 @@ def count(shard: Shard) -> tuple[int, str | None]:
         with open(kept) as file:
             head = json.loads(file.readline())
         stamp = head["stamp"]
-        with _may_be_removed(shard):
+        with contextlib.suppress(FileNotFoundError):  # its samples are broken when they are read
             stamp = _stamp(shard.path)
         if stamp == head["stamp"] and head.get("format") == FORMAT:
             return head["count"], head["cut"]
@@ -211,7 +211,10 @@ def index(shard: Shard) -> Index:
 
 
 def read(shard: Shard, number: int) -> tuple[str, dict[str, bytes]]:
-    """Key and files, by ending, of one sample; BrokenSample where the tar has them apart."""
+    """Key and files, by ending, of one sample.
+
+    BrokenSample where the tar has them apart, or is not there any more.
+    """
     contents = index(shard)
     key, files = contents.samples[number]
     if number in contents.scattered:
@@ -219,7 +222,8 @@ def read(shard: Shard, number: int) -> tuple[str, dict[str, bytes]]:
             "files apart in the tar (tar --sort=name puts them together)",
             f"{', '.join(sorted(files))} of {key}",
         )
-    return key, {ending: _read_at(shard, *place) for ending, place in files.items()}
+    with broken_by("unreadable shard"):
+        return key, {ending: _read_at(shard, *place) for ending, place in files.items()}
 
 
 def check_any_sample(shards: list[Shard]) -> None:

@@ -56,6 +56,11 @@ def test_a_shard_is_fetched_three_times_before_its_samples_are_broken(tmp_path, 
     with pytest.raises(BrokenSample) as broken:
         read(shard, 0)
     assert broken.value.cause == "unreadable shard" and "cannot read" in broken.value.detail
+    local = find_shards(str(write_tar(tmp_path / "b.tar", [{"txt": b"one"}])))[0]
+    count(local)
+    local.path.unlink()
+    with pytest.raises(BrokenSample, match="unreadable shard"):
+        read(local, 0)
     assert tried.read_text().count("\n") == 3
 
 
