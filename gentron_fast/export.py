@@ -23,7 +23,8 @@ from gentron_fast.commandline import (
     whole_number,
 )
 from gentron_fast.compiled import CompiledSampler, export_sampler
-from gentron_fast.compiled.exporter import MAX_BATCH
+from gentron_fast.compiled.compilation import check_temporary_folder
+from gentron_fast.compiled.exporter import MAX_BATCH, MOST_BATCH
 from gentron_fast.compiled.package import part_digests
 from gentron_fast.config import MAX_FRAMES, MAX_SIDE
 from gentron_fast.text import SUBFOLDERS
@@ -65,6 +66,7 @@ def export(args: argparse.Namespace) -> None:
 
     silence_libraries()
     device = choose_device(args.device)
+    check_temporary_folder()
     check_writable([args.out])
     pipeline = GenTronPipeline.from_pretrained(args.pipeline, getattr(torch, args.dtype), device)
     frames = pipeline.default_frames if args.frames is None else args.frames
@@ -109,7 +111,7 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--lambda-t", type=number)
     parser.add_argument("--lambda-m", type=number)
     parser.add_argument("--rescale", type=number)
-    parser.add_argument("--batch", type=whole_number(2, 1024), default=MAX_BATCH)
+    parser.add_argument("--batch", type=whole_number(2, MOST_BATCH), default=MAX_BATCH)
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")

@@ -90,6 +90,20 @@ def whole_folder(folder: Path, ours: Collection[str] = ()) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, for this user alone, that is gone after the block.
+
+    What a killed process left is removed by the next call for `path`.
+    """
+    folder = partial_path(path)
+    folder.mkdir(0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def check_output_folder(folder: Path, ours: Collection[str] = ()) -> None:
     """ValueError where `folder` is no folder, or holds entries that are not named in `ours`."""
     if folder.exists() and not folder.is_dir():

@@ -1,51 +1,149 @@
 """Graphs into machine code, in as many processes as there are cores."""
 
+import contextlib
+import ctypes
 import multiprocessing
 import os
+import re
 import signal
+import tempfile
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from gentron_fast.compiled.graphs import Graph
+from gentron_fast.files import scratch_folder
+
+LEAST_SPACE = 256 << 20  # of TMPDIR: what the compilers and Inductor keep there, with room
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def compile_all(graphs: list[Graph], folder: Path, on_graph: Callable | None) -> None:
     """Compile every graph to folder/NAME.pt2, for the CPU in as many processes as it has cores:
-    nearly all of the time is the C++ compiler's."""
-    is_cpu = graphs[0].inputs[0].device.type == "cpu"
-    jobs = min(len(os.sched_getaffinity(0)), 8, len(graphs)) if is_cpu else 1
-    if jobs == 1:
-        _compile_share(graphs, folder, on_graph)
-        return
+    nearly all of the time is the C++ compiler's. ValueError, in one line, where one fails.
+
+    What compilers leave in TMPDIR is in one folder there; it is removed, or after SIGKILL by the
+    next call, and the processes of a CPU end with this one.
+    """
+    root = check_temporary_folder()
+    with scratch_folder(root / "gentron-export") as temporary:
+        if graphs[0].inputs[0].device.type != "cpu":
+            with _working_in(temporary):
+                _compile_share(graphs, folder, on_graph)
+            return
+        failures = _compile_in_shares(graphs, folder, temporary, on_graph)
+    missing = [graph.name for graph in graphs if not (folder / f"{graph.name}.pt2").exists()]
+    if missing:
+        name, words, trace = failures or (missing[0], "its process ended", "")
+        where = f"; TMPDIR is {root}" if re.search("space left|[Qq]uota", words) else ""
+        raise ValueError(f"the compilation of {name} failed: {words}{where}") from (
+            RuntimeError(trace) if trace else None
+        )
+
+
+def check_temporary_folder() -> Path:
+    """The folder that TMPDIR names; ValueError where code cannot be compiled in it."""
+    folder = Path(os.environ.get("TMPDIR") or tempfile.gettempdir()).absolute()
+    named = f"TMPDIR, {folder},"
+    if not re.fullmatch(r"[\w/.,:@%+=-]+", str(folder)):
+        raise ValueError(f"{named} has a character that compilers split at, such as a space")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{named} cannot be written: {error.strerror}") from error
+    system = os.statvfs(folder)
+    if system.f_flag & os.ST_NOEXEC:
+        raise ValueError(f"{named} is mounted noexec, so that no code can be tried out in it")
+    if (free := system.f_bavail * system.f_frsize) < LEAST_SPACE:
+        raise ValueError(
+            f"{named} has {free >> 20} MiB free, compiling takes up to {LEAST_SPACE >> 20}"
+        )
+    return folder
+
+
+def _compile_in_shares(
+    graphs: list[Graph], folder: Path, temporary: Path, on_graph: Callable | None
+) -> tuple[str, str, str] | None:
+    """Returns the first failure: a graph's name, the error in one line, its traceback."""
+    jobs = min(len(os.sched_getaffinity(0)), 8, len(graphs))
     fork = multiprocessing.get_context("fork")
+    failures = fork.SimpleQueue()
     shares = [
-        fork.Process(target=_forked_share, args=(graphs[i::jobs], folder, on_graph))
+        fork.Process(
+            target=_forked_share,
+            args=(os.getpid(), failures, temporary, graphs[i::jobs], folder, on_graph),
+        )
         for i in range(jobs)
     ]
     try:
         with warnings.catch_warnings(action="ignore"):  # of threads, which the shares leave alone
             for share in shares:
                 share.start()
+                with contextlib.suppress(OSError):
+                    os.setpgid(share.pid, share.pid)
         for share in shares:
             share.join()
     finally:
         for share in shares:
-            if share.pid is not None:
-                share.kill()
+            if share.is_alive():
+                os.killpg(share.pid, signal.SIGKILL)
                 share.join()
-    missing = [graph.name for graph in graphs if not (folder / f"{graph.name}.pt2").exists()]
-    if missing:
-        raise ValueError(f"the compilation of {missing[0]} failed; its error is above")
+    return None if failures.empty() else failures.get()
 
 
-def _forked_share(*share) -> None:
-    for interrupt in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(interrupt, signal.SIG_DFL)  # the parent tells, and cleans up
+def _forked_share(parent: int, failures, temporary: Path, *share) -> None:
+    _end_with(parent)
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
-    _compile_share(*share)
+    current = share[0][0].name
+
+    def on_graph(name: str) -> None:
+        nonlocal current
+        current = name
+        if share[-1] is not None:
+            share[-1](name)
+
+    try:
+        with _working_in(temporary):
+            _compile_share(*share[:-1], on_graph)
+    except Exception as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        words = next((line for line in lines if "error:" in line), lines[0])
+        failures.put((current, words, traceback.format_exc()))
+
+
+def _end_with(parent: int) -> None:
+    """End with the parent, the compilers that run here too: they are of this process's group."""
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells, and ends this
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it was gone before
+        os.killpg(0, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _working_in(temporary: Path) -> Iterator[None]:
+    """Let compilers have their temporary files in a folder; Inductor's cache stays where it is."""
+    from torch._inductor import codecache  # takes the place of precompiled headers from TMPDIR
+
+    names = ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR")
+    before, folder = {name: os.environ.get(name) for name in names}, tempfile.tempdir
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = codecache.cache_dir()
+    os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = folder
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _compile_share(graphs: list[Graph], folder: Path, on_graph: Callable | None) -> None:

@@ -3,18 +3,17 @@
 # Shapes: B clips, C channels, T frames, h × w latents.
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gentron_fast.compiled.compilation import compile_all
+from gentron_fast.compiled.compilation import check_temporary_folder, compile_all
 from gentron_fast.compiled.graphs import branch_sets, learns_range, sampling_graphs, whole_graphs
 from gentron_fast.compiled.package import WEIGHTS, describe_machine, write_package
 from gentron_fast.config import MAX_FRAMES
-from gentron_fast.files import whole_file
+from gentron_fast.files import scratch_folder, whole_file
 from gentron_fast.guidance.contexts import merged_values
 from gentron_fast.guidance.definition import guidance_coefficients
 from gentron_fast.guidance.steps import modulation_chunk, modulation_row_bytes
@@ -25,6 +24,7 @@ from gentron_fast.vae import VideoVAE
 from gentron_kernels import launch
 
 MAX_BATCH = 16
+MOST_BATCH = 1024  # csrc/runtime/metadata.cpp takes no more
 
 
 def export_sampler(
@@ -58,12 +58,13 @@ def export_sampler(
     for what does not fit.
     """
     config, weight = model.config, model.patch_embed.weight
+    check_temporary_folder()
     if not 1 <= frames <= MAX_FRAMES or (frames > 1 and not config.temporal):
         raise ValueError(f"frames must be 1, or up to {MAX_FRAMES} of a video model, got {frames}")
     if any(side < 1 or side % config.patch_size for side in latent_size):
         raise ValueError(f"latent size {latent_size} must divide by the patch {config.patch_size}")
-    if max_batch < 2:
-        raise ValueError(f"the most clips at once must be 2 or more, got {max_batch}")
+    if not 2 <= max_batch <= MOST_BATCH:
+        raise ValueError(f"the most clips at once must be 2 to {MOST_BATCH}, got {max_batch}")
     if weight.device.type == "cpu" and not launch.cpu_library():
         raise ValueError("the C++ operators are not built: python setup.py build_ext --inplace")
     table = make_table(solver, scheduler, steps, eta)
@@ -101,8 +102,7 @@ def export_sampler(
         "parts": parts or {},
     } | describe_machine(weight.device)
     path = Path(path)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        folder = Path(folder)
+    with scratch_folder(path) as folder:
         sections = {}
         if whole is not None:
             text_encoder, vae = whole
