@@ -20,6 +20,7 @@ from gentron_fast.schema import (
 ENCODERS = ("clip", "t5")
 MAX_FRAMES = 32
 MAX_SIDE = 2**15  # pixels
+MOST_CLIPS = 100_000  # of a prompt
 _SCALE = real(-1e6, 1e6)
 DEFAULTS_SCHEMA = {
     "default_steps": whole(1, MOST_TIMESTEPS),

@@ -20,7 +20,7 @@ from gentron_fast.commandline import (
     utf8_text,
     whole_number,
 )
-from gentron_fast.config import MAX_FRAMES, MAX_SIDE, GenTronConfig, SamplingDefaults
+from gentron_fast.config import MAX_FRAMES, MAX_SIDE, MOST_CLIPS, GenTronConfig, SamplingDefaults
 
 # torch and the modules that need it are imported inside the functions, after the arguments have
 # been read: --help and most refusals answer at once.
@@ -38,7 +38,6 @@ FIXED = (
     "--fp8",
     "--offload",
 )  # in a compiled sampler
-MOST_CLIPS = 100_000  # of a prompt
 NAME_LENGTH = 48  # letters of the prompt in a file name: 4 bytes each stay below the usual 255
 
 HELP = f"""\
@@ -227,10 +226,11 @@ def read_prompts_file(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"no prompts file {path}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"the prompts file {path} is not UTF-8 text") from None
-    prompts = [line.strip() for line in lines]
+    # Not splitlines: a prompt may hold U+2028 and its like.
+    prompts = [line.strip() for line in text.split("\n")]
     prompts = [prompt for prompt in prompts if prompt and not prompt.startswith("#")]
     if not prompts:
         raise ValueError(f"the prompts file {path} holds no prompt")

@@ -4,7 +4,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gentron_fast import arguments
 from gentron_fast.config import (
     DEFAULTS_SCHEMA,
     MAX_FRAMES,
     MAX_SIDE,
+    MOST_CLIPS,
     GenTronConfig,
     SamplingDefaults,
 )
@@ -23,7 +25,7 @@ from gentron_fast.diffusion import SCHEDULER_CONFIG, SCHEDULER_SCHEMA, portable_
 from gentron_fast.files import read_json, whole_folder, write_json
 from gentron_fast.guidance import GuidedDenoiser, check_rescale, guidance_schedule
 from gentron_fast.model import GenTron, TextCondition
-from gentron_fast.schema import several, whole
+from gentron_fast.schema import MOST_TIMESTEPS, several, whole
 from gentron_fast.solvers import make_table
 from gentron_fast.text import SUBFOLDERS, TextEncoder
 from gentron_fast.vae import REASONS, VideoVAE, check_finite, to_frames
@@ -166,50 +168,60 @@ class GenTronPipeline:
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Iterable[str],
         *,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Iterable[str] | None = None,
         frames: int | None = None,
-        size: tuple[int, int] | None = None,
+        size: int | tuple[int, int] | None = None,
         steps: int | None = None,
         solver: str | None = None,
-        lambda_t: float | Sequence[float] | None = None,
-        lambda_m: float | Sequence[float] | None = None,
-        rescale: float | Sequence[float] | None = None,
+        lambda_t: float | Iterable[float] | None = None,
+        lambda_m: float | Iterable[float] | None = None,
+        rescale: float | Iterable[float] | None = None,
         guidance_range: tuple[float, float] = (0.0, 1.0),
         eta: float = 0.0,
         reuse: int = 1,
         clips: int = 1,
-        seed: int | Sequence[int] = 0,
+        seed: int | Iterable[int] = 0,
         output_type: str = "frames",
         callback_on_step_end: Callable[[int, int, Tensor], None] | None = None,
         progress: bool = True,
     ) -> PipelineOutput:
         """Sample `clips` clips of each prompt, the clips of one prompt next to each other.
 
-        negative_prompt takes the place of the null text, one or one a prompt; size in pixels;
-        lambda_t, lambda_m the guidance of text and motion (paper: 7.5, and 1.0 … 1.3), a number or
-        one a clip, within guidance_range of the steps and 1 outside; rescale, 0 to 1, likewise:
-        diffusers' guidance_rescale (Lin et al. 2024, arXiv 2305.08891). Guidance, steps and solver
-        are the folder's own where None (`defaults`). eta the noise of DDIM; reuse k > 1: an
-        approximation, in which all branches run on every k-th step only; seed a number, clip k of
-        each prompt then has seed + k, or one a clip. The callback gets (step, timestep, latents)
-        behind each step. output_type "frames" or "latent".
+        negative_prompt takes the place of the null text, one or one a prompt; size in pixels, one
+        side or (height, width); lambda_t, lambda_m the guidance of text and motion (paper: 7.5, and
+        1.0 … 1.3), a number or one a clip, within guidance_range of the steps and 1 outside;
+        rescale, 0 to 1, likewise: diffusers' guidance_rescale (Lin et al. 2024, arXiv 2305.08891).
+        Guidance, steps and solver are the folder's own where None (`defaults`). eta the noise of
+        DDIM; reuse k > 1: an approximation, in which all branches run on every k-th step only; seed
+        a number, clip k of each prompt then has seed + k, or one a clip. The callback gets (step,
+        timestep, latents) behind each step. output_type "frames" or "latent".
         ValueError for anything that does not fit the model, before any work is done.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = arguments.texts("a prompt", prompt)
         frames = self.default_frames if frames is None else frames
+        frames = arguments.whole("frames", frames, 1, MAX_FRAMES)
         steps = self.defaults.steps if steps is None else steps
+        steps = arguments.whole("steps", steps, 1, MOST_TIMESTEPS)
+        clips = arguments.whole("clips per prompt", clips, 1, MOST_CLIPS)
+        reuse = arguments.whole("reuse", reuse, 1, MOST_TIMESTEPS)
+        eta = arguments.real("eta", eta)
         solver = self.defaults.solver if solver is None else solver
         lambda_t = self.defaults.lambda_t if lambda_t is None else lambda_t
         lambda_m = self.defaults.lambda_m if lambda_m is None else lambda_m
         rescale = self.defaults.rescale if rescale is None else rescale
-        height, width = self.default_size if size is None else size
-        seeds = _clip_seeds(seed, len(prompts), clips)
-        self._check(prompts, frames, (height, width), clips, output_type)
+        height, width = arguments.size(self.default_size if size is None else size)
+        seeds = arguments.seeds(seed, len(prompts) * clips)
+        if isinstance(seeds, int):
+            seeds = [seeds + clip for clip in range(clips)] * len(prompts)
+        within = arguments.numbers("the guidance range", guidance_range).flatten().tolist()
+        if len(within) != 2:
+            raise ValueError(f"the guidance range must be two numbers, got {within}")
+        self._check(prompts, frames, (height, width), output_type)
         table = make_table(solver, self.scheduler, steps, eta)
         scales = [
-            guidance_schedule(_clip_scales(name, scale, len(seeds)), steps, *guidance_range)
+            guidance_schedule(_clip_scales(name, scale, len(seeds)), steps, *within)
             for name, scale in (("lambda_t", lambda_t), ("lambda_m", lambda_m))
         ]
 
@@ -263,7 +275,7 @@ class GenTronPipeline:
         """Text and null-text conditions of every prompt, in the transformer's dtype."""
         if negative_prompt is None:
             negative_prompt = ""
-        negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
+        negatives = arguments.texts("a negative prompt", negative_prompt)
         if len(negatives) not in (1, len(prompts)):
             raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
         text, null_text = self._texts(prompts), self._texts(negatives)
@@ -299,13 +311,9 @@ class GenTronPipeline:
         self._send_back(self.text_encoder)
         return text
 
-    def _check(self, prompts, frames, size, clips, output_type) -> None:
+    def _check(self, prompts, frames, size, output_type) -> None:
         if not prompts:
             raise ValueError("no prompt was given")
-        if clips < 1:
-            raise ValueError(f"clips per prompt must be at least 1, got {clips}")
-        if not 1 <= frames <= MAX_FRAMES:
-            raise ValueError(f"frames must be 1 … {MAX_FRAMES}, got {frames}")
         if frames > 1 and not self.transformer.config.temporal:
             raise ValueError(f"this model makes images: {frames} frames were asked for")
         if output_type not in ("frames", "latent"):
@@ -338,19 +346,8 @@ def model_index(
     return index | defaults.to_index()
 
 
-def _clip_seeds(seed: int | Sequence[int], prompts: int, clips: int) -> list[int]:
-    if isinstance(seed, int):
-        return [seed + clip for clip in range(clips)] * prompts
-    seeds = list(seed)
-    if len(seeds) != prompts * clips:
-        raise ValueError(f"{len(seeds)} seeds for {prompts} prompts × {clips} clips")
-    return seeds
-
-
 def _clip_scales(name: str, scale: float | Sequence[float], clips: int) -> Tensor:
-    scales = torch.as_tensor(scale, dtype=torch.float64).reshape(-1)
+    scales = arguments.numbers(name, scale).reshape(-1)
     if len(scales) not in (1, clips):
         raise ValueError(f"{len(scales)} values of {name} for {clips} clips")
-    if not scales.isfinite().all():
-        raise ValueError(f"{name} must be a number, got {scale}")
     return scales

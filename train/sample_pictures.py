@@ -6,6 +6,7 @@ from torch import Tensor
 
 from gentron_fast.config import SamplingDefaults
 from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
+from gentron_fast.generate import read_prompts_file
 from gentron_fast.guidance import guided_prediction
 from gentron_fast.media import contact_sheet
 from gentron_fast.solvers import make_table, solver_step
@@ -43,7 +44,7 @@ class SamplePictures:
     def latents(self, engine) -> Tensor:
         """(B, C, T, h, w) of the prompts; collective, for ZeRO-3 shares the weights out."""
         settings = self.settings
-        prompts = PROMPTS if settings.prompts is None else settings.prompts.read_text().splitlines()
+        prompts = PROMPTS if settings.prompts is None else read_prompts_file(settings.prompts)
         count = len(prompts)
         texts = [self.text_encoder.tokenize(list(part)) for part in (prompts, [""] * count)]
         if self.frozen:

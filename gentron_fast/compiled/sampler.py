@@ -6,14 +6,16 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gentron_fast import arguments
 from gentron_fast.compiled.package import part_digests
+from gentron_fast.config import MAX_FRAMES
 from gentron_fast.guidance import guidance_schedule
 from gentron_fast.model import TextCondition
 from gentron_fast.text import SUBFOLDERS, TextEncoder
@@ -65,15 +67,15 @@ class CompiledSampler:
 
     def __call__(
         self,
-        text: str | Sequence[str] | TextCondition,
+        text: str | Iterable[str] | TextCondition,
         *,
         negative: str | TextCondition | None = None,
-        seed: int | Sequence[int] = 0,
+        seed: int | Iterable[int] = 0,
         lambda_t: float | Tensor | None = None,
         lambda_m: float | Tensor | None = None,
         rescale: float | Tensor | None = None,
         frames: int | None = None,
-        size: Sequence[int] | None = None,
+        size: int | Sequence[int] | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> CompiledOutput:
         """Sample one clip of each prompt.
@@ -87,16 +89,11 @@ class CompiledSampler:
         self.check_shape(frames, size)
         text = self._encoded(text)
         batch = next(iter(text.values()))[0].shape[0]
-        seeds = [seed] * batch if isinstance(seed, int) else list(seed)
-        if len(seeds) != batch:
-            raise ValueError(f"{len(seeds)} seeds for {batch} clips")
-        if not all(0 <= seed < 2**64 for seed in seeds):
-            raise ValueError(f"a seed must be between 0 and 2**64 - 1, got {seeds}")
+        seeds = arguments.seeds(seed, batch)
+        seeds = [seeds] * batch if isinstance(seeds, int) else seeds
         null_text = {} if negative is None else self._encoded(negative)
         scales = [
-            torch.as_tensor(
-                self.metadata[name] if scale is None else scale, dtype=torch.float64, device="cpu"
-            )
+            arguments.numbers(name, self.metadata[name] if scale is None else scale)
             for name, scale in zip(SCALES, (lambda_t, lambda_m, rescale), strict=True)
         ]
         latents = self._runtime.sample(text, null_text, seeds, *scales, on_step)
@@ -105,11 +102,17 @@ class CompiledSampler:
         steps, solver = len(self.metadata["timesteps"]), self.metadata["solver"]
         return CompiledOutput(frames, latents, f"{steps} compiled steps of {solver}")
 
-    def check_shape(self, frames: int | None = None, size: Sequence[int] | None = None) -> None:
+    def check_shape(
+        self, frames: int | None = None, size: int | Sequence[int] | None = None
+    ) -> None:
         """ValueError where the file was made for other frames or another size."""
-        for name, asked in (("frames", frames), ("size", size)):
-            asked = [asked] if isinstance(asked, int) else asked
-            if asked is not None and list(asked) != (made := self.metadata[name]):
+        asked_for = {}
+        if frames is not None:
+            asked_for["frames"] = [arguments.whole("frames", frames, 1, MAX_FRAMES)]
+        if size is not None:
+            asked_for["size"] = list(arguments.size(size))
+        for name, asked in asked_for.items():
+            if asked != (made := self.metadata[name]):
                 wanted, got = (" × ".join(map(str, values)) for values in (made, asked))
                 raise ValueError(f"the compiled sampler was made for {name} {wanted}, not {got}")
 
@@ -123,7 +126,7 @@ class CompiledSampler:
             raise ValueError("this compiled sampler has no text encoders: give a TextCondition")
         if self._tokenizers is None:
             self._tokenizers = self._load_tokenizers()
-        prompts = [text] if isinstance(text, str) else list(text)
+        prompts = arguments.texts("a prompt", text)
         return self._runtime.encode(self._tokenizers.tokenize(prompts))
 
     def _load_tokenizers(self) -> TextEncoder:

@@ -207,6 +207,10 @@ def test_what_the_file_was_not_made_for_is_refused(pipeline, sampler):
     long = TextCondition(text.clip.pad(78)._replace(mask=torch.ones(1, 78).bool()), text.t5)
     for refused, words in (
         (lambda: sampler(PROMPT, frames=4), "made for frames 8, not 4"),
+        (lambda: sampler(PROMPT, frames="8"), "frames must be a whole number"),
+        (lambda: sampler(PROMPT, size=32), "made for size 64 × 64, not 32 × 32"),
+        (lambda: sampler(PROMPT, seed=1.5), "seed must be one or many in a row, got 1.5"),
+        (lambda: sampler(b"a star"), "a prompt must be one or many in a row"),
         (lambda: sampler(PROMPT, size=(64, 32)), "made for size 64 × 64, not 64 × 32"),
         (lambda: sampler(narrow), r"clip tokens must be \(1, S, 128\)"),
         (lambda: sampler(long), "78 clip tokens, 77 are the most"),
@@ -217,7 +221,7 @@ def test_what_the_file_was_not_made_for_is_refused(pipeline, sampler):
         (lambda: sampler([PROMPT] * 4), "1 to 3 clips at once, not 4"),
         (lambda: sampler([PROMPT] * 2, seed=[1]), "1 seeds for 2 clips"),
         (lambda: sampler(PROMPT, seed=-1), "seed must be"),
-        (lambda: sampler(PROMPT, lambda_t=float("nan")), "lambda_t must be a finite number"),
+        (lambda: sampler(PROMPT, lambda_t=float("nan")), "lambda_t must be a number"),
         (lambda: sampler(PROMPT, lambda_m=torch.ones(5)), "lambda_m must be a number"),
     ):
         with pytest.raises(ValueError, match=words) as refusal:

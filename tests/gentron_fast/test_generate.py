@@ -350,7 +350,10 @@ def test_a_clip_is_the_same_in_any_batch(generate, tmp_path):
 
 def test_a_prompts_file_resumes(generate, tmp_path):
     path, out = tmp_path / "prompts.txt", tmp_path / "out"
-    path.write_text("# three, one of them twice\na red circle\n\n  a blue square  \na red circle\n")
+    lines = (
+        "# three, one of them twice\na red\u2028circle\r\n\n  a blue square  \na red\u2028circle\n"
+    )
+    path.write_text(lines, newline="")
     assert generate("--prompts", path, "--frames", 2)[0] == 0
     written = names(out)
     assert len(written) == 4

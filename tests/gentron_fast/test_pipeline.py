@@ -6,6 +6,7 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -117,11 +118,26 @@ def test_images_from_an_image_model(tiny_t2i_folder):
     [
         ({"prompt": []}, "no prompt"),
         ({"size": (30, 32)}, "size 30x32 does not fit"),
-        ({"frames": 0}, "frames must be 1 … 32, got 0"),
-        ({"steps": 0}, "0 steps"),
+        ({"size": [64, 64, 64]}, "size must be height and width"),
+        ({"size": "64"}, "size must be one or many in a row, got '64'"),
+        ({"size": (64, 2**20)}, "a side of size must be a whole number from 1 to 32768"),
+        ({"frames": 0}, "frames must be a whole number from 1 to 32, got 0"),
+        ({"frames": 2.5}, "frames must be a whole number from 1 to 32, got 2.5"),
+        ({"steps": 0}, "steps must be a whole number"),
+        ({"steps": "3"}, "steps must be a whole number"),
+        ({"eta": "much"}, "eta must be a number"),
+        ({"guidance_range": [0.5]}, "the guidance range must be two numbers"),
+        ({"prompt": [7]}, "a prompt must be text, got 7"),
+        ({"prompt": b"a star"}, "a prompt must be one or many in a row"),
+        ({"prompt": "\udcff"}, "tokenizer cannot read the prompts"),
+        ({"seed": None}, "seed must be one or many in a row, got None"),
+        ({"seed": [0.5]}, "a seed must be a whole number"),
+        ({"seed": 2**64}, "seed must be a whole number from 0 to"),
+        ({"lambda_m": "1"}, "lambda_m must be one or many in a row, got '1'"),
+        ({"lambda_t": [[1.0], [2.0, 3.0]]}, "lambda_t must be a number"),
         ({"solver": "euler"}, "euler"),
-        ({"clips": 0}, "clips per prompt must be at least 1"),
-        ({"seed": [1, 2]}, "2 seeds for 1 prompts × 1 clips"),
+        ({"clips": 0}, "clips per prompt must be a whole number"),
+        ({"seed": [1, 2]}, "2 seeds for 1 clips"),
         ({"lambda_t": float("nan")}, "lambda_t must be a number"),
         ({"output_type": "pil"}, "output_type"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
@@ -130,6 +146,27 @@ def test_images_from_an_image_model(tiny_t2i_folder):
 def test_wrong_calls_are_named(pipeline, options, message):
     with pytest.raises(ValueError, match=message):
         pipeline(**{"prompt": "a star"} | CALL | options)
+
+
+def test_numbers_of_numpy_and_iterators_are_taken(pipeline):
+    options = CALL | {"output_type": "latent"}
+    wanted = pipeline(["a star", "a circle"], seed=[3, 4], lambda_t=[2.0, 3.0], **options).latents
+    given = {
+        "steps": np.int32(3),
+        "frames": torch.tensor(2),
+        "size": np.uint16(32),
+        "eta": np.float32(0),
+    }
+    latents = pipeline(
+        iter(["a star", "a circle"]),
+        seed=(seed for seed in np.arange(3, 5)),
+        lambda_t=map(np.float32, (2, 3)),
+        clips=np.int64(1),
+        **options | given,
+    ).latents
+    assert torch.equal(latents, wanted)
+    one, other = (pipeline("a star", seed=seed, **options).latents for seed in (5, np.uint64(5)))
+    assert torch.equal(one, other)
 
 
 def test_parts_that_do_not_fit_are_named(tiny_pipeline_folder, tmp_path):
