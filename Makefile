@@ -5,14 +5,15 @@
 # make large    one step of the whole G/2-T2V on the CPU, plain against shared: 12 GB of memory
 # make report   docs/performance.md and README's headline table, from bench/results
 # make api      docs/api.md, from the docstrings          make picture   docs/clips.png
-# make sanitize   the C++ operators under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
+# make sanitize   the C++ operators and runtime under AddressSanitizer and UndefinedBehaviorSanitizer
+# make fuzz   100,000 hostile files for the runtime under both; FUZZ=number of others
 # make kernels  registers, spills and shared memory of every Triton kernel, compiled without a GPU
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test faults lint train kernels gpu large report api picture sanitize clean
+.PHONY: demo test faults lint train kernels gpu large report api picture sanitize fuzz clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -50,14 +51,26 @@ kernels: .venv/dev
 	$(BIN)/python tests/kernels/aot.py
 
 # What throws must find libstdc++ loaded when the sanitizers start. -s: pytest would swallow what
-# they report before they end the process.
-SANITIZERS := $(shell g++ -print-file-name=libasan.so):$(shell g++ -print-file-name=libstdc++.so)
+# they report before they end the process. The sampler that the tests load is compiled without them.
+SANITIZERS = $(shell g++ -print-file-name=libasan.so):$(shell g++ -print-file-name=libstdc++.so)
+SANITIZED := build/sanitize
+SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0:max_allocation_size_mb=4096 UBSAN_OPTIONS=print_stacktrace=1
 OPERATOR_TESTS := $(foreach name,layernorm_modulate temporal_attention guided_step linear,tests/kernels/test_$(name).py)
-sanitize: .venv/dev
-	GENTRON_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
-	GENTRON_LIBRARY=build/sanitize/gentron_kernels/libgentron.so LD_PRELOAD=$(SANITIZERS) \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(BIN)/pytest -s -x $(OPERATOR_TESTS) -k "cpu and not compile"
+sanitize: $(SANITIZED)/built
+	$(BIN)/python -m gentron_fast.export --whole --steps 20 --batch 3 --out $(SANITIZED)/clip.gentron
+	GENTRON_LIBRARY=$(SANITIZED)/gentron_kernels/libgentron.so GENTRON_RUNTIME=$(SANITIZED)/gentron_fast \
+	GENTRON_PACKAGE=$(SANITIZED)/clip.gentron LD_PRELOAD=$(SANITIZERS) $(SANITIZER_OPTIONS) \
+	$(BIN)/pytest -s -x $(OPERATOR_TESTS) tests/gentron_fast/compiled -k "(cpu and not compile) or test_package or test_program or test_sampler"
+
+FUZZ ?= 100000
+fuzz: $(SANITIZED)/built
+	$(SANITIZER_OPTIONS) $(BIN)/python tests/shared/hostile_files.py $(SANITIZED)/gentron_fast/gentron-fuzz $(FUZZ)
+
+# By g++, or clang where there is no g++.
+$(SANITIZED)/built: .venv/dev setup.py $(wildcard csrc/*.cpp csrc/*/*)
+	CXX=$$(command -v g++ || command -v clang++) CC=$$(command -v gcc || command -v clang) GENTRON_SANITIZE=1 \
+	$(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	touch $@
 
 # torch comes first: packages that build from source look at it.
 .venv/base:

@@ -2,7 +2,7 @@
 compiled samplers; the rest of what there is to say about the package is in pyproject.toml.
 
 python setup.py build_ext --inplace   the C++ only
-GENTRON_SANITIZE=1                    the operators only, with sanitizers
+GENTRON_SANITIZE=1                    with sanitizers, and gentron-fuzz beside gentron-sample
 """
 
 import os
@@ -34,17 +34,20 @@ def extension(name: str, folder: str, *more: str) -> Extension:
 
 OPERATORS = extension("gentron_kernels.libgentron", "csrc/ops")
 RUNTIME = extension("gentron_fast._runtime", "csrc/runtime", "csrc/bindings.cpp")
-RUNTIME.sources.remove(PROGRAM := "csrc/runtime/main.cpp")
+RUNTIME.sources.remove("csrc/runtime/main.cpp")
+PROGRAMS = {"gentron-sample": "csrc/runtime/main.cpp"}
 # Sums may be reordered, so that loops over them vectorise; NaN and infinity keep their meaning.
 MATH = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
 # g++ takes the undefined halves in its own AVX-512 headers for mistakes.
 QUIET = ["-Wno-maybe-uninitialized"]
 SANITIZED = bool(os.environ.get("GENTRON_SANITIZE"))
+if SANITIZED:
+    PROGRAMS["gentron-fuzz"] = "csrc/fuzz/main.cpp"
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
 
 
 class BuildTorch(build_ext):
-    """Builds what links libtorch: the operators and the program gentron-sample without Python, for
+    """Builds what links libtorch: the operators and the programs without Python, for
     torch.ops.load_library and programs without an interpreter, and the runtime for Python."""
 
     def finalize_options(self):
@@ -76,21 +79,22 @@ class BuildTorch(build_ext):
             extension.extra_link_args += SANITIZE[:1]
         super().build_extension(extension)
         if extension is RUNTIME:
-            self.build_program(extension)
+            for program, source in PROGRAMS.items():
+                self.build_program(extension, program, source)
 
-    def build_program(self, runtime) -> None:
-        """gentron-sample beside the runtime, of the same objects, without the bindings."""
+    def build_program(self, runtime, program: str, source: str) -> None:
+        """A program beside the runtime, of the same objects, without the bindings."""
         built = self.compiler.object_filenames(runtime.sources, output_dir=self.build_temp)
         built = [name for name in built if "bindings" not in name]
         built += self.compiler.compile(
-            [PROGRAM],
+            [source],
             output_dir=self.build_temp,
             include_dirs=runtime.include_dirs,
             extra_postargs=runtime.extra_compile_args,
         )
         self.compiler.link_executable(
             [*built, *runtime.extra_objects],
-            "gentron-sample",
+            program,
             output_dir=str(Path(self.get_ext_fullpath(runtime.name)).parent),
             libraries=[name for name in runtime.libraries if name != "torch_python"],
             library_dirs=runtime.library_dirs,
@@ -116,6 +120,6 @@ setup(
     packages=PACKAGES,
     package_dir=FOLDERS,
     package_data={"gentron_fast": ["assets/**/*", "assets/*", "evaluation/page.html"]},
-    ext_modules=[OPERATORS] if SANITIZED else [OPERATORS, RUNTIME],
+    ext_modules=[OPERATORS, RUNTIME],
     cmdclass={"build_ext": BuildTorch},
 )

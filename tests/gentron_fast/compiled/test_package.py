@@ -10,6 +10,7 @@ import zipfile
 import pytest
 import torch
 from compiled_files import PREFIX, PROMPT, read_package, run_program, write_package
+from hostile_files import mutations
 from safetensors.torch import load, save
 
 from gentron_fast.compiled import CompiledSampler
@@ -178,6 +179,7 @@ HOSTILE = [
     ("whole", 1, "whole must be true or false"),
     ("tokenizers", {}, "tokenizers must be an array"),
     ("parts", {"vae": 1}, "parts must be digests"),
+    ("parts", {"../vae": "0"}, "parts must be digests"),
     ("graphs", {}, "graphs lacks condition"),
     ("graphs.embed.inputs", [], r"graphs embed must take Float"),
     ("graphs.embed.weights", [{"name": "x", "dtype": "float32", "shape": [-1]}], "sides of 1 or"),
@@ -334,3 +336,16 @@ def test_what_is_loaded_is_there_once(sampler):
     for name in ("weights.safetensors", "graphs/embed"):
         with pytest.raises(ValueError, match=f"no section {name}"):
             sampler._runtime.section(name)
+
+
+def test_hostile_files_are_refused_in_one_line(tmp_path):
+    """A few of those that `make fuzz` gives to the runtime under sanitizers."""
+    path, refused = tmp_path / "hostile.gentron", 0
+    for kind, data in mutations(300, seed=1):
+        if kind == "p":
+            path.write_bytes(data)
+            with pytest.raises(ValueError) as refusal:
+                CompiledSampler.load(path)
+            assert "\n" not in str(refusal.value)
+            refused += 1
+    assert refused > 200
