@@ -115,13 +115,17 @@ at::ScalarType dtype_of(const Fields& fields, const std::string& key) {
   return found->second;
 }
 
-// {"dtype", "shape"}, in which null is a dynamic side.
+// {"dtype", "shape"}, in which a dynamic side is [least, most].
 TensorKind tensor_kind(const Fields& fields) {
   TensorKind kind{dtype_of(fields, "dtype"), {}};
   for (const Json& side : fields.array("shape", 8)) {
-    const bool is_static = side.is_integer() && side.integer() >= 1;
-    if (!is_static && !side.is_null()) fields.fail("shape", "must be sides of 1 or more, or null");
-    kind.sides.push_back(is_static ? std::optional(side.integer()) : std::nullopt);
+    const bool is_range = side.is_array() && side.array().size() == 2;
+    const Json& least = is_range ? side.array()[0] : side;
+    const Json& most = is_range ? side.array()[1] : side;
+    if (!least.is_integer() || least.integer() < 1 || !most.is_integer()) {
+      fields.fail("shape", "must be sides of 1 or more, or their bounds");
+    }
+    kind.sides.emplace_back(least.integer(), most.integer());
   }
   return kind;
 }
@@ -162,7 +166,7 @@ void check_branches(const Fields& fields, const Metadata& made) {
   }
 }
 
-// The graphs that a run calls by these names, and the sides by which the others are known.
+// The graphs that a run calls by these names, and that they take what a run gives them.
 void check_graphs(const Fields& fields, const Metadata& made) {
   const Fields graphs = fields.fields("graphs");
   const auto check = [&](const std::string& name, const std::vector<TensorKind>& inputs) {
@@ -170,22 +174,30 @@ void check_graphs(const Fields& fields, const Metadata& made) {
     if (found == made.graphs.end()) graphs.fail("lacks " + name);
     const std::vector<TensorKind>& own = found->second.inputs;
     for (size_t i = 0; i < inputs.size(); ++i) {
-      if (i >= own.size() || own[i].dtype != inputs[i].dtype || own[i].sides != inputs[i].sides) {
+      if (i >= own.size() || !own[i].takes(inputs[i])) {
         graphs.fail(name, "must take " + inputs[i].text());
       }
     }
   };
-  std::vector<std::optional<int64_t>> clip{made.latent_shape.begin(), made.latent_shape.end()};
-  std::vector<std::optional<int64_t>> clips = clip;
-  clips.insert(clips.begin(), std::nullopt);
-  clip.insert(clip.begin(), 1);
-  check("condition", {{at::kLong, {std::nullopt}}});
-  check("modulation", {{made.dtype, {std::nullopt, made.width}}});
-  check("embed", {{at::kFloat, clips}});
+  const auto clips = [&](int64_t most) {
+    TensorKind kind{at::kFloat, {{1, most}}};
+    for (const int64_t side : made.latent_shape) kind.sides.emplace_back(side, side);
+    return kind;
+  };
+  const int64_t rows = (1 + made.max_batch) * made.steps;
+  check("condition", {{at::kLong, {{2, rows}}}});
+  check("modulation", {{made.dtype, {{2, rows}, {made.width, made.width}}}});
+  check("embed", {clips(made.max_batch)});
   for (const std::string& set : made.branches) check("step-" + set, {});
   if (made.whole) {
-    check("encode", {});
-    check("decode", {{at::kFloat, clip}});
+    std::vector<TensorKind> ids;
+    for (const std::string& encoder : made.encoders) {
+      for (const at::ScalarType dtype : {at::kLong, at::kBool}) {
+        ids.push_back({dtype, {{1, made.max_batch}, {2, made.max_tokens.at(encoder)}}});
+      }
+    }
+    check("encode", ids);
+    check("decode", {clips(1)});
   }
 }
 
@@ -228,16 +240,26 @@ bool TensorKind::fits(const at::Tensor& tensor) const {
     return false;
   }
   for (size_t i = 0; i < sides.size(); ++i) {
-    if (sides[i].value_or(tensor.size(i)) != tensor.size(i)) return false;
+    if (tensor.size(i) < sides[i].first || tensor.size(i) > sides[i].second) return false;
   }
   return true;
+}
+
+bool TensorKind::takes(const TensorKind& other) const {
+  return dtype == other.dtype &&
+      std::equal(
+             sides.begin(), sides.end(), other.sides.begin(), other.sides.end(),
+             [](const auto& own, const auto& given) {
+               return own.first <= given.first && given.second <= own.second;
+             });
 }
 
 std::string TensorKind::text() const {
   std::ostringstream stream;
   stream << c10::toString(dtype) << " [";
   for (size_t i = 0; i < sides.size(); ++i) {
-    stream << (i > 0 ? ", " : "") << (sides[i] ? std::to_string(*sides[i]) : "?");
+    stream << (i > 0 ? ", " : "") << sides[i].first;
+    if (sides[i].second != sides[i].first) stream << "-" << sides[i].second;
   }
   stream << "]";
   return stream.str();

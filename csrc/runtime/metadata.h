@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <map>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,13 +12,15 @@
 
 namespace gentron {
 
-// Dtype and sides of a graph's tensor; a dynamic side is none.
+// Dtype and sides of a graph's tensor, each at least and at most so long.
 struct TensorKind {
   at::ScalarType dtype;
-  std::vector<std::optional<int64_t>> sides;
+  std::vector<std::pair<int64_t, int64_t>> sides;
 
   bool fits(const at::Tensor& tensor) const;
-  std::string text() const;  // such as Float [?, 4, 8, 8]
+  // Whether every tensor of the other kind fits.
+  bool takes(const TensorKind& other) const;
+  std::string text() const;  // such as Float [1-16, 4, 8, 8]
 };
 
 // A graph's inputs and, behind them, its weights with their names in the file, in which "*" stands

@@ -4,7 +4,7 @@
 # D width, h × w latents.
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ class Graph(NamedTuple):
         return any("*" in name for name in self.weights.values())
 
     def describe(self) -> dict:
-        """What the runtime checks: dtypes and shapes, in which None is a dynamic dimension."""
+        """What the runtime checks: dtypes and shapes, a dynamic dimension as [least, most]."""
         weights = zip(self.weights.values(), self._tensors().values(), strict=True)
         return {
             "per_block": self.per_block,
@@ -72,8 +72,10 @@ class Graph(NamedTuple):
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
 
-def _kind(tensor: Tensor, dynamic: Collection[int] = ()) -> dict:
-    shape = [None if i in dynamic else side for i, side in enumerate(tensor.shape)]
+def _kind(tensor: Tensor, dims: dict | None = None) -> dict:
+    shape = list(tensor.shape)
+    for i, dim in (dims or {}).items():
+        shape[i] = [dim.min, dim.max]
     return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": shape}
 
 
