@@ -45,8 +45,9 @@ def is_running(pid):
         return False
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda n: n.name)
-def test_compilers_end_with_a_killed_export(tmp_path, monkeypatch, number):
+def test_compilers_end_with_a_killed_export(tmp_path, monkeypatch, tally, number):
     """And its folder of temporary files goes, after SIGKILL with the next export."""
     for name in ("tmp", "out"):
         (tmp_path / name).mkdir()
@@ -68,6 +69,7 @@ def test_compilers_end_with_a_killed_export(tmp_path, monkeypatch, number):
         assert list((tmp_path / "tmp").glob(".gentron-export.*"))
         compile_all([graph(Path.touch)], tmp_path / "out", None)
     assert not list((tmp_path / "tmp").glob(".gentron-export.*"))
+    tally("recovered")
 
 
 def test_a_failed_compilation_is_one_line(tmp_path, monkeypatch, capfd):
