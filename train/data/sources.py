@@ -200,16 +200,31 @@ class LatentSource:
         patch: int = 1,
     ):
         self.shards, self.tokenize, self.sampling, self.patch = shards, tokenize, sampling, patch
-        for kind, (first, *_) in shards.items():
+        for kind, named in shards.items():
+            nth = next((n for n, shard in enumerate(named) if count(shard)[0]), 0)
+            first = named[nth]
             content = read_facts(first)
             if content is None:
                 raise ValueError(f"{first.url} is not precomputed, other shards of this run are")
             self.facts, self.null = load_facts(content, first.url)
-            if kind == "clips" and "frames" not in self.facts.sampling:
+            if not self._holds(kind, nth):
                 raise ValueError(_other_kind(kind, first))
             _check_sampling(sampling, self.facts, first.url)
         if self.null is None and tokenize is None:
             raise ValueError(f"{first.url} holds no text embeddings, and there is no text encoder")
+
+    def _holds(self, kind: str, shard: int) -> bool:
+        """False where the latents of a shard are all of the other kind."""
+        if (kind == "clips") == ("frames" in self.facts.sampling):
+            return True
+        causes = set()
+        for number in range(count(self.shards[kind][shard])[0]):
+            try:
+                self.read(kind, shard, number, 0, 0)
+                return True
+            except BrokenSample as error:
+                causes.add(error.cause)
+        return f"no {kind[:-1]}" not in causes
 
     def windows(self, kind: str) -> int:
         return self.sampling.windows(kind)

@@ -133,6 +133,19 @@ def test_a_clip_cut_without_encoding_shows_what_is_left():
     assert {row[0] for row in numbers} <= {5, 6, 7, 8} and len({row[0] for row in numbers}) > 1
 
 
+def test_a_header_that_counts_a_dropped_frame_is_right():
+    """As recorders write an AVI: the packet of a frame that was dropped is empty."""
+    times = [n for n in range(51) if n != 25]
+    content = video(times, container="avi", codec="ffv1")
+    with av.open(io.BytesIO(content)) as container:
+        assert container.streams.video[0].frames == 51
+    for numbers in shown_numbers(read_frames({"avi": content}, Sampling(starts=4), seeded(1))):
+        shown = [times[number] for number in numbers]
+        moments = range(shown[0], shown[0] + 48, 6)
+        wanted = [24 if moment == 25 else moment for moment in moments]  # the earlier neighbour
+        assert shown == wanted
+
+
 def with_matrix(content: bytes, *matrix: int) -> bytes:
     """An mp4 with another display matrix: a b c d, the others as they are."""
 

@@ -402,7 +402,7 @@ def test_clips_and_images_exchanged_are_told_at_the_start(
 ):
     for folder in (shards, precomputed):
         other = {"images": f"{folder}/clips-*.tar", "clips": f"{folder}/images-*.tar"}
-        for kinds in (("images", "clips"), ("clips",)):
+        for kinds in (("images", "clips"), ("images",), ("clips",)):
             with pytest.raises(ValueError, match=r"--(images|clips) names .* which holds "):
                 data = settings(folder, tmp_path, kinds=kinds, **other)
                 make_loader(data, models / "vae", encoder.tokenize)
