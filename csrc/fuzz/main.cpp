@@ -26,7 +26,9 @@ void use(char kind, const std::string& path) {
   const auto made = gentron::Metadata::read(package.metadata());
   const gentron::Tensors tensors = package.tensors("weights.safetensors");
   for (const auto& [name, graph] : made.graphs) made.weights_of(name, tensors);
-  for (const int64_t batch : {int64_t{1}, made.max_batch}) gentron::make_plan(made, {}, {}, {}, batch);
+  for (const int64_t batch : {int64_t{1}, made.max_batch}) {
+    gentron::make_plan(made, {}, {}, {}, batch);
+  }
   if (made.cross_attention) {
     for (int64_t block = 0; block < made.depth; ++block) made.block_encoder(block);
   }

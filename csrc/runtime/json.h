@@ -1,5 +1,5 @@
-// A reader of JSON, for headers of a few thousand values: at most 64 levels and 262,144 values, which
-// take no more than 64 MB.
+// A reader of JSON, for headers of a few thousand values: at most 64 levels and 262,144 values,
+// which take no more than 64 MB.
 #pragma once
 
 #include <cstdint>

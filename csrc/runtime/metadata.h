@@ -66,7 +66,10 @@ struct Metadata {
 
   std::map<std::string, GraphKind> graphs;
 
-  const std::string& block_encoder(int64_t block) const { return encoders[block % encoders.size()]; }
+  // With cross-attention only.
+  const std::string& block_encoder(int64_t block) const {
+    return encoders[block % encoders.size()];
+  }
   void check_batch(int64_t batch) const;
   // A graph's weights, one list, or one a block; std::invalid_argument where one is missing or of
   // another kind than the graph was compiled for.

@@ -168,9 +168,9 @@ class TemporaryFolder {
 
 using Loader = torch::inductor::AOTIModelPackageLoader;
 
-// The code of a graph, loaded once in a process: its libraries stay mapped until the end, whatever
-// is closed, since what g++ makes of static variables in inline functions pins them. The weights
-// are inputs, so that nothing else is kept. `digest` is of the bytes in the file that `write` makes.
+// The code of a graph, loaded once in a process: its library stays mapped until the end, whatever is
+// closed, since g++ makes static variables of inline functions unique symbols, which pin it. The
+// weights are inputs, so that nothing else is kept. `digest` is of the file that `write` makes.
 std::shared_ptr<Loader> load_code(
     const std::string& digest, const at::Device& device,
     const std::function<std::string()>& write) {
