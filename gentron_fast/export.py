@@ -72,6 +72,8 @@ def export(args: argparse.Namespace) -> None:
     frames = pipeline.default_frames if args.frames is None else args.frames
     size = pipeline.default_size if args.size is None else (args.size * 2)[:2]
     pipeline.vae.check_size(*size, pipeline.transformer.config.patch_size)
+    pipeline.warn_of_shape(frames, *size)
+    text_encoder = pipeline.text_encoder
     dtype = pipeline.transformer.patch_embed.weight.dtype
     names = [item.name for item in fields(pipeline.defaults)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -79,15 +81,16 @@ def export(args: argparse.Namespace) -> None:
     export_sampler(
         args.out,
         pipeline.transformer,
-        pipeline.text_encoder.encode([""]).to(device, dtype),
+        text_encoder.encode([""]).to(device, dtype),
         pipeline.scheduler,
         frames=frames,
         latent_size=tuple(side // pipeline.vae.factor for side in size),
         eta=args.eta,
         **asdict(replace(pipeline.defaults, **given)),
         max_batch=args.batch,
+        max_tokens={name: text_encoder.max_tokens(name) for name in text_encoder.tokenizers},
         factor=pipeline.vae.factor,
-        whole=(pipeline.text_encoder, pipeline.vae) if args.whole else None,
+        whole=(text_encoder, pipeline.vae) if args.whole else None,
         parts=part_digests(args.pipeline or ASSETS, parts),
         on_graph=(lambda name: print(f"compiling    {name}", flush=True)) if args.verbose else None,
     )

@@ -4,6 +4,7 @@
 
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,6 +220,7 @@ class GenTronPipeline:
         if len(within) != 2:
             raise ValueError(f"the guidance range must be two numbers, got {within}")
         self._check(prompts, frames, (height, width), output_type)
+        self.warn_of_shape(frames, height, width)
         table = make_table(solver, self.scheduler, steps, eta)
         scales = [
             guidance_schedule(_clip_scales(name, scale, len(seeds)), steps, *within)
@@ -319,6 +321,18 @@ class GenTronPipeline:
         if output_type not in ("frames", "latent"):
             raise ValueError(f'output_type must be "frames" or "latent", got {output_type!r}')
         self.vae.check_size(*size, self.transformer.config.patch_size)
+
+    def warn_of_shape(self, frames: int, height: int, width: int) -> None:
+        """A warning where a clip is longer than the folder's own, or more than twice or less than
+        half as large: the model was trained with others, and makes worse ones."""
+        own_height, own_width = self.default_size
+        told = []
+        if frames > max(self.default_frames, 1):
+            told.append(f"{frames} frames, where its own are {self.default_frames}")
+        if not 1 / 2 <= height * width / (own_height * own_width) <= 2:
+            told.append(f"{height}x{width} pixels, where its own are {own_height}x{own_width}")
+        if told:
+            warnings.warn(f"the model may not know {' and '.join(told)}", stacklevel=1)
 
     def _parts(self) -> tuple[nn.Module, ...]:
         return self.transformer, self.text_encoder, self.vae

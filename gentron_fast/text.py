@@ -31,7 +31,8 @@ from gentron_fast.schema import (
 )
 from gentron_fast.weights import variant
 
-MAX_TOKENS = {"clip": 77, "t5": 256}
+MAX_TOKENS = {"clip": 77, "t5": 256}  # CLIP's positions; of T5 where its tokenizer says nothing
+UNSAID = 10**9  # transformers' model_max_length of a tokenizer that says nothing is beyond
 # Where a pipeline folder keeps each encoder and its tokenizer.
 SUBFOLDERS = {"clip": ("text_encoder", "tokenizer"), "t5": ("text_encoder_2", "tokenizer_2")}
 MODEL_CLASSES = {"clip": "CLIPTextModel", "t5": "T5EncoderModel"}
@@ -150,8 +151,7 @@ class TextEncoder(nn.Module):
     def tokenize(self, prompts: list[str]) -> Tokens:
         """Token ids (B, L) and mask (B, L), True on real tokens, for each encoder.
 
-        Padded to the longest prompt of the batch; prompts longer than the encoder's limit (77 for
-        CLIP, 256 for T5, or the tokenizer's model_max_length where that is less) are cut, with a
+        Padded to the longest prompt of the batch; prompts longer than `max_tokens` are cut, with a
         warning the first time. A tokenizer_config.json with lower_and_strip has prompts lower-cased
         and stripped first, one with whole_words warns of words that the model has never seen.
         """
@@ -159,10 +159,20 @@ class TextEncoder(nn.Module):
             raise ValueError("no prompts to encode")
         return {name: self._tokenize_for(name, prompts) for name in self.tokenizers}
 
+    def max_tokens(self, name: str) -> int:
+        """Tokens to which prompts of "clip" or "t5" are cut: as many as the tokenizer's
+        model_max_length says, of CLIP no more than 77 or its positions; 256 of a T5 without it."""
+        said = self.tokenizers[name].model_max_length
+        if name == "t5":
+            return int(said) if said < UNSAID else MAX_TOKENS[name]
+        models = [self.encoders[name]] if name in self.encoders else []
+        positions = [model.config.max_position_embeddings for model in models]
+        return int(min(MAX_TOKENS[name], said, *positions))
+
     def _tokenize_for(self, name: str, prompts: list[str]) -> tuple[Tensor, Tensor]:
         # Cut and padded here: transformers would keep both as state that save_pretrained writes.
         tokenizer = self.tokenizers[name]
-        limit, end = min(MAX_TOKENS[name], tokenizer.model_max_length), tokenizer.eos_token_id
+        limit, end = self.max_tokens(name), tokenizer.eos_token_id
         if tokenizer.init_kwargs.get(LOWER_AND_STRIP):
             prompts = [prompt.lower().strip() for prompt in prompts]
         if tokenizer.init_kwargs.get(WHOLE_WORDS):

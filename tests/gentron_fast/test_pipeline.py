@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -146,6 +147,25 @@ def test_images_from_an_image_model(tiny_t2i_folder):
 def test_wrong_calls_are_named(pipeline, options, message):
     with pytest.raises(ValueError, match=message):
         pipeline(**{"prompt": "a star"} | CALL | options)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"frames": 5, "size": 64}, "5 frames, where its own are 4"),
+        ({"frames": 1, "size": (64, 144)}, "64x144 pixels, where its own are 64x64"),
+        ({"frames": 1, "size": 32}, "32x32 pixels, where its own are 64x64"),
+        ({"frames": 4, "size": (32, 128)}, None),
+    ],
+    ids=str,
+)
+def test_a_shape_far_from_the_folders_own_is_told(pipeline, options, words):
+    options = {"steps": 1, "progress": False, "output_type": "latent"} | options
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipeline("a star", **options)
+    told = [str(warning.message) for warning in caught if "may not know" in str(warning.message)]
+    assert told == ([] if words is None else [f"the model may not know {words}"])
 
 
 def test_numbers_of_numpy_and_iterators_are_taken(pipeline):

@@ -251,6 +251,21 @@ def test_a_tokenizer_tells_how_prompts_are_read(folder, encoder, saved, tmp_path
         assert ids.tolist() == [[*whole[0, :4].tolist(), encoder.tokenizers[name].eos_token_id]]
 
 
+def test_a_t5_tokenizer_says_how_long_prompts_are(saved, tmp_path):
+    """As PixArt-Σ's 300, where 256 is taken for a tokenizer that says nothing."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer_2" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 300}))
+    encoder = load(tmp_path)
+    assert (encoder.max_tokens("clip"), encoder.max_tokens("t5")) == (77, 300)
+    with pytest.warns(UserWarning, match="of 401 t5 tokens was cut to 300"):
+        tokens = TextEncoder(t5=(encoder.encoders["t5"], encoder.tokenizers["t5"])).encode(
+            ["a" * 400]
+        )
+    assert tokens.t5.tokens.shape[1] == 300
+    assert load(saved).max_tokens("t5") == 256
+
+
 def test_clip_tokenizer_from_vocabulary_and_merges(encoder, saved, tmp_path):
     description = json.loads((saved / "tokenizer" / "tokenizer.json").read_text())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(description["vocab"]))

@@ -167,7 +167,7 @@ def original_pixart(reference, scale=None):
     if scale is not None:
         side = reference.config.sample_size // 2
         table = embeddings.get_2d_sincos_pos_embed(
-            width, side, base_size=side, interpolation_scale=scale
+            width, side, base_size=side, interpolation_scale=scale, output_type="pt"
         )
         original["pos_embed"] = table[None].float()
     return original
@@ -199,7 +199,9 @@ def original_dit(reference):
     move("final_layer.linear", "proj_out_2")
     assert not weights
     side = reference.config.sample_size // 2
-    table = embeddings.get_2d_sincos_pos_embed(reference.inner_dim, side, base_size=side)
+    table = embeddings.get_2d_sincos_pos_embed(
+        reference.inner_dim, side, base_size=side, output_type="pt"
+    )
     return original | {"pos_embed": table[None].float()}
 
 
