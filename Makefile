@@ -6,7 +6,7 @@
 # make report   docs/performance.md and README's headline table, from bench/results
 # make api      docs/api.md, from the docstrings          make picture   docs/clips.png
 # make sanitize   the C++ operators and runtime under AddressSanitizer and UndefinedBehaviorSanitizer
-# make fuzz   100,000 hostile files for the runtime under both; FUZZ=number of others
+# make fuzz   100,000 hostile files for the runtime under both, 6 minutes; FUZZ=another number
 # make kernels  registers, spills and shared memory of every Triton kernel, compiled without a GPU
 
 PYTHON ?= python3

@@ -168,7 +168,7 @@ class TemporaryFolder {
 
 using Loader = torch::inductor::AOTIModelPackageLoader;
 
-// The code of a graph, loaded once in a process: its library stays mapped until the end, whatever is
+// The code of a graph, loaded once in a process: its library stays mapped to the end, whatever is
 // closed, since g++ makes static variables of inline functions unique symbols, which pin it. The
 // weights are inputs, so that nothing else is kept. `digest` is of the file that `write` makes.
 std::shared_ptr<Loader> load_code(
