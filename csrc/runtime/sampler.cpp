@@ -237,6 +237,17 @@ Tensor per_step(const Tensor& scale, double otherwise, int64_t steps, int64_t ba
   return wide.expand({steps, batch});
 }
 
+// The rows of a table (S, ...) as tensors of their own: within it they would not all begin at a
+// multiple of 16 bytes, and a graph would copy those that do not at every step.
+TensorList by_step(const Tensor& table, const at::Device& device) {
+  TensorList rows;
+  if (!table.defined()) return rows;
+  for (const Tensor& row : table.to(device).unbind()) {
+    rows.push_back(row.clone(at::MemoryFormat::Contiguous));
+  }
+  return rows;
+}
+
 }  // namespace
 
 struct Sampler::Parts : Metadata {
@@ -265,9 +276,7 @@ void Sampler::Parts::load(
   static_cast<Metadata&>(*this) = Metadata::read(package.metadata());
   device = choose_device(made_for, asked);
   check_machine(*this, device);
-  for (Tensor* table : {&timesteps, &rows, &bounds}) {
-    if (table->defined()) *table = table->to(device);
-  }
+  timesteps = timesteps.to(device);
 
   weights = package.tensors("weights.safetensors");
   package.drop("weights.safetensors");
@@ -440,7 +449,9 @@ Tensor Sampler::Parts::sample(const Request& request) const {
   const auto batch = static_cast<int64_t>(request.seeds.size());
   const SamplingPlan plan =
       make_plan(*this, request.lambda_t, request.lambda_m, request.rescale, batch);
-  const Tensor guidance = plan.weights.to(device), rescale = plan.rescale.to(device);
+  const TensorList guidance = by_step(plan.weights, device);
+  const TensorList rescale = by_step(plan.rescale, device);
+  const TensorList coefficients = by_step(rows, device), limits = by_step(bounds, device);
 
   const TextCondition text = prepared(request.text, batch, "the text");
   const TextCondition null_text = prepared(
@@ -504,9 +515,9 @@ Tensor Sampler::Parts::sample(const Request& request) const {
     }
     TensorList inputs{
         x, y, gate, final_rows[place].index_select(0, samples[set]),
-        latents, guidance[step], rescale[step], rows[step], x0};
+        latents, guidance[step], rescale[step], coefficients[step], x0};
     if (draws) inputs.push_back(latents_of(request, static_cast<uint32_t>(step) + 1));
-    if (bounds.defined()) inputs.push_back(bounds[step]);
+    if (!limits.empty()) inputs.push_back(limits[step]);
     TensorList next = graph("step-" + set)(std::move(inputs));
     latents = std::move(next[0]);
     x0 = std::move(next[1]);
