@@ -321,9 +321,11 @@ def _forward_shape(width: int, itemsize: int) -> dict[str, int]:
     return {"TOKENS": max(1, 4 * lanes // chunk), "CHUNK": chunk, "num_warps": 4}
 
 
-def _backward_shape(width: int) -> dict[str, int]:
+def _backward_shape(width: int, itemsize: int) -> dict[str, int]:
     block = _power_of_2(width)
-    return {"BLOCK": block, "STAGES": 3, "num_warps": min(32, max(1, block // 256))}
+    # A stage ahead holds four rows in shared memory, of which the smallest GPU has 163 KiB a block.
+    stages = 3 if 2 * 4 * block * itemsize <= 160 << 10 else 2
+    return {"BLOCK": block, "STAGES": stages, "num_warps": min(32, max(1, block // 256))}
 
 
 def _power_of_2(n: int) -> int:
@@ -477,7 +479,7 @@ def _residual_layernorm_modulate_backward_cuda(
             DGATE=dgate_rows != 0,
             DSHIFT=dshift_rows != 0,
             DSCALE=dscale_rows != 0,
-            **_backward_shape(width),
+            **_backward_shape(width, residual.element_size()),
         )
     dy_sum, d_gate, d_shift, d_scale = (
         partial if count == 0 else partial.view(count, chunks // count, width).sum(1)
@@ -488,18 +490,21 @@ def _residual_layernorm_modulate_backward_cuda(
 
 def compile_cases():
     """For compilation ahead of time: (name, kernel, signature, constants, num_warps)."""
-    for preset, width in ("XL/2", 1152), ("G/2", 1664):
+    for preset, width in ("XL/2", 1152), ("G/2", 1664), ("widest", MAX_WIDTH):
         for dtype, itemsize in ("bf16", 2), ("fp32", 4):
-            for kernel, shape, absent in (
-                (_forward_kernel, _forward_shape(width, itemsize), ()),
-                (_forward_kernel, _forward_shape(width, itemsize), ("HAS_Y", "GATE")),
-                (_backward_kernel, _backward_shape(width), ("DY_SUM",)),
-                (_backward_kernel, _backward_shape(width), ("DY_SUM", "HAS_D_RESIDUAL", "GATE")),
-            ):
+            forward, backward = _forward_shape(width, itemsize), _backward_shape(width, itemsize)
+            cases = [(_forward_kernel, forward, ()), (_backward_kernel, backward, ("DY_SUM",))]
+            if preset != "widest":
+                cases.append((_forward_kernel, forward, ("HAS_Y", "GATE")))
+                without = "DY_SUM", "HAS_D_RESIDUAL", "GATE"
+                cases.append((_backward_kernel, backward, without))
+            for kernel, shape, absent in cases:
                 integers = [name for name in kernel.arg_names if name.islower()]
                 signature = {
                     name: f"*{dtype}" if name.endswith("_ptr") else "i32" for name in integers
                 }
+                strides = (name for name in integers if name.endswith("_stride"))
+                signature |= dict.fromkeys(strides, "i32:16")
                 sums = "dy_sum_ptr", "dgate_ptr", "dshift_ptr", "dscale_ptr"
                 fp32 = (name for name in sums if name in signature)
                 indices = (name for name in integers if name.endswith("index_ptr"))
