@@ -21,7 +21,12 @@ ONLY_IN = {
         "gentron_fast/convert/pipelines.py",
         "train/small_world/architecture.py",
     },
-    "transformers": {"gentron_fast/text.py", "train/small_world/architecture.py"},
+    "transformers": {
+        "gentron_fast/text.py",
+        "gentron_fast/evaluation/scorers.py",
+        "train/small_world/architecture.py",
+    },
+    "spacy": {"gentron_fast/evaluation/scorers.py"},
     "deepspeed": {"train/assembly.py", "train/ema.py", "train/process.py", "train/sharding.py"},
     "webdataset": {"train/data/shards.py", "train/small_world/autoencoder.py"},
     "av": {"gentron_fast/media.py", "train/data/decode.py", "train/small_world/renderer.py"},
