@@ -62,11 +62,14 @@ def rank_process(session: int, rank: int) -> psutil.Process:
     raise AssertionError(f"no process of rank {rank} in session {session}")
 
 
-def end_all(process) -> None:
-    """Kill what is left of a launched run."""
+def end_all(process) -> str:
+    """Kill what is left of a launched run; what it wrote and was not read yet."""
     for left in members(process.pid):
         left.send_signal(signal.SIGKILL)
-    process.communicate()
+    with process.stdout:
+        output = process.stdout.read()
+    process.wait()
+    return output
 
 
 @pytest.mark.parametrize("trial", range(max(2, FAULTS)))
@@ -129,9 +132,9 @@ def test_a_signal_while_the_ranks_start(world, tiny_t2i_folder, tmp_path, tally,
         os.killpg(process.pid, (signal.SIGINT, signal.SIGTERM)[trial % 2])
         wait_for(lambda: not members(process.pid), 60)
     finally:
-        end_all(process)
-    output = process.stdout.read() if not process.stdout.closed else ""
-    assert "Traceback" not in output, output
+        output = end_all(process)
+    launchers = output.count('deepspeed/launcher/runner.py", line')  # two lines, after Ctrl-C
+    assert output.count("Traceback") == launchers // 2 <= 1, output
     tally("ended well")
 
 
