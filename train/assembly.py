@@ -11,7 +11,6 @@ from gentron_fast.config import GenTronConfig
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
 from gentron_fast.model import GenTron
 from gentron_fast.text import TextEncoder
-from gentron_train.checkpoint import PATIENCE
 from gentron_train.data.loader import DataSettings, Loader, make_loader
 from gentron_train.export_pipeline import DTYPES
 from gentron_train.flops import parameter_count
@@ -54,24 +53,22 @@ def check_start(settings: Settings, stage: str) -> None:
 
 def make_missing(settings: Settings, stage: str) -> None:
     """Autoencoder and text encoders of the small model, where there are none and the data holds no
-    output of theirs, and shards that are not rendered on demand; rank 0 makes them."""
-    # Either may take hours, in which the others wait: not to be taken for a frozen rank.
-    patient = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
-    if dist.get_rank() == 0 and settings.preset == "small":
-        by_name = settings.images is not None or settings.clips is not None
-        if not by_name and settings.rendered_samples() is None:
-            ensure_shards(settings.data, settings.make_images, settings.make_clips)
-        data = settings.data_settings(stage)
-        if not (data.precomputed or (settings.vae / "config.json").exists()):
-            from gentron_train.small_world.autoencoder import main as train_vae
+    output of theirs, and shards that are not rendered on demand: hours of work, for one rank."""
+    if settings.preset != "small":
+        return
+    by_name = settings.images is not None or settings.clips is not None
+    if not by_name and settings.rendered_samples() is None:
+        ensure_shards(settings.data, settings.make_images, settings.make_clips)
+    data = settings.data_settings(stage)
+    if not (data.precomputed or (settings.vae / "config.json").exists()):
+        from gentron_train.small_world.autoencoder import main as train_vae
 
-            train_vae(["--data", str(settings.data), "--out", str(settings.vae), "--resume"])
-        text = settings.text
-        if not (data.has_text or text is None or (text / "t5").is_dir()):
-            from gentron_train.small_world.text_encoders import main as train_text_encoders
+        train_vae(["--data", str(settings.data), "--out", str(settings.vae), "--resume"])
+    text = settings.text
+    if not (data.has_text or text is None or (text / "t5").is_dir()):
+        from gentron_train.small_world.text_encoders import main as train_text_encoders
 
-            train_text_encoders(["--out", str(text), "--resume"])
-    torch.distributed.barrier(patient)
+        train_text_encoders(["--out", str(text), "--resume"])
 
 
 def build_parts(settings: Settings, stage: str, data: DataSettings, device: torch.device) -> Parts:

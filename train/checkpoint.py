@@ -237,9 +237,9 @@ class Checkpoints:
         """Wait for all ranks, however long one of them works."""
         dist.barrier(self._patient)
 
-    def _on_main(self, work: Callable, *args):
-        """What work(*args) returns on rank 0, on every rank; its OSError or ValueError is a
-        ValueError on every rank."""
+    def on_main(self, work: Callable, *args):
+        """What work(*args) returns on rank 0, on every rank, however long it takes; its OSError or
+        ValueError is a ValueError on every rank."""
         outcome = [None, None]
         if self.is_main:
             try:
@@ -264,7 +264,7 @@ class Checkpoints:
         ValueError where another process trains here, where `resume` and the run folder do not go
         together, and where no checkpoint is whole.
         """
-        names, wrong = self._on_main(self._lock, resume)
+        names, wrong = self.on_main(self._lock, resume)
         if not resume:
             return None, None
         folder, info, line = newest_whole(self.run, names, wrong, self._read_whole)
@@ -286,7 +286,7 @@ class Checkpoints:
     def _read_whole(self, checkpoint: Path) -> dict:
         """checkpoint.json of a whole checkpoint; every rank hashes its share of the files."""
         self._whole[checkpoint.name] = False
-        info, own = self._on_main(read_info, checkpoint), None
+        info, own = self.on_main(read_info, checkpoint), None
         share = list(info[FILES].items())[dist.get_rank() :: dist.get_world_size()]
         try:
             check_digests(checkpoint, dict(share))
@@ -305,7 +305,7 @@ class Checkpoints:
         checkpoints before are whole then.
         """
         rank, writes, digests = dist.get_rank(), Writes(), {}
-        aside = self._on_main(partial_path, self.folder / name)
+        aside = self.on_main(partial_path, self.folder / name)
         folder = aside / name
         if self.is_main:
             writes(folder.mkdir, 0o777, True)
@@ -334,7 +334,7 @@ class Checkpoints:
                 writes(self._publish, aside, name)
                 failure = None if writes.failure is None else str(writes.failure)
             shutil.rmtree(aside, ignore_errors=True)
-        return self._on_main(lambda: failure)
+        return self.on_main(lambda: failure)
 
     def _publish(self, aside: Path, name: str) -> None:
         if (self.folder / name).exists():  # damaged, or of a run that ended before it was named
@@ -394,7 +394,7 @@ class Checkpoints:
             if not resharded:
                 engine.load_checkpoint(str(self.folder), tag=checkpoint.name)
                 return
-            universal = self._on_main(_convert, checkpoint)
+            universal = self.on_main(_convert, checkpoint)
             engine.load_checkpoint(str(self.folder), tag=universal.name)
         self.barrier()
         if self.is_main:

@@ -301,7 +301,7 @@ def trainer_of(settings: Settings, stage: str) -> Trainer:
     resumed, line = checkpoints.open(settings.resume)
     if line is not None:
         say(line)
-    make_missing(settings, stage)
+    checkpoints.on_main(make_missing, settings, stage)
     data = settings.data_settings(stage)
     parts = build_parts(settings, stage, data, device)
     loader = build_loader(settings, data, parts, device)

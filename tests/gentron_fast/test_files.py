@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from faults import FAULTS
+from faults import FAULTS, holder_of
 
 from gentron_fast import files
 from gentron_fast.files import (
@@ -127,26 +127,13 @@ def test_killed_at_any_moment_a_whole_folder_is_there(tmp_path, tally):
 def test_a_folder_has_one_process_until_that_ends(tmp_path):
     """Even where a fork of it, as a loader's worker, lives on."""
     folder = tmp_path / "run"
-    code = (
-        "import os, sys, time; from pathlib import Path\n"
-        "from gentron_fast.files import lock_folder\n"
-        "lock_folder(Path(sys.argv[1]))\n"
-        "if fork := os.fork(): print(fork, flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    command = [sys.executable, "-c", code, str(folder)]
-    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    fork = int(holder.stdout.readline())
-    try:
+    with holder_of(folder) as holder:
         with pytest.raises(ValueError, match=f"{folder} is in use by process {holder.pid} on "):
             lock_folder(folder)
         holder.kill()
         holder.wait()
         lock_folder(folder)
         assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} ")
-    finally:
-        os.kill(fork, signal.SIGKILL)
-        holder.stdout.close()
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,9 @@ def test_a_run_folder_has_one_training(
     run, more = tmp_path / "run", ("--steps=100000", "--save-every=1")
     first = ranks.start(2, train, world, tiny_t2i_folder, run, *more)
     try:
+        deadline = time.monotonic() + 120
         while latest_checkpoint(run) is None:
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         second = ranks.start(2, train, world, tiny_t2i_folder, run, "--resume")
         assert ranks.wait(second) == [2, 2]

@@ -8,6 +8,7 @@ Faster: one with --levels 3 --out runs/vae-3 first, then --init runs/vae-3.
 import argparse
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gentron_fast.commandline import usable_device
-from gentron_fast.files import check_output_folder, whole_file, whole_folder
+from gentron_fast.commandline import run, usable_device
+from gentron_fast.files import check_output_folder, lock_folder, whole_file, whole_folder
 from gentron_fast.vae import VideoVAE
 from gentron_train.data.broken import BrokenSample, broken_by
 from gentron_train.data.decode import decode_clip, decode_image
@@ -136,7 +137,7 @@ def train(
 ) -> None:
     """Train, write OUT as a diffusers AutoencoderKL folder, and OUT.log.jsonl beside it.
 
-    ValueError before any work where OUT holds something else.
+    ValueError before any work where OUT holds something else, or another process trains it.
     """
     check_output_folder(out, WRITTEN)
     torch.manual_seed(training.seed)
@@ -146,6 +147,7 @@ def train(
     vae = vae.to(device).train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=training.lr, weight_decay=0.0)
     folder = out.with_name(f"{out.name}.training")
+    lock_folder(folder)
     first = load_state(folder / STATE_NAME, vae, optimizer) if resume else 0
     frames = read_frames(data, training.images, training.clips)
     log = out.with_name(f"{out.name}.log.jsonl")
@@ -249,4 +251,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("autoencoder", main, sys.argv, "stopped; go on with --resume"))

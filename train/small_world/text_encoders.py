@@ -12,6 +12,7 @@ import json
 import math
 import re
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gentron_fast.commandline import usable_device
+from gentron_fast.commandline import run, usable_device
 from gentron_fast.config import ENCODERS
-from gentron_fast.files import check_output_folder, whole_folder
+from gentron_fast.files import check_output_folder, lock_folder, whole_folder
 from gentron_fast.model import EncodedText, TextCondition
 from gentron_fast.text import TextEncoder
 from gentron_train.small_world.architecture import TEXT_WIDTH, small_text_encoder
@@ -164,12 +165,16 @@ def batches(training: TextTraining, first: int):
 
 def train(out: Path, training: TextTraining, device: str, resume: bool) -> dict:
     """Train, and write OUT/clip and OUT/t5, each a model with its tokenizer; the accuracy on
-    captions that were not trained on. ValueError before any work where OUT holds something else."""
+    captions that were not trained on.
+
+    ValueError before any work where OUT holds something else, or another process trains it.
+    """
     check_output_folder(out, ENCODERS)
     torch.manual_seed(training.seed)
     lesson = Lesson(small_text_encoder(vocabulary())).to(device).train()
     optimizer = torch.optim.AdamW(lesson.parameters(), lr=training.lr, weight_decay=0.0)
     folder = out.with_name(f"{out.name}.training")
+    lock_folder(folder)
     first = load_state(folder / STATE_NAME, lesson, optimizer) if resume else 0
     start = time.monotonic()
     log = out.with_name(f"{out.name}.log.jsonl")
@@ -236,4 +241,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("text_encoders", main, sys.argv, "stopped; go on with --resume"))

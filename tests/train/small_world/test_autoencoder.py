@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import holder_of
 from safetensors.torch import load_file
 
 from gentron_fast.vae import VideoVAE
@@ -71,6 +72,14 @@ def test_an_interrupted_run_ends_as_a_whole_one(data, tmp_path, monkeypatch):
     assert not (tmp_path / "parts.training").exists()
     vae = VideoVAE.from_pretrained(tmp_path / "parts")
     assert vae.factor == 8 and vae.scaling_factor != 1.0
+
+
+def test_a_folder_has_one_training(data, tmp_path):
+    out = tmp_path / "vae"
+    with holder_of(tmp_path / "vae.training") as holder:
+        with pytest.raises(ValueError, match=f"in use by process {holder.pid} on"):
+            train(data, out, TRAINING, "cpu", resume=True)
+        assert not out.exists()
 
 
 def test_the_rate_warms_up_and_falls():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from faults import holder_of
 from safetensors.torch import load_file
 
 from gentron_fast.text import TextEncoder
@@ -97,6 +98,14 @@ def test_an_interrupted_run_ends_as_a_whole_one(tmp_path, monkeypatch):
             load_file(tmp_path / run / name / "model.safetensors") for run in ("whole", "parts")
         )
         assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_a_folder_has_one_training(tmp_path):
+    out = tmp_path / "text"
+    with holder_of(tmp_path / "text.training") as holder:
+        with pytest.raises(ValueError, match=f"in use by process {holder.pid} on"):
+            train(out, TRAINING, "cpu", resume=True)
+        assert not out.exists()
 
 
 def test_it_learns_and_is_read_back(tmp_path, capsys):
