@@ -24,6 +24,7 @@ test: .venv/dev
 
 faults: .venv/dev
 	FAULTS=20 $(BIN)/pytest -m faults
+	$(MAKE) fuzz
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -185,7 +185,10 @@ def test_a_shard_that_was_replaced_under_its_name_is_told(models, tmp_path, caps
     assert precompute_main(command) == 0
 
 
-def test_two_precomputes_share_the_work(shards, models, encoder, precomputed, tmp_path, capfd):
+@pytest.mark.faults
+def test_two_precomputes_share_the_work(
+    shards, models, encoder, precomputed, tmp_path, capfd, tally
+):
     """What another one has begun is waited for; what it does not finish is made."""
     paths = find_shards(f"{shards}/{{images,clips}}-*.tar")
     arguments = tmp_path, models / "vae", encoder
@@ -209,6 +212,7 @@ def test_two_precomputes_share_the_work(shards, models, encoder, precomputed, tm
             assert made.getnames() == wanted.getnames()
         times = {(folder / name).stat().st_mtime_ns for folder in (tmp_path, precomputed)}
         assert (len(times) == 1) == is_finished
+        tally("ended well" if is_finished else "recovered")
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".lock", ".part")]
 
 
