@@ -222,6 +222,7 @@ _FLASH = {"flash4": _flash4, "flash3": _flash3, "flash2": _flash2}
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    launch.check_tensors(q=q, k=k, v=v, **({} if mask is None else {"mask": mask}))
     if q.ndim != 4:
         raise ValueError(f"q must be (B, L, H, Dh), got {tuple(q.shape)}")
     batch, _, heads, size = q.shape

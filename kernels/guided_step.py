@@ -8,7 +8,7 @@ x0 = (x - sigma · eps) / alpha;  x' = a · x + b · x0 + c · x0_previous + d �
 # Shapes: B batch, C channels, T frames, H × W latents, P = T · H · W.
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ NUM_WARPS = 4
 
 def guided_step(
     latents: Tensor,
-    branches: Sequence[Tensor | None],
+    branches: Iterable[Tensor | None],
     weights: Tensor,
     row: Tensor,
     x0_previous: Tensor | None = None,
@@ -46,6 +46,7 @@ def guided_step(
     input requires a gradient, as for every input that does not fit.
     Source: GenTron (arXiv 2312.04557), section 3.3; the row as in gentron_fast.solvers.
     """
+    branches = () if branches is None else tuple(branches)
     _check(latents, branches, weights, row, x0_previous, noise, d, rescale)
     present = [branch for branch in branches if branch is not None]
     backend = launch.backend(latents, *present)
@@ -452,6 +453,7 @@ def _planes(x: Tensor) -> Tensor:
 
 
 def _check(latents, branches, weights, row, x0_previous, noise, d, rescale) -> None:
+    launch.check_tensors(latents=latents, weights=weights, row=row)
     if latents.ndim != 5 or not latents.dtype.is_floating_point:
         raise ValueError(
             f"latents must be floating (B, C, T, H, W), got {latents.dtype} {tuple(latents.shape)}"
@@ -464,6 +466,8 @@ def _check(latents, branches, weights, row, x0_previous, noise, d, rescale) -> N
         )
     names = "null still branch", "null motion branch", "text branch", "x0_previous", "noise", "d"
     like_latents = dict(zip(names, (*branches, x0_previous, noise, d), strict=True))
+    given = {"rescale": rescale, **like_latents}
+    launch.check_tensors(**{name: tensor for name, tensor in given.items() if tensor is not None})
     for name, tensor in like_latents.items():
         if tensor is not None and (
             tensor.shape != latents.shape or not tensor.dtype.is_floating_point

@@ -38,6 +38,13 @@ def launcher(kernel):
     return kernel if interpreted else torch.library.wrap_triton(kernel)
 
 
+def check_tensors(**values) -> None:
+    """ValueError, naming it, where one of these is no tensor."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got a {type(value).__name__}")
+
+
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     """Where Triton launches, which is the current device: x's, where there are several."""
     if x.device.type == "cuda" and torch.cuda.device_count() > 1:

@@ -707,20 +707,22 @@ def _operand(rows: Rows | None, x: Tensor) -> tuple[Tensor | None, Tensor | None
 
 
 def _check(x: Tensor, y: Tensor | None = None, **operands: Rows | None) -> None:
+    launch.check_tensors(x=x)
     if x.ndim == 0 or x.shape[-1] == 0 or not x.dtype.is_floating_point:
         raise ValueError(f"x must be floating (..., D), got {x.dtype} {tuple(x.shape)}")
     if y is None and operands.get("gate") is not None:
         raise ValueError("gate must be None where y is None: it scales y")
-    if y is not None and y.shape != x.shape:
-        _check_rows("y", y, x, f"x's shape {tuple(x.shape)} or ")
     if y is not None:
         _check_tensor("y", y, x)
+    if y is not None and y.shape != x.shape:
+        _check_rows("y", y, x, f"x's shape {tuple(x.shape)} or ")
     for name, rows in operands.items():
         if isinstance(rows, tuple):
             if len(rows) != 2:
                 raise ValueError(f"{name} must be rows or (table, index), got {len(rows)} tensors")
             table, index = rows
             _check_tensor(name, table, x)
+            launch.check_tensors(**{f"{name}'s index": index})
             if table.ndim != 2 or table.shape[-1] != x.shape[-1]:
                 raise ValueError(
                     f"{name}'s table must be (P, {x.shape[-1]}), got {tuple(table.shape)}"
@@ -741,6 +743,7 @@ def _check(x: Tensor, y: Tensor | None = None, **operands: Rows | None) -> None:
 
 
 def _check_tensor(name: str, tensor: Tensor, x: Tensor) -> None:
+    launch.check_tensors(**{name: tensor})
     if not tensor.dtype.is_floating_point:
         raise ValueError(f"{name} must be floating, got {tensor.dtype}")
     if tensor.device != x.device:

@@ -19,6 +19,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tenso
     where torch copies the bias first and reads and writes the whole result again for the GELU.
     Needs the C++ operators; without them it is torch's.
     """
+    launch.check_tensors(x=x, weight=weight, bias=bias)
     if _takes_onednn(x, weight):
         return torch.ops.gentron.linear_cpu(x, weight, bias, gelu)
     out = F.linear(x, weight, bias)

@@ -20,6 +20,9 @@ def spatial_attention(qkv: Tensor) -> Tensor:
 
     qkv (B, T, N, 3, H, Dh), the packed projection; returns (B, T, N, H · Dh).
     """
+    launch.check_tensors(qkv=qkv)
+    if qkv.ndim != 6 or qkv.shape[3] != 3:
+        raise ValueError(f"qkv must be (B, T, N, 3, H, Dh), got {tuple(qkv.shape)}")
     if _takes_frames_operator(qkv):
         # A frame is a clip of one token a frame: N frames long.
         return temporal_attention(qkv.flatten(0, 1).unsqueeze(2)).view(

@@ -386,6 +386,7 @@ def _check_values(x: Tensor, weights: tuple[Tensor, ...]) -> None:
 
 
 def _check(qkv: Tensor, motion_free: Tensor | bool | None) -> None:
+    launch.check_tensors(qkv=qkv)
     if qkv.ndim != 6 or qkv.shape[3] != 3 or not qkv.dtype.is_floating_point:
         raise ValueError(
             f"qkv must be floating (B, T, N, 3, H, Dh), got {qkv.dtype} {tuple(qkv.shape)}"

@@ -13,7 +13,12 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from gentron_kernels import launch
+from gentron_kernels.attention import attention
 from gentron_kernels.guided_step import guided_step, guided_step_ref
+from gentron_kernels.layernorm_modulate import layernorm_modulate, residual_layernorm_modulate
+from gentron_kernels.linear import linear
+from gentron_kernels.spatial_attention import spatial_attention
+from gentron_kernels.temporal_attention import temporal_attention
 
 
 @pytest.mark.parametrize(
@@ -64,6 +69,7 @@ def test_without_the_library_the_definition_answers():
     code = """
 import torch
 from gentron_kernels import launch
+from gentron_kernels.attention import attention
 from gentron_kernels.guided_step import guided_step
 assert not launch.cpu_library() and launch.backend(torch.ones(1)) == "ref"
 x = torch.ones(1, 2, 2, 3, 4)
@@ -121,6 +127,7 @@ def test_without_triton_nothing_is_said():
 import sys
 sys.modules["triton"] = None
 from gentron_kernels import launch
+from gentron_kernels.attention import attention
 import gentron_kernels.guided_step
 import gentron_kernels.layernorm_modulate
 import gentron_kernels.temporal_attention
@@ -130,3 +137,30 @@ assert not launch.has_triton()
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     )
     assert result.stdout + result.stderr == ""
+
+
+def test_what_is_no_tensor_is_refused_by_name():
+    x, qkv, latents = torch.rand(2, 3, 8), torch.rand(1, 2, 3, 3, 2, 4), torch.rand(2, 4, 1, 4, 4)
+    weights, row, text = torch.tensor([0.0, 0, 1]), torch.rand(6) + 0.1, (None, None, latents)
+    q = torch.rand(1, 4, 2, 8)
+    for call, name in (
+        (lambda: layernorm_modulate(x.tolist()), "x"),
+        (lambda: layernorm_modulate(x.numpy()), "x"),
+        (lambda: layernorm_modulate(x, x[:, 0].numpy(), x[:, 0]), "shift"),
+        (lambda: residual_layernorm_modulate(x, x.tolist()), "y"),
+        (lambda: temporal_attention(qkv.numpy()), "qkv"),
+        (lambda: spatial_attention(None), "qkv"),
+        (lambda: attention(q, q.numpy(), q), "k"),
+        (lambda: attention(q, q, q, [True] * 4), "mask"),
+        (lambda: linear(x.numpy(), torch.rand(4, 8), torch.rand(4)), "x"),
+        (lambda: guided_step(latents.numpy(), text, weights, row), "latents"),
+        (lambda: guided_step(latents, text, weights.tolist(), row), "weights"),
+        (lambda: guided_step(latents, text, weights, row, noise=0), "noise"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} must be a tensor, got a"):
+            call()
+    with pytest.raises(ValueError, match="branches must be three predictions"):
+        guided_step(latents, None, weights, row)
+    from_generator = guided_step(latents, (branch for branch in text), weights, row)
+    for ours, wanted in zip(from_generator, guided_step(latents, text, weights, row), strict=True):
+        assert torch.equal(ours, wanted)
