@@ -31,7 +31,7 @@ def test_the_command_scores_a_pipeline_and_goes_on(tiny_pipeline_folder, tmp_pat
     arguments += ["--device", "cpu", "--json", str(tmp_path / "table.json")]
     assert main(arguments) == 0
     table = capsys.readouterr().out
-    assert "| per cent of 1 prompts | colour | shape | fill | relation | motion | complex |" in table
+    assert f"| per cent of 1 prompts | {' | '.join(COLUMNS)} |" in table
     assert len(list(run.glob("*/samples/*.mp4"))) == 6 and (tmp_path / "table.json").is_file()
     assert main(arguments) == 0
     assert "skipped      6 of 6 clips" in capsys.readouterr().out
