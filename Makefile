@@ -5,6 +5,7 @@
 # make large    one step of the whole G/2-T2V on the CPU, plain against shared: 12 GB of memory
 # make report   docs/performance.md and README's headline table, from bench/results
 # make api      docs/api.md, from the docstrings          make picture   docs/clips.png
+# make study    people judge the model that ships at two guidance values: docs/study.md
 # make sanitize   the C++ operators and runtime under AddressSanitizer and UndefinedBehaviorSanitizer
 # make fuzz   100,000 hostile files for the runtime under both, 6 minutes; FUZZ=another number
 # make kernels  registers, spills and shared memory of every Triton kernel, compiled without a GPU
@@ -13,7 +14,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test faults lint train kernels gpu large report api picture sanitize fuzz clean
+.PHONY: demo test faults lint train kernels gpu large report api picture study sanitize fuzz clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -47,6 +48,14 @@ picture: .venv/dev
 
 api: .venv/dev
 	$(BIN)/python docs/api.py
+
+STUDY := outputs/study
+study: .venv/dev
+	$(BIN)/python -m gentron_fast.generate --prompts docs/study-prompts.txt --lambda-t 3 --out $(STUDY)/lambda-3/
+	$(BIN)/python -m gentron_fast.generate --prompts docs/study-prompts.txt --lambda-t 7.5 --out $(STUDY)/lambda-7.5/
+	test -e $(STUDY)/pairs || $(BIN)/python -m gentron_fast.study make $(STUDY)/lambda-3 $(STUDY)/lambda-7.5 \
+	    --prompts docs/study-prompts.txt --names "λ_T 3" "λ_T 7.5" --out $(STUDY)/pairs
+	$(BIN)/python -m gentron_fast.study serve $(STUDY)/pairs
 
 kernels: .venv/dev
 	$(BIN)/python tests/kernels/aot.py
