@@ -36,6 +36,7 @@ pytestmark = pytest.mark.faults
 @pytest.fixture
 def assert_all_end_well_or_in_one_line(capfd, tally):
     def check(main, lines) -> None:
+        capfd.readouterr()  # of what was made for it
         endings = {" ".join(line)[:400]: ending(main, line, capfd) for line in lines}
         wrong = {line: told for line, (_, told) in endings.items() if told}
         assert not wrong, json.dumps(wrong, indent=1)
