@@ -2,10 +2,12 @@
 
 import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
+from gentron_fast.evaluation.layout import read_manifest
 from gentron_fast.generate import file_name, read_prompts_file
 from gentron_fast.media import read_video, video_format
 
@@ -80,7 +82,8 @@ def pair_folders(a: Path, b: Path, prompts: Sequence[Prompt]) -> list[Pair]:
     than its partner.
     """
     files = same_names(a, b)
-    found = prompts_of([name for name, *_ in files], prompts)
+    names = [name for name, *_ in files]
+    found = prompts_of(names, prompts, renamed_files(a) | renamed_files(b))
     mixed = [name for name, one, other in files if _is_video(one) != _is_video(other)]
     if mixed:
         raise ValueError(f"a clip and an image are no pair: {_some(map(repr, mixed))}")
@@ -90,12 +93,29 @@ def pair_folders(a: Path, b: Path, prompts: Sequence[Prompt]) -> list[Pair]:
     return [Pair(name, found[name], (one, other)) for name, one, other in files]
 
 
-def prompts_of(names: Sequence[str], prompts: Sequence[Prompt]) -> dict[str, Prompt]:
+def renamed_files(folder: Path) -> dict[str, str]:
+    """In a folder of an `evaluate generate` run: the prompts that file names could not hold."""
+    folder = folder.absolute()
+    run = {"samples": folder.parents[1:2], "videos": folder.parents[:1]}.get(folder.name, ())
+    return {
+        Path(file).stem: prompt
+        for parent in run
+        for file, prompt in read_manifest(parent).get("renamed", {}).items()
+        if parent / Path(file).parent == folder
+    }
+
+
+def prompts_of(
+    names: Sequence[str],
+    prompts: Sequence[Prompt],
+    renamed: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Prompt]:
     """The prompt of each file name, which is one of
 
     - the prompt, with T2I-CompBench's number behind it (`a red car_000003`) or VBench's
       (`a red car-3`), a full stop at its end left out or not;
     - generate's name of the prompt (`a-red-car-seed3`);
+    - in `renamed`, with the prompt;
     - its line in the prompts file: 0 … N - 1 or 1 … N, where all N are there.
 
     ValueError where a name is none of these.
@@ -109,7 +129,10 @@ def prompts_of(names: Sequence[str], prompts: Sequence[Prompt]) -> dict[str, Pro
         for first in (0, 1):
             if lines == list(range(first, first + len(prompts))):
                 return {name: prompts[int(name) - first] for name in names}
-    found = {name: known.get(name) or known.get(NUMBERING.sub("", name)) for name in names}
+    found = {
+        name: known.get(renamed.get(name, name)) or known.get(NUMBERING.sub("", name))
+        for name in names
+    }
     unknown = [repr(name) for name, prompt in found.items() if prompt is None]
     if unknown:
         raise ValueError(f"names that tell none of the {len(prompts)} prompts: {_some(unknown)}")

@@ -8,13 +8,15 @@ import sqlite3
 import sys
 import threading
 import uuid
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from studies import PROMPTS, TABLE, call, pictures, served, small_study
 
-from gentron_fast.evaluation.pairs import Prompt, prompts_of, read_prompts
+from gentron_fast.evaluation.layout import compbench, vbench, write_manifest
+from gentron_fast.evaluation.pairs import Prompt, pair_folders, prompts_of, read_prompts
 from gentron_fast.evaluation.study import Study, main
 from gentron_fast.media import write_media
 
@@ -122,6 +124,25 @@ def prompts_named(*texts):
 def test_names_tell_the_prompt(name):
     prompts = prompts_named("A man.", "A man. On the moon.")
     assert prompts_of([name], prompts)[name].text == "A man. On the moon."
+
+
+@pytest.mark.filterwarnings("ignore:.* has no shape_val.txt")
+def test_runs_of_evaluate_are_paired_with_prompts_that_no_file_name_holds(tmp_path):
+    prompts = ["a red and/or blue car.", "snake_case on a sign", "a green car"]
+    (tmp_path / "color_val.txt").write_text("\n".join(prompts))
+    layouts = compbench(tmp_path, images=2), vbench(tmp_path / "color_val.txt")
+    for layout, inside in zip(layouts, ("color/samples", "videos"), strict=True):
+        for run in ("one", "two"):
+            for sample in layout.samples:
+                path = tmp_path / run / sample.name
+                write_media(path.with_suffix(".png"), np.zeros((1, 8, 8, 3), np.uint8), 4)
+            (tmp_path / run / "manifest.json").unlink(missing_ok=True)
+            write_manifest(tmp_path / run, layout, {})
+        one, two = tmp_path / "one" / inside, tmp_path / "two" / inside
+        pairs = pair_folders(one, two, prompts_named(*prompts))
+        assert len(pairs) == len(layout.samples)
+        by_stem = {Path(sample.name).stem: sample.prompt for sample in layout.samples}
+        assert {pair.name: pair.prompt.text for pair in pairs} == by_stem
 
 
 def test_numbers_are_lines_where_all_are_there():
