@@ -19,6 +19,7 @@ from gentron_fast.evaluation.layout import (
 )
 from gentron_fast.evaluation.results import (
     RESULT_NAME,
+    SCORERS_NAME,
     Column,
     Result,
     check_entries,
@@ -95,7 +96,7 @@ def score(args: argparse.Namespace) -> dict[str, Result]:
         manifest = {**known, "count": manifest.get("count", IMAGES)} | (
             {"renamed": manifest["renamed"]} if manifest else {}
         )
-    official = read_official(args.from_official) if args.from_official else {}
+    official = read_official(args.from_official, args.run) if args.from_official else {}
     entries = {name: list_entries(args.run, name, manifest.get("renamed", {})) for name in PARTS}
     if not any(entries.values()) and not official:
         raise ValueError(f"{args.run} holds no {CATEGORIES[0]}/samples, nor another category's")
@@ -220,13 +221,17 @@ def score_category(
     return score_column(args.run / category, column, entries, given, args.batch)
 
 
-def read_official(folder: Path) -> dict[tuple[str, str], Result]:
-    """The official code's results in a folder of categories, by category and folder of results."""
+def read_official(folder: Path, run: Path) -> dict[tuple[str, str], Result]:
+    """The official code's results in a folder of categories, by category and folder of results;
+    where it is the run itself, what was scored here lies among them and is passed over."""
+    is_run = folder.resolve() == run.resolve()
     results = {}
     for category, parts in PARTS.items():
         for place in (*parts, *((THREE_IN_ONE,) if category == "complex" else ())):
             for found in (folder / category / place, folder / category / Path(place).name):
                 if (found / RESULT_NAME).is_file():
+                    if is_run and (found / SCORERS_NAME).is_file():
+                        break
                     try:
                         results[category, place] = read_result(found)
                     except ValueError as error:

@@ -82,19 +82,22 @@ class BlipVqa:
         self.key = _digest(folder)
 
     def __call__(self, media: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float]:
+        import torch
+
         asked = [rules.questions(self.grammar.chunks(prompt)) for prompt in prompts]
         pairs = [(i, question) for i, own in enumerate(asked) for question in own]
-        pictures = _pictures(media)
+        pixels = image_tensor(_pictures(media), self.side).to(self.device)
         answers: list[list[float]] = [[] for _ in media]
-        for start in range(0, len(pairs), self.batch):
-            part = pairs[start : start + self.batch]
-            shares = self.ask([pictures[i] for i, _ in part], [question for _, question in part])
-            for (i, _), share in zip(part, shares, strict=True):
-                answers[i].append(share)
+        with torch.inference_mode():
+            seen = self.model.vision_model(pixel_values=pixels)[0]
+            for start in range(0, len(pairs), self.batch):
+                images, texts = zip(*pairs[start : start + self.batch], strict=True)
+                for i, share in zip(images, self._ask(seen[list(images)], texts), strict=True):
+                    answers[i].append(share)
         return [rules.vqa_score(own) for own in answers]
 
-    def ask(self, pictures, texts: Sequence[str]) -> list[float]:
-        """P(yes) of yes and no to a question about each picture, to four digits."""
+    def _ask(self, seen, texts: Sequence[str]) -> list[float]:
+        """P(yes) of yes and no, to four digits, to a question about each embedded image."""
         import torch
 
         words = self.tokenizer(
@@ -105,22 +108,18 @@ class BlipVqa:
             return_tensors="pt",
         ).to(self.device)
         words.input_ids[:, 0] = QUESTION_START
-        pixels = image_tensor(pictures, self.side).to(self.device)
-        with torch.inference_mode():
-            seen = self.model.vision_model(pixel_values=pixels)[0]
-            question = self.model.text_encoder(
-                input_ids=words.input_ids,
-                attention_mask=words.attention_mask,
-                encoder_hidden_states=seen,
-                encoder_attention_mask=seen.new_ones(seen.shape[:-1], dtype=torch.long),
-            )[0]
-            logits = self.model.text_decoder(
-                input_ids=torch.full((len(texts), 1), DECODER_START, device=self.device),
-                encoder_hidden_states=question,
-                encoder_attention_mask=words.attention_mask,
-            ).logits[:, 0]
-            chances = logits.softmax(-1)[:, [YES, NO]].tolist()
-        return [rules.yes_share(yes, no) for yes, no in chances]
+        question = self.model.text_encoder(
+            input_ids=words.input_ids,
+            attention_mask=words.attention_mask,
+            encoder_hidden_states=seen,
+            encoder_attention_mask=seen.new_ones(seen.shape[:-1], dtype=torch.long),
+        )[0]
+        logits = self.model.text_decoder(
+            input_ids=torch.full((len(texts), 1), DECODER_START, device=self.device),
+            encoder_hidden_states=question,
+            encoder_attention_mask=words.attention_mask,
+        ).logits[:, 0]
+        return [rules.yes_share(*chances) for chances in logits.softmax(-1)[:, [YES, NO]].tolist()]
 
 
 def plain_question(text: str) -> str:

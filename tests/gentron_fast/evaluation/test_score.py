@@ -367,6 +367,19 @@ def test_official_scores_stand_in_the_official_columns(evaluate, whole_run, tmp_
     assert "annotation_3_in_1/vqa_result.json is not the official code's" in err
 
 
+def test_official_scores_beside_our_own(evaluate, whole_run, clip_folder, blip_folder):
+    pytest.importorskip("spacy")
+    write_official(whole_run, "spatial", "labels/annotation_obj_detection_2d", [0.9, 0.7])
+    write_official(whole_run, "complex", "labels/annotation_obj_detection_2d", [0.9, 0.7])
+    arguments = ["--from-official", whole_run, "--blip", blip_folder, "--clip", clip_folder]
+    arguments += ["--compbench", whole_run.parent / "prompts", "--device", "cpu"]
+    for _ in range(2):
+        code, out, err = evaluate(whole_run, *arguments)
+        assert code == 0 and "| **run** | – | – | – | 80.00 | – | – |" in out
+        assert "left out" not in err and "made elsewhere" not in err, err
+        assert "- complex: 2 images, the official code, BLIP-VQA" in out
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
