@@ -7,6 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from gentron_fast.evaluation.layout import read_manifest
 from gentron_fast.generate import file_name, read_prompts_file
 from gentron_fast.media import read_video, video_format
@@ -87,7 +89,9 @@ def pair_folders(a: Path, b: Path, prompts: Sequence[Prompt]) -> list[Pair]:
     mixed = [name for name, one, other in files if _is_video(one) != _is_video(other)]
     if mixed:
         raise ValueError(f"a clip and an image are no pair: {_some(map(repr, mixed))}")
-    broken = [fault for _, *both in files for path in both if (fault := fault_of(path))]
+    paths = [path for _, *both in files for path in both]
+    bar = tqdm(paths, desc="decoding", unit="file", leave=False, disable=None)
+    broken = [fault for path in bar if (fault := fault_of(path))]
     if broken:
         raise ValueError(f"not every file can be shown: {_some(broken)}")
     return [Pair(name, found[name], (one, other)) for name, one, other in files]

@@ -102,14 +102,15 @@ def application(study: Study, token: str | None) -> bottle.Bottle:
 
 
 def serve_study(study: Study, host: str, port: int, token: str | None) -> None:
-    """Serve a study until Ctrl-C. OSError where the address is taken."""
+    """Serve a study until Ctrl-C. ValueError where the address cannot be had."""
     app = application(study, token)
     try:
         server = waitress.create_server(
             app, host=host, port=port, threads=8, max_request_body_size=2**16
         )
-    except OSError as error:
-        raise ValueError(f"cannot serve on {host}:{port}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot serve on {host}, port {port}: {reason}") from error
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{getattr(server, 'effective_port', port)}/"
     print(f"study        {len(study.pairs)} pairs, votes in {study.votes().path}")

@@ -24,24 +24,26 @@ MOST_PAIRS = 100_000
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 HELP = f"""\
-usage: python -m {NAME} make A B --prompts FILE --out STUDY [--names A B] [--seed N]
-       python -m {NAME} serve STUDY [--host HOST] [--port N] [--token TEXT]
+usage: python -m {NAME} make A B --prompts FILE --out STUDY [options]
+       python -m {NAME} serve STUDY [options]
        python -m {NAME} report STUDY [--out FOLDER]
 
-make      pairs the images or clips of two folders by their names; nothing is
-          written where a file is broken or has no partner
-A B                  folders: T2I-CompBench's, VBench's or generate's names, or numbers
+make                 pairs the images or clips of two folders by their names;
+                     nothing is written where a file is broken or alone
+A B                  folders; names as of T2I-CompBench, VBench or generate,
+                     or the prompts' numbers
 --prompts FILE       PartiPrompts.tsv, or one prompt a line
 --out STUDY          a new folder
 --names A B          of the models, in the report (the folders)
---seed N             draws left and right, and the order for each rater (0)
+--seed N             draws left and right, and each rater's order (0)
 
-serve     the page where people vote, until Ctrl-C
---host HOST          who is reached: this machine alone (127.0.0.1), 0.0.0.0: all
+serve                the page where people vote, until Ctrl-C
+--host HOST          whom it reaches: this machine alone (127.0.0.1), all (0.0.0.0)
 --port N             8000; 0: any free one
 --token TEXT         what raters from elsewhere must know (one is made)
 
-report    win, draw, lose of A against B: report.txt, .json, .png, votes.csv
+report               win, draw, lose of A against B, as text, JSON and picture;
+                     the votes as CSV
 --out FOLDER         for the four files (STUDY)
 """
 
@@ -126,6 +128,8 @@ def make_study(
     from gentron_fast.evaluation.pairs import pair_folders, read_prompts
     from gentron_fast.files import check_output_folder, whole_folder
 
+    if a.resolve() == b.resolve():
+        raise ValueError(f"{a} and {b} are one folder: wanted those of two models")
     ours = (STUDY_NAME, MEDIA_NAME)  # a study that was served holds votes, and is not replaced
     check_output_folder(out, ours)
     check_writable([out / STUDY_NAME])

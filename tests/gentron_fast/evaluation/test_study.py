@@ -162,6 +162,14 @@ def test_quotes_are_a_part_of_partiprompts(tmp_path):
     assert read_prompts(tmp_path / "p.tsv") == [('"Text" here', "Arts", "Basic"), ("b", None, None)]
 
 
+def test_one_folder_is_no_pair(tmp_path, capsys):
+    small_study(tmp_path)
+    a = str(tmp_path / "a")
+    prompts, out = str(tmp_path / "prompts.tsv"), tmp_path / "other"
+    assert main(["make", a, f"{a}/../a", "--prompts", prompts, "--out", str(out)]) == 2
+    assert "are one folder" in capsys.readouterr().err and not out.exists()
+
+
 def test_a_study_with_votes_is_not_made_again(tmp_path, capsys):
     study = small_study(tmp_path)
     study.votes()
@@ -295,7 +303,9 @@ def test_a_port_that_is_taken_is_told(tmp_path, capsys):
     with served(study.folder) as (_, address):
         port = address.rstrip("/").rpartition(":")[2]
         assert main(["serve", str(study.folder), "--port", port]) == 2
-    assert f"cannot serve on 127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
+    assert (
+        f"cannot serve on 127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
+    )
 
 
 def cast(study, *answers):
