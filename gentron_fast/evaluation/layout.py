@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gentron_fast.files import read_json, write_json
-from gentron_fast.schema import OBJECT, TEXT, whole
+from gentron_fast.schema import OBJECT, TEXT, Kind, several, whole
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
 COMPLEX_KINDS = ("spatial", "action")  # the lists that say how a complex prompt is scored
@@ -22,6 +22,24 @@ FLICKER = "temporal_flickering"  # the prompt list of that dimension of VBench
 MANIFEST = "manifest.json"
 MOST_BYTES = 255  # of a file name
 IMAGE_NAME = re.compile(r"(?s)(.*)_(\d+)\.(?:png|jpe?g|webp|mp4)")
+
+
+def by_name(kind: Kind) -> Kind:
+    """An object of any names, each with a value of that kind."""
+    return Kind(
+        f"an object, each value {kind.words}",
+        lambda value: isinstance(value, dict) and all(map(kind.fits, value.values())),
+    )
+
+
+MANIFEST_SCHEMA = {
+    "benchmark": TEXT,
+    "count": whole(1, 10**6),
+    "prompts": by_name(several(TEXT, 0, 10**7)),
+    "kinds": by_name(several(TEXT, 0, 10**7)),
+    "renamed": by_name(TEXT),
+    "settings": OBJECT,
+}
 
 
 class Sample(NamedTuple):
@@ -174,8 +192,7 @@ def read_manifest(run: Path) -> dict:
     path = run / MANIFEST
     if not path.is_file():
         return {}
-    schema = {"benchmark": TEXT, "count": whole(1, 10**6), "prompts": OBJECT, "renamed": OBJECT}
-    return read_json(path, schema | {"kinds": OBJECT, "settings": OBJECT})
+    return read_json(path, MANIFEST_SCHEMA)
 
 
 class Entry(NamedTuple):

@@ -148,8 +148,15 @@ def load_scorers(args: argparse.Namespace, categories: Sequence[str]) -> dict[tu
         Spatial,
     )
 
-    needs_grammar = "complex" in categories or asked != [CLIP]
-    grammar = Grammar() if needs_grammar else None
+    grammar = None
+    if "complex" in categories or asked != [CLIP]:
+        try:
+            grammar = Grammar()
+        except ValueError as error:
+            if CLIP not in asked:
+                raise
+            warnings.warn(f"{error}; only non_spatial can be scored without", stacklevel=2)
+            asked = [CLIP]
     scorers: dict[tuple, object] = {}
     for part in asked:
         if part == BLIP:
@@ -196,9 +203,10 @@ def score_category(
     if not has_files and not given:
         return None
     parts = PARTS[category]
-    missing = [OPTIONS[p] for p in parts if p not in given and (p, is_complex) not in scorers]
-    if missing or (not has_files and not set(parts) <= set(given)):
-        wanted = " and ".join(missing) or "images"
+    absent = [p for p in parts if p not in given and (p, is_complex) not in scorers]
+    missing = [OPTIONS[p] for p in absent if getattr(args, OPTIONS[p][2:]) is None]
+    if absent or (not has_files and not set(parts) <= set(given)):
+        wanted = " and ".join(missing) or ("images" if not has_files else "English grammar")
         warnings.warn(f"{category} is not scored: no {wanted}", stacklevel=2)
         return None
     own = {p: scorers[p, is_complex] for p in parts if p not in given}

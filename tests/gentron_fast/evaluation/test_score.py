@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,8 +8,8 @@ import torch
 from PIL import Image
 
 from gentron_fast.evaluate import main
-from gentron_fast.evaluation.layout import list_entries
-from gentron_fast.evaluation.results import Column, score_column
+from gentron_fast.evaluation.layout import Entry, list_entries
+from gentron_fast.evaluation.results import Column, check_entries, score_column
 from gentron_fast.evaluation.scorers import (
     DECODER_START,
     NO,
@@ -365,6 +366,42 @@ def test_official_scores_stand_in_the_official_columns(evaluate, whole_run, tmp_
     shutil.copytree(whole_run / "complex/annotation_3_in_1", official / "complex/annotation_3_in_1")
     _, _, err = evaluate(whole_run, "--from-official", official)
     assert "annotation_3_in_1/vqa_result.json is not the official code's" in err
+
+
+def test_without_grammar_what_needs_none_is_scored(evaluate, whole_run, clip_folder, monkeypatch):
+    def absent():
+        raise ValueError("no grammar here")
+
+    monkeypatch.setattr("gentron_fast.evaluation.scorers.Grammar", absent)
+    samples = whole_run / "non_spatial/samples"
+    samples.mkdir(parents=True)
+    shutil.copy(next(whole_run.glob("color/samples/*")), samples / "a red cup_000000.png")
+    folders = ["--clip", clip_folder, "--blip", clip_folder, "--device", "cpu"]
+    code, out, err = evaluate(whole_run, *folders)
+    assert code == 0 and "- non-spatial: 1 images, CLIP" in out
+    assert "no grammar here" in err and "color is not scored: no English grammar" in err
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [{"renamed": {"x": 1}}, {"prompts": {"color": "text"}}, {"count": 0}, {"kinds": []}],
+    ids=str,
+)
+def test_a_damaged_manifest_is_one_line(evaluate, whole_run, manifest):
+    (whole_run / "manifest.json").write_text(json.dumps(manifest))
+    code, _, err = evaluate(whole_run)
+    assert code == 2 and err.count("\n") == 1 and f"{next(iter(manifest))} of " in err
+
+
+def test_prompts_that_lack_images_are_told():
+    entries = [Entry(Path(f"{i}.png"), prompt, i) for i, prompt in enumerate("aabbbx")]
+    with pytest.warns(UserWarning) as told:
+        check_entries("color", entries, ["a.", "b", "c"], 2)
+    assert [str(warning.message) for warning in told] == [
+        "color: 1 of 3 prompts have no image: 'c'",
+        "color: 1 prompts of images are none of the benchmark's: 'x'",
+        "color: 1 prompts have another number of images than 2: 'b'",
+    ]
 
 
 def test_official_scores_beside_our_own(evaluate, whole_run, clip_folder, blip_folder):
