@@ -16,6 +16,7 @@ from gentron_fast.media import read_video, video_format
 VIDEOS = (".mp4", ".webm")
 # A name with several endings counts once: generate writes a clip as .mp4, .gif and a sheet, .png.
 ENDINGS = (*VIDEOS, ".gif", ".webp", ".png", ".jpg", ".jpeg")
+BROWSER_IMAGES = ("PNG", "JPEG", "MPO", "WEBP", "GIF")  # whatever the ending says
 BROWSER_CODECS, BROWSER_PIXELS = ("h264", "vp8", "vp9", "av1"), ("yuv420p", "yuvj420p")
 # What stands behind the prompt: T2I-CompBench's _000012, VBench's -3, generate's -seed7.
 NUMBERING = re.compile(r"(_\d+|-\d+|-seed\d+)$")
@@ -150,6 +151,8 @@ def fault_of(path: Path) -> str | None:
     try:
         if not _is_video(path):
             with Image.open(path) as image:
+                if image.format not in BROWSER_IMAGES:
+                    return f"{path} ({image.format}, which not every browser shows)"
                 for frame in range(getattr(image, "n_frames", 1)):
                     image.seek(frame)
                     image.load()

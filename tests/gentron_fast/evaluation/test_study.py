@@ -71,6 +71,8 @@ def _wrong_folder(kind, folder):
         one.write_bytes(one.read_bytes()[:-4000])
     elif kind == "no picture":
         one.write_text("<html>404</html>")
+    elif kind == "a TIFF in a PNG's place":
+        Image.new("RGB", (32, 24)).save(one, "TIFF")
     elif kind == "unknown prompt":
         for side in (a, b):
             pictures(side, 0, ["a cat"])
@@ -97,6 +99,7 @@ def _wrong_folder(kind, folder):
         ("missing", "b has no 'a red circle number 2_000000'"),
         ("cut off", "number 2_000000.png (image file is truncated"),
         ("no picture", "number 2_000000.png (cannot identify image file"),
+        ("a TIFF in a PNG's place", "number 2_000000.png (TIFF, which not every browser shows)"),
         ("unknown prompt", "none of the 4 prompts: 'a cat_000000'"),
         ("clip and picture", "a clip and an image are no pair: 'a red circle number 2_000000'"),
         ("unplayable clip", "mpeg4 in yuv420p, which not every browser plays"),
