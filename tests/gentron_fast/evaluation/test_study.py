@@ -224,6 +224,9 @@ def test_the_server_keeps_each_vote_once(tmp_path):
         for _ in range(2):
             assert call(address, "undo", undo)[1] == {"done": [pair], "last": first["id"]}
         assert call(address, "vote", second)[1]["done"] == [pair]  # a late copy: it is taken back
+        again = vote(other, quality="right")
+        assert call(address, "vote", again)[1]["done"] == [pair, other]
+        assert call(address, "undo", {"id": again["id"], "rater": "Ada"})[1]["done"] == [pair]
         assert call(address, "undo", {"id": first["id"], "rater": "Bo"})[1]["done"] == []
         assert call(address, "study?rater=Ada")[1]["done"] == [pair]
         for wrong in (

@@ -237,6 +237,9 @@ def test_clips_loop_together(ada, tmp_path):
         assert len(seen) > 30
         apart = [abs(one - other) for (one, ended), (other, also) in seen if not (ended or also)]
         assert max(apart) < 0.25 and sorted(apart)[len(apart) // 2] < 0.06
+        assert (
+            max(clip[k][0] for clip in seen for k in (0, 1)) > 0.9
+        )  # the longer one is seen whole
         starts = [
             [index for index in range(1, len(seen)) if seen[index][k][0] < seen[index - 1][k][0]]
             for k in (0, 1)
