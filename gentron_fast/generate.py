@@ -323,9 +323,14 @@ def leave_out_written(clips: list[Clip]) -> list[Clip]:
     """The clips that are still to make; tells in one line how many are there already."""
     missing = [clip for clip in clips if not clip.is_written]
     if len(missing) < len(clips):
-        where = clips[0].paths[0].parent
-        print(f"skipped      {len(clips) - len(missing)} of {len(clips)} clips, already in {where}")
+        done = len(clips) - len(missing)
+        print(f"skipped      {done} of {len(clips)} clips, already in {common_folder(clips)}")
     return missing
+
+
+def common_folder(clips: list[Clip]) -> str:
+    """The folder that all files of the clips lie under."""
+    return os.path.commonpath([clip.paths[0].parent for clip in clips])
 
 
 def load_pipeline(args: argparse.Namespace, folder: Path, device):
@@ -419,8 +424,9 @@ def peak_memory(device) -> int:
 
 def report(clips: list[Clip], load_seconds: float, clip_seconds: float, memory: int) -> None:
     """Print where the clips are, and what they took."""
-    paths = clips[0].paths
-    where = ", ".join(map(str, paths)) if len(clips) == 1 else f"{paths[0].parent}"
+    where = common_folder(clips)
+    if len(clips) == 1:
+        where = ", ".join(map(str, clips[0].paths))
     print(f"{'wrote' if len(clips) == 1 else f'{len(clips)} clips':<12} {where}")
     print(f"load time    {load_seconds:.2f} s")
     print(f"per clip     {clip_seconds:.2f} s")

@@ -97,7 +97,7 @@ def test_generate_resumes_image_by_image_over_ranks(
     before = np.asarray(Image.open(lost)).astype(int)
     lost.unlink()
     code, out, err = evaluate(*arguments)
-    assert (code, files(run)) == (0, everything) and "7 of 8 clips" in out
+    assert (code, files(run)) == (0, everything) and f"7 of 8 clips, already in {run}\n" in out
     # The same seed, alone as in a batch.
     assert np.abs(np.asarray(Image.open(lost)) - before).max() <= 1
     code, out, err = evaluate(*arguments, "--seed", 7)

@@ -269,6 +269,55 @@ def test_a_zero_shot_detector(clip_folder, media, tmp_path):
     assert [{d.label for d in own} for own in found] == [{"cat", "dog"}, {"cup"}, {"dog", "cat"}]
 
 
+def test_a_detector_that_answers_in_words(media, tmp_path):
+    from transformers import (
+        BertTokenizer,
+        GroundingDinoConfig,
+        GroundingDinoForObjectDetection,
+        GroundingDinoImageProcessor,
+        GroundingDinoProcessor,
+        SwinConfig,
+    )
+
+    words = [f"[unused{i}]" for i in range(1013)]
+    words[0], words[100:104] = "[PAD]", ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words[200:203], words[1012] = ["cat", "dog", "cup"], "."
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
+    size = {"shortest_edge": 64, "longest_edge": 64}
+    GroundingDinoProcessor(GroundingDinoImageProcessor(size=size), tokenizer).save_pretrained(
+        tmp_path
+    )
+    backbone = SwinConfig(
+        embed_dim=8,
+        depths=[1] * 4,
+        num_heads=[1] * 4,
+        window_size=2,
+        image_size=32,
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    sizes = {
+        f"{side}_{what}": value
+        for side in ("encoder", "decoder")
+        for what, value in {"layers": 2, "attention_heads": 2, "ffn_dim": 16}.items()
+    }
+    config = GroundingDinoConfig(
+        text_config=TINY_TEXT | {"model_type": "bert", "vocab_size": len(words)},
+        backbone_config=backbone,
+        d_model=32,
+        num_queries=5,
+        disable_custom_kernels=True,
+        **sizes,
+    )
+    torch.manual_seed(0)
+    GroundingDinoForObjectDetection(config).save_pretrained(tmp_path)
+    detector = Detector(tmp_path, "cpu", 0.0)
+    pictures = [Image.fromarray(frames[0]) for frames in media[:2]]
+    found = detector(pictures, [("cat", "dog"), ("cup", "cup")])
+    assert detector.is_zero_shot and [len(own) for own in found] == [5, 5]
+    assert not any("dog" in detection.label for detection in found[1])
+
+
 def test_the_grammar_of_the_english_model():
     pytest.importorskip("spacy")
     grammar = Grammar()
