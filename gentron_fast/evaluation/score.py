@@ -93,9 +93,9 @@ def score(args: argparse.Namespace) -> dict[str, Result]:
     manifest = read_manifest(args.run)
     if args.compbench is not None:
         known = compbench(args.compbench).manifest()
-        manifest = {**known, "count": manifest.get("count", IMAGES)} | (
-            {"renamed": manifest["renamed"]} if manifest else {}
-        )
+        manifest = {**known, "count": IMAGES} | {
+            name: manifest[name] for name in ("count", "renamed") if name in manifest
+        }
     official = read_official(args.from_official, args.run) if args.from_official else {}
     entries = {name: list_entries(args.run, name, manifest.get("renamed", {})) for name in PARTS}
     if not any(entries.values()) and not official:

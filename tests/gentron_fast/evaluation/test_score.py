@@ -407,6 +407,7 @@ def test_official_scores_stand_in_the_official_columns(evaluate, whole_run, tmp_
     for place, answer in parts.items():
         write_official(official, "complex", place, [answer, answer])
     prompts = ["--compbench", tmp_path / "prompts"]
+    (whole_run / "manifest.json").write_text('{"count": 2}')  # whatever else it lacks
     code, out, err = evaluate(whole_run, "--from-official", official, *prompts)
     assert code == 0, err
     assert "| **run** | 37.50 | – | – | – | 31.00 | 60.00 |" in out
