@@ -21,6 +21,7 @@ IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 CLIP_ENDINGS = ("mp4", "m4v", "mov", "mkv", "webm", "avi", "gif")
 ENDINGS = {"images": IMAGE_ENDINGS, "clips": CLIP_ENDINGS}
 MOST_PIXELS = 2**27  # of a frame before it is cut: a line of a pixel's height would fill the memory
+PNG_BIT_DEPTH = 24  # where the byte lies in the file
 CAPTION_KEYS = ("caption", "text")  # of a .json without a .txt beside it
 
 
@@ -62,16 +63,23 @@ def read_caption(sample: Mapping[str, bytes]) -> str:
             if not isinstance(facts, dict):
                 raise BrokenSample("unreadable caption", f"{type(facts).__name__}, not an object")
             captions = [facts[key] for key in CAPTION_KEYS if facts.get(key) is not None]
-        for caption in captions:
-            if not isinstance(caption, str):
-                kind = type(caption).__name__
-                raise BrokenSample("unreadable caption", f"{kind}, not text")
-            caption.encode()  # half a surrogate pair cannot be
-            if caption.strip():
-                return caption
-    if captions:
+    failures = []
+    for caption in captions:
+        try:
+            return _check_caption(caption)
+        except BrokenSample as error:
+            failures.append(error)
+    raise failures[0] if failures else _lacking("no caption", sample)
+
+
+def _check_caption(caption: object) -> str:
+    with broken_by("unreadable caption"):
+        if not isinstance(caption, str):
+            raise BrokenSample("unreadable caption", f"{type(caption).__name__}, not text")
+        caption.encode()  # half a surrogate pair cannot be
+    if not caption.strip():
         raise BrokenSample("empty caption")
-    raise _lacking("no caption", sample)
+    return caption
 
 
 def read_frames(
@@ -331,11 +339,21 @@ def _open_image(content: bytes):
     import numpy
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    opened = Image.open(io.BytesIO(content))
+    image, hidden = ImageOps.exif_transpose(opened), opened.info.get("transparency")
     if image.mode.startswith("I"):  # 16 bits of grey
-        return Image.fromarray((numpy.array(image) >> 8).clip(0, 255).astype("uint8")).convert(
-            "RGB"
-        )
+        grey = numpy.array(image)
+        shown = (grey >> 8).clip(0, 255).astype("uint8")
+        if hidden is not None:
+            shown[grey == hidden] = 255
+        return Image.fromarray(shown).convert("RGB")
+    if opened.format == "PNG" and hidden is not None:
+        # The colour of a PNG that is transparent comes in the file's bits, the pixels in 8.
+        bits = content[PNG_BIT_DEPTH]
+        if image.mode == "L" and bits < 8:
+            image.info["transparency"] = hidden * 255 // (2**bits - 1)
+        elif image.mode == "RGB" and bits == 16:
+            image.info["transparency"] = tuple(value >> 8 for value in hidden)
     if image.has_transparency_data:
         return Image.fromarray(over_white(numpy.array(image.convert("RGBA"))))
     return image.convert("RGB")

@@ -1,8 +1,10 @@
 """Frames and captions of a sample: which, how large, cut where."""
 
 import io
+import struct
 from contextlib import contextmanager
 from fractions import Fraction
+from zlib import compress, crc32
 
 import av
 import numpy
@@ -311,6 +313,33 @@ def test_grey_of_16_bits_keeps_its_high_ones():
     assert torch.equal(pixels, torch.from_numpy(ramp >> 8).byte()[..., None].expand(-1, -1, 3))
 
 
+def png(depth: int, colour: int, row: bytes, hidden: bytes) -> bytes:
+    """A PNG of four equal rows of four pixels, one of its colours transparent."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 4, 4, depth, colour, 0, 0, 0)
+    parts = {b"IHDR": header, b"tRNS": hidden, b"IDAT": compress((b"\0" + row) * 4), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts.items())
+
+
+@pytest.mark.parametrize(
+    "depth, colour, row, hidden, second",
+    [
+        (16, 0, struct.pack(">4H", 4660, 4661, 4660, 4660), [4660], 18),
+        (8, 0, b"\x33\x34\x33\x33", [0x33], 0x34),
+        (4, 0, b"\x34\x33", [3], 0x44),
+        (2, 0, b"\x65", [1], 170),
+        (16, 2, struct.pack(">12H", *[32768] * 3, *[512] * 3, *[32768] * 6), [32768] * 3, 2),
+    ],
+)
+def test_a_colour_that_a_png_names_transparent_is_white(depth, colour, row, hidden, second):
+    pixels = decode.decode_image(png(depth, colour, row, struct.pack(f">{len(hidden)}H", *hidden)))
+    assert pixels[0, :2].tolist() == [[255] * 3, [second] * 3]
+    assert (pixels[:, 2:] == 255).all()
+
+
 def test_a_line_of_pixels_does_not_fill_the_memory():
     with pytest.raises(BrokenSample, match="extreme size"):
         read_frames(
@@ -326,6 +355,9 @@ def test_a_line_of_pixels_does_not_fill_the_memory():
         ({"txt": b"\xef\xbb\xbfa"}, "a"),
         ({"json": b'\xef\xbb\xbf{"caption": null, "text": "b"}'}, "b"),
         ({"json": b'{"caption": " ", "text": "b"}'}, "b"),
+        ({"json": b'{"caption": 5, "text": "b"}'}, "b"),
+        ({"json": rb'{"caption": "\ud800", "text": "b"}'}, "b"),
+        ({"json": b'{"caption": " ", "text": 5}'}, "empty caption"),
         ({"json": b'{"caption": null, "text": null}'}, "no caption"),
         ({"json": b"[" * 100_000}, "unreadable caption"),
         ({"json": b'{"caption": ' + b"9" * 5000 + b"}"}, "unreadable caption"),
