@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = {"prompts": args.prompts, "seed": args.seed, **options}
         if grid:
             rows = sweep(pipeline, grid, args.out, settings, args.batch)
-            print(sweep_table(rows, args.prompts))
+            print(sweep_table(rows))
             return 0
         if args.ceiling:
             scores = ceiling(pipeline, args.prompts, args.seed, args.columns)

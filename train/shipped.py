@@ -89,7 +89,7 @@ def commit() -> str:
 def assemble(out: Path) -> None:
     """OUT/pipeline: what T2V made, with the defaults that the sweep chooses."""
     sweep = read_json(out / "sweep.json")
-    chosen = choose(sweep["rows"], sweep["settings"]["prompts"])
+    chosen = choose(sweep["rows"])
     guidance = {name: chosen[name] for name in SWEPT}
     with whole_folder(out / "pipeline", PARTS) as partial:
         shutil.copytree(out / "t2v" / "pipeline", partial, dirs_exist_ok=True)
@@ -109,7 +109,7 @@ def model_page(out: Path) -> str:
     hours = sum(stage["seconds"] for stage in done) / 3600
     commits = ", ".join(dict.fromkeys(stage["commit"] for stage in done))
     commands = [f"    {stage['command']}    # {stage['seconds']} s" for stage in done]
-    rows = sweep_table(sweep["rows"], sweep["settings"]["prompts"]).splitlines()
+    rows = sweep_table(sweep["rows"]).splitlines()
     parts = [
         "# The small model that ships",
         f"Made by `make train` in {hours:.1f} hours at {commits}:",

@@ -5,7 +5,6 @@ The default of a pipeline is chosen from them by one rule, `choose`.
 
 import argparse
 import itertools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from gentron_train.small_world.picture import labelled
 
 SWEPT = ("lambda_t", "lambda_m", "rescale")
 COLUMNS = ("seen", "unseen")
+VISIBLE = 0.5  # dB of PSNR, below which nobody tells two clips apart
 SHEET_PROMPTS = "a red circle moving left", "a blue star rotating", "a dotted green square growing"
 LABELS = {"lambda_t": "λ_T", "lambda_m": "λ_M", "rescale": "φ"}
 
@@ -84,15 +84,15 @@ def psnr(row: dict) -> float:
     return (row["seen psnr"] + row["unseen psnr"]) / 2
 
 
-def choose(rows: Sequence[dict], prompts: int) -> dict:
-    """The rule for a pipeline's defaults: of all points whose alignment is within one standard
-    error of the best, the one of highest PSNR, and of equal ones the first."""
-    best = max(alignment(row) for row in rows)
-    error = math.sqrt(best * (1 - best) / (2 * prompts))
-    return max((row for row in rows if alignment(row) >= best - error), key=psnr)
+def choose(rows: Sequence[dict]) -> dict:
+    """The rule for a pipeline's defaults: of all points that look as good as the best, within
+    VISIBLE dB of its PSNR, the one of highest alignment, and of equal ones that of most motion."""
+    best = max(psnr(row) for row in rows)
+    as_good = [row for row in rows if psnr(row) >= best - VISIBLE]
+    return max(as_good, key=lambda row: (alignment(row), row["seen motion"] + row["unseen motion"]))
 
 
-def sweep_table(rows: Sequence[dict], prompts: int) -> str:
+def sweep_table(rows: Sequence[dict]) -> str:
     """A line a point, and the point that `choose` takes."""
     figures = ("all", "shape", "motion", "psnr", "broken", "fréchet")
     titles = [*(LABELS[name] for name in SWEPT), *figures]
@@ -103,7 +103,7 @@ def sweep_table(rows: Sequence[dict], prompts: int) -> str:
             mean = (row[f"seen {figure}"] + row[f"unseen {figure}"]) / 2
             cells.append(f"{mean if figure in ('psnr', 'fréchet') else 100 * mean:.2f}")
         lines.append("".join(f"{cell:>9}" for cell in cells))
-    chosen = choose(rows, prompts)
+    chosen = choose(rows)
     values = ", ".join(f"{LABELS[name]} {chosen[name]:g}" for name in SWEPT)
     return "\n".join([*lines, f"chosen: {values}"])
 
