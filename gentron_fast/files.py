@@ -19,6 +19,7 @@ from gentron_fast.schema import Schema, check
 RENAME_EXCHANGE = 2  # of Linux's renameat2
 AT_FDCWD = -100
 LOCK_NAME = ".lock"
+MARK = ".gentron"  # in a folder that was written here: a JSON of the files written
 LONG_NAME = 100  # bytes, which leaves room for what a partial name adds
 
 
@@ -65,24 +66,29 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(folder: Path, ours: Collection[str] = ()) -> Iterator[Path]:
     """A new folder beside `folder` that takes its place at the end of the block.
 
-    `folder` may be missing, empty, or hold nothing but entries named in `ours`, which are what an
-    earlier call wrote; then the two are exchanged, so that one of them is there at every moment,
-    and the old one is removed. ValueError before any work where it holds something else. Where the
-    block fails nothing is left, no parent that was made for it either.
+    `folder` may be missing, empty, or what an earlier call wrote (`check_output_folder`); then the
+    two are exchanged and the old one is removed. The exchange is one step of the system; where the
+    system has none, a process killed in it leaves the old folder under another hidden name, and the
+    next call for `folder` puts it back. ValueError before any work where `folder` holds something
+    else; a link is followed. Where the block fails nothing is left, no parent that was made for it
+    either.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
+    _recover(folder)
     check_output_folder(folder, ours)
     made = [parent for parent in folder.parents if not parent.exists()]
     partial = partial_path(folder)
     try:
         partial.mkdir(parents=True)
         yield partial
-        if folder.exists():
+        write_json(partial / MARK, {"files": sorted(_files(partial))})
+        if folder.exists() and any(folder.iterdir()):
             _exchange(partial, folder)
         else:
             os.replace(partial, folder)
         shutil.rmtree(partial, ignore_errors=True)
     except BaseException:
+        _recover(folder)
         shutil.rmtree(partial, ignore_errors=True)
         for parent in made:
             with suppress(OSError):
@@ -105,25 +111,38 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 
 def check_output_folder(folder: Path, ours: Collection[str] = ()) -> None:
-    """ValueError where `folder` is no folder, or holds entries that are not named in `ours`."""
+    """ValueError where `folder` is no folder, or holds something that `whole_folder` did not write:
+    a file that no mark there lists, or an entry that is not named in `ours`."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is there already: wanted a new folder")
-    foreign = (
-        sorted(path.name for path in folder.iterdir() if path.name not in ours)
-        if (folder.is_dir())
-        else []
-    )
+    if not folder.is_dir():
+        return
+    foreign = {path.name for path in folder.iterdir()} - {MARK, *ours} or _foreign_files(folder)
     if foreign:
         raise ValueError(
-            f"{folder} is there already: wanted a new folder, it holds {', '.join(foreign[:3])}"
+            f"{folder} is there already: wanted a new folder, it holds "
+            f"{', '.join(sorted(foreign)[:3])}: choose another, or move it"
         )
+
+
+def _files(folder: Path) -> set[str]:
+    """What a folder holds, its mark left out: names relative to it, links among them."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {path.relative_to(folder).as_posix() for path in found} - {MARK}
+
+
+def _foreign_files(folder: Path) -> set[str]:
+    """The files of a folder that its mark does not list."""
+    try:
+        listed = set(read_json(folder / MARK)["files"])
+    except (OSError, ValueError, KeyError, TypeError):  # no mark, or one of another
+        listed = set()
+    return _files(folder) - listed
 
 
 def partial_path(path: Path) -> Path:
     """A hidden name of this call's own beside `path`; those of dead processes are removed."""
-    host, stem = re.sub(r"\W", "-", socket.gethostname()), path.stem
-    if len(os.fsencode(stem)) > LONG_NAME:  # the name of the whole file may be as long as any
-        stem = hashlib.sha256(os.fsencode(stem)).hexdigest()
+    host, stem = re.sub(r"\W", "-", socket.gethostname()), _short(path.stem)
     for old in path.parent.glob(f".{_escaped(stem)}.{_escaped(host)}.*.part*"):
         pid = old.name.removeprefix(f".{stem}.{host}.").partition(".")[0]
         if pid.isdecimal() and not _is_alive(int(pid)):
@@ -187,6 +206,13 @@ def claim(path: Path, wait: bool = False) -> Callable[[], None] | None:
     return give_back
 
 
+def _short(name: str) -> str:
+    """A name or, of one that has no room for what is added to it, its digest."""
+    if len(os.fsencode(name)) > LONG_NAME:
+        return hashlib.sha256(os.fsencode(name)).hexdigest()
+    return name
+
+
 def _escaped(name: str) -> str:
     return re.sub(r"([\[*?])", r"[\1]", name)
 
@@ -201,16 +227,36 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _exchange(one: Path, other: Path) -> None:
-    """Exchange two folders' names in one step, or where the system cannot, in three."""
+def _exchange(new: Path, old: Path) -> None:
+    """Exchange two folders' names in one step, or where the system cannot, in three, between which
+    `_recover` finds the old one."""
     libc = ctypes.CDLL(None, use_errno=True)
-    names = os.fsencode(one), os.fsencode(other)
+    names = os.fsencode(new), os.fsencode(old)
     exchange = getattr(libc, "renameat2", None)
     if exchange is not None and not exchange(
         AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE
     ):
         return
-    aside = partial_path(other)
-    os.replace(other, aside)
-    os.replace(one, other)
-    os.replace(aside, one)
+    aside = _aside(old)
+    os.replace(old, aside)
+    os.replace(new, old)
+    os.replace(aside, new)
+
+
+def _aside(folder: Path) -> Path:
+    """Where a folder stands while a new one takes its name, in steps."""
+    return folder.with_name(f".{_short(folder.name)}.gentron-old")
+
+
+def _recover(folder: Path) -> None:
+    """End an exchange that broke off: the old folder is put back, or removed beside the new one."""
+    aside = _aside(folder)
+    if not aside.is_dir() or _foreign_files(aside):
+        return
+    with suppress(OSError):  # another process recovers too
+        if not os.path.lexists(folder):
+            os.replace(aside, folder)
+        else:
+            old = partial_path(folder)
+            os.replace(aside, old)
+            shutil.rmtree(old, ignore_errors=True)

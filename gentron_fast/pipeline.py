@@ -39,8 +39,7 @@ COMPONENTS = {  # folder → library and class, as model_index.json names them
     "vae": ["diffusers", "AutoencoderKL"],
     "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
 }
-# What a pipeline folder may hold; MODEL.md tells how the model that ships was made.
-PARTS = (INDEX_NAME, *COMPONENTS, *itertools.chain(*SUBFOLDERS.values()), "MODEL.md", "README.md")
+PARTS = (INDEX_NAME, *COMPONENTS, *itertools.chain(*SUBFOLDERS.values()))  # of a pipeline folder
 TEXT_COMPONENTS = {
     "clip": (["transformers", "CLIPTextModel"], ["transformers", "CLIPTokenizer"]),
     "t5": (["transformers", "T5EncoderModel"], ["transformers", "AutoTokenizer"]),
@@ -133,10 +132,10 @@ class GenTronPipeline:
         return pipeline.to(device)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write the folder; one that holds a pipeline is replaced whole.
+        """Write the folder; a pipeline that was written there before is replaced whole.
 
         A pipeline that was saved and loaded is saved to the same bytes. ValueError, before anything
-        is written, where the folder holds something that is no part of a pipeline.
+        is written, where the folder holds a file that was not written so, a download among them.
         """
         with whole_folder(Path(folder), PARTS) as partial:
             self.transformer.save_pretrained(partial / "transformer")

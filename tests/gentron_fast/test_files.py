@@ -55,15 +55,47 @@ def test_two_writers_have_two_names_and_the_dead_ones_are_removed(tmp_path):
 
 def test_a_folder_is_exchanged_whole(tmp_path):
     folder = tmp_path / "out"
+    link = tmp_path / "link"
     for content in ("old", "new"):
-        with whole_folder(folder, ("a",)) as partial:
+        link.symlink_to(folder)
+        with whole_folder(link, ("a",)) as partial:
             assert folder.exists() == (content == "new")
             (partial / "a").write_text(content)
+        link.unlink()  # it was followed, not replaced
     assert (folder / "a").read_text() == "new" and names(tmp_path) == ["out"]
     with pytest.raises(OSError), whole_folder(folder, ("a",)) as partial:
         (partial / "a").write_text("half")
         raise OSError
     assert (folder / "a").read_text() == "new" and names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_an_exchange_in_steps_that_is_killed_is_recovered(tmp_path, renames):
+    """Where there is no renameat2: after each rename the old folder or the new one comes back."""
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from gentron_fast import files\n"
+        "files.ctypes.CDLL = lambda *args, **kwargs: object()\n"
+        "def write(content):\n"
+        "    with files.whole_folder(Path(sys.argv[1]), ('a',)) as partial:\n"
+        "        (partial / 'a').write_text(content)\n"
+        "write('old')\n"
+        "replace, done = os.replace, []\n"
+        "def replace_or_die(old, new):\n"
+        "    if Path(old).is_dir():\n"
+        "        if len(done) == int(sys.argv[2]): os._exit(9)\n"
+        "        done.append(new)\n"
+        "    replace(old, new)\n"
+        "os.replace = replace_or_die\n"
+        "write('new')\n"
+    )
+    folder = tmp_path / "out"
+    command = [sys.executable, "-c", code, str(folder), str(renames)]
+    assert subprocess.run(command).returncode == 9
+    with pytest.raises(KeyError), whole_folder(folder, ("a",)):
+        assert (folder / "a").read_text() == ("new" if renames == 2 else "old")
+        raise KeyError
+    assert names(tmp_path) == ["out"] and names(folder) == [files.MARK, "a"]
 
 
 @pytest.mark.parametrize("exchange", ["renameat2", "none"])
@@ -89,6 +121,24 @@ def test_what_is_not_ours_is_refused_and_stays(tmp_path):
     with refused, whole_folder(folder, ("config.json",)):
         entered = True
     assert not entered and names(folder) == ["config.json", "thesis.tex"]
+    downloaded = tmp_path / "vae"
+    downloaded.mkdir()
+    (downloaded / "config.json").touch()
+    with pytest.raises(ValueError, match=r"config\.json: choose another, or move it"):
+        check_output_folder(downloaded, ("config.json",))
+    for mark in ("", "[]", '{"files": 5}', '{"files": [[]]}'):
+        (downloaded / files.MARK).write_text(mark)
+        with pytest.raises(ValueError, match="choose another"):
+            check_output_folder(downloaded, ("config.json",))
+    with whole_folder(tmp_path / "out", ("vae",)) as partial:
+        (partial / "vae").mkdir()
+        (partial / "vae/config.json").touch()
+    check_output_folder(tmp_path / "out", ("vae",))
+    with pytest.raises(ValueError, match="holds vae: choose"):  # ours, of another command
+        check_output_folder(tmp_path / "out", ("clip",))
+    (tmp_path / "out/vae/notes.txt").touch()
+    with pytest.raises(ValueError, match=r"holds vae/notes\.txt"):
+        check_output_folder(tmp_path / "out", ("vae",))
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="wanted a new folder"):
         check_output_folder(tmp_path / "file")
@@ -114,10 +164,8 @@ def test_killed_at_any_moment_a_whole_folder_is_there(tmp_path, tally):
         time.sleep(0.05 + 0.013 * (trial % 20))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert {name: len((folder / name).read_text()) for name in names(folder)} == {
-            "a": 1000,
-            "b": 1000,
-        }
+        assert names(folder) == [files.MARK, "a", "b"]
+        assert {len((folder / name).read_text()) for name in "ab"} == {1000}
         tally("recovered")
     with whole_folder(folder, ("a", "b")) as partial:
         (partial / "a").touch()

@@ -35,7 +35,7 @@ def test_saved_loaded_and_saved_again_is_the_same(pipeline, tiny_pipeline_folder
     assert len(files) == len(originals)
     for name in files:
         assert (tmp_path / name).read_bytes() == (tiny_pipeline_folder / name).read_bytes(), name
-    assert {p.suffix for p in files} == {".json", ".safetensors"}
+    assert {p.suffix for p in files} == {".json", ".safetensors", ""}  # the last: the mark's
 
 
 def test_a_folder_without_its_index_is_no_pipeline(tiny_pipeline_folder, tmp_path):
@@ -298,8 +298,8 @@ def test_saving_over_a_pipeline_and_over_something_else(tiny_pipeline_folder, tm
     shutil.copytree(tiny_pipeline_folder, folder := tmp_path / "pipeline")
     pipeline.save_pretrained(folder)
     assert GenTronPipeline.from_pretrained(folder).defaults == pipeline.defaults
-    (folder / "notes.txt").write_text("mine")
+    (folder / "vae/notes.txt").write_text("mine")
     before = sorted(path for path in folder.rglob("*"))
-    with pytest.raises(ValueError, match="it holds notes"):
+    with pytest.raises(ValueError, match="it holds vae/notes"):
         pipeline.save_pretrained(folder)
     assert sorted(path for path in folder.rglob("*")) == before
