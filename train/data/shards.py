@@ -28,6 +28,8 @@ PRECOMPUTED = "__precomputed__"  # a member of ours; WebDataset skips names of t
 DIGITS = 16  # of a copy's name
 FORMAT = 2  # of an index that is kept
 KEPT = 128  # indexes and open files a process holds
+# What reading a kept index or digest raises where it is missing or damaged: it is made anew then.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 PAUSES = (1, 3)  # seconds before a shard is fetched once more
 
 
@@ -88,14 +90,22 @@ def find_shards(
         if url.lower().startswith("pipe:") and not allow_pipes:
             raise ValueError(f"{url} runs a command in a shell: --allow-pipes allows it")
         for name in _expand(url):
-            digest = hashlib.sha256(name.encode()).hexdigest()[:DIGITS]
-            shards.append(Shard(name, cache / f"{digest}.tar", room))
+            shards.append(Shard(name, cache / _copy_name(name), room))
     if not shards:
         raise ValueError(f"no shards match {pattern}")
     for shard in shards:
         if not shard.is_remote and not shard.path.is_file():
             raise ValueError(f"there is no shard {shard.path}")
     return shards
+
+
+def _copy_name(url: str) -> str:
+    return f"{hashlib.sha256(url.encode()).hexdigest()[:DIGITS]}.tar"
+
+
+def _source_path(copy: Path) -> Path:
+    """The file beside a copy that holds the URL it is of."""
+    return copy.with_name(f".{copy.name}.source")
 
 
 def _expand(url: str) -> list[str]:
@@ -131,6 +141,8 @@ def fetch(shard: Shard) -> None:
 
     for pause in (*PAUSES, None):
         try:
+            with whole_file(_source_path(shard.path)) as partial:
+                partial.write_text(shard.url)
             with (
                 whole_file(shard.path) as partial,
                 gopen(shard.url) as source,
@@ -149,11 +161,14 @@ def fetch(shard: Shard) -> None:
 def _make_room(shard: Shard) -> None:
     """Remove copies beside a shard's, the longest not opened first, until they fit its room.
 
-    What has not the name of a copy, the user's own shards among it, is left alone.
+    What `fetch` did not copy, the user's own shards among it, is left alone.
     """
     copies = []
     for path in shard.path.parent.glob("[0-9a-f]" * DIGITS + ".tar"):
-        with contextlib.suppress(FileNotFoundError):  # other processes make room too
+        # Without a source it is no copy, and other processes make room too.
+        with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
+            if _copy_name(_source_path(path).read_text()) != path.name:
+                continue
             copies.append((path.stat().st_atime_ns, path.stat().st_size, path))
     surplus = sum(size for _, size, _ in copies) - shard.room
     for _, size, path in sorted(copies):
@@ -164,15 +179,13 @@ def _make_room(shard: Shard) -> None:
 
 def count(shard: Shard) -> tuple[int, str | None]:
     """Samples of a shard, broken ones among them, and where it breaks off; makes its index."""
-    kept = _kept_index(shard.path)
-    if kept.exists():
-        with open(kept) as file:
-            head = json.loads(file.readline())
-        stamp = head["stamp"]
+    with contextlib.suppress(*UNREADABLE), open(_kept_index(shard.path)) as file:
+        head = json.loads(file.readline())
+        number, cut, stamp = head["count"], head["cut"], head["stamp"]
         with contextlib.suppress(FileNotFoundError):  # its samples are broken when they are read
             stamp = _stamp(shard.path)
-        if stamp == head["stamp"] and head.get("format") == FORMAT:
-            return head["count"], head["cut"]
+        if stamp == head["stamp"] and head["format"] == FORMAT and type(number) is int:
+            return number, cut
     index = _make_index(shard)
     return len(index.samples), index.cut
 
@@ -199,14 +212,15 @@ def _may_be_removed(shard: Shard):
 @lru_cache(maxsize=KEPT)
 def index(shard: Shard) -> Index:
     """The index of a shard: the one kept beside it, or made now."""
-    kept = _kept_index(shard.path)
-    if count(shard) and kept.exists():
-        with open(kept) as file:
-            head, body = json.loads(file.readline()), json.loads(file.readline())
+    count(shard)  # makes it anew where the shard is another
+    with contextlib.suppress(*UNREADABLE), open(_kept_index(shard.path)) as file:
+        head, body = json.loads(file.readline()), json.loads(file.readline())
         samples = [
-            (key, {e: tuple(place) for e, place in files.items()}) for key, files in body["samples"]
+            (key, {e: (offset, size) for e, (offset, size) in files.items()})
+            for key, files in body["samples"]
         ]
-        return Index(samples, head["cut"], body["facts"], frozenset(body["scattered"]))
+        if len(samples) == head["count"]:
+            return Index(samples, head["cut"], body["facts"], frozenset(body["scattered"]))
     return _make_index(shard)
 
 
@@ -238,13 +252,13 @@ def check_any_sample(shards: list[Shard]) -> None:
 def digest(shard: Shard) -> str:
     """Digest of a shard's content, kept beside it as its index is."""
     kept = shard.path.with_name(f".{shard.path.name}.digest")
-    if kept.exists():
+    with contextlib.suppress(*UNREADABLE):
         stored = json.loads(kept.read_text())
-        stamp = stored["stamp"]
+        value, stamp = stored["digest"], stored["stamp"]
         with _may_be_removed(shard):
             stamp = _stamp(shard.path)
         if stamp == stored["stamp"]:
-            return stored["digest"]
+            return value
     while True:
         fetch(shard)
         with _may_be_removed(shard):

@@ -99,7 +99,8 @@ def test_copies_of_shards_make_room_for_others(tmp_path):
 
     a, b, c = zip(shards, names, strict=True)
     (tmp_path / "cache").mkdir()
-    own = write_tar(tmp_path / "cache" / "images-0.tar", [{"txt": b"the user's own"}])
+    own = write_tar(tmp_path / "cache" / f"{'0' * 16}.tar", [{"txt": b"the user's own"}])
+    count(find_shards(str(own))[0])
     assert fetches([a, b, a]) == 2
     assert fetches([c]) == 3  # b was longest not opened
     assert [shard.path.exists() for shard in shards] == [True, False, True]
@@ -183,6 +184,19 @@ def test_a_command_runs_only_where_it_is_asked_for(tmp_path):
         with pytest.raises(ValueError, match="runs a command in a shell: --allow-pipes"):
             find_shards(url, tmp_path / "cache")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"count": 1e999}', b"[" * 10**5])
+def test_a_damaged_index_or_digest_is_made_anew(tmp_path, content):
+    (shard,) = find_shards(str(write_tar(tmp_path / "a.tar", [{"txt": b"one"}])))
+    wanted = count(shard), index(shard), digest(shard)
+    kept = tmp_path / ".a.tar.index"
+    head = kept.read_bytes().partition(b"\n")[0]
+    for damaged in (content, head + b"\n" + content):
+        kept.write_bytes(damaged)
+        (tmp_path / ".a.tar.digest").write_bytes(content)
+        index.cache_clear()
+        assert (count(shard), index(shard), digest(shard)) == wanted
 
 
 def test_an_index_of_an_earlier_version_is_made_anew(tmp_path):
