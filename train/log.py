@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from gentron_fast.media import write_media
 
 LOG_NAME = "log.jsonl"
 CURVE_NAME = "loss.png"
+FIELDS = ("step", "loss", "mfu", "skipped")  # some of those that each row has
 
 
 @contextlib.contextmanager
@@ -26,12 +28,26 @@ def _writing(what: object):
         print(f"{what} could not be written: {error}", file=sys.stderr)
 
 
+def check_log(path: Path, fields: Collection[str] = FIELDS) -> None:
+    """ValueError where a file is there whose lines are no rows with these fields: no log of a
+    training. Rows may be cut short."""
+    if not path.exists():
+        return
+    try:
+        ours = all(line.startswith("{") for line in path.read_text().splitlines())
+        ours = ours and all(row.keys() >= set(fields) for row in read_log(path))
+    except UnicodeDecodeError:
+        ours = False
+    if not ours:
+        raise ValueError(f"{path} is there already and no log of a training: move it")
+
+
 class RunLog:
     """The log of rank 0; that of every other rank does nothing.
 
     tensorboard: files under RUN/tensorboard, where the package is installed; wandb: an offline run
     under RUN/wandb, ValueError where the package is not; resumed_at: steps after this one will run
-    again, and their lines are removed.
+    again, and their lines are removed. ValueError where the file is there and no log of a run.
     """
 
     def __init__(
@@ -52,6 +68,7 @@ class RunLog:
         if not main:
             return
         run.mkdir(parents=True, exist_ok=True)
+        check_log(self.path)
         if resumed_at is not None and self.path.exists():
             kept = [row for row in read_log(self.path) if row["step"] <= resumed_at]
             with whole_file(self.path) as partial:

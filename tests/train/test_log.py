@@ -51,6 +51,15 @@ def test_lines_and_file(tmp_path):
     assert (tmp_path / "samples" / "step-00000002.png").exists()
 
 
+@pytest.mark.parametrize("content", [b"notes\n", b'{"step": 1, "loss": 2}\n', b"\xff", b"[1]\n"])
+def test_a_log_that_no_run_wrote_is_refused_and_stays(tmp_path, content):
+    (tmp_path / "log.jsonl").write_bytes(content)
+    for resumed_at in (None, 1):
+        with pytest.raises(ValueError, match=r"log\.jsonl is there already"):
+            log_in(tmp_path, resumed_at=resumed_at)
+    assert (tmp_path / "log.jsonl").read_bytes() == content
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_ends_no_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("tensorboard")

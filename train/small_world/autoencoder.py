@@ -7,10 +7,10 @@ Faster: one with --levels 3 --out runs/vae-3 first, then --init runs/vae-3.
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,12 +21,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gentron_fast.commandline import run, usable_device
-from gentron_fast.files import check_output_folder, lock_folder, whole_file, whole_folder
+from gentron_fast.files import (
+    LOCK_NAME,
+    check_output_folder,
+    lock_folder,
+    whole_file,
+    whole_folder,
+)
 from gentron_fast.vae import VideoVAE
 from gentron_train.data.broken import BrokenSample, broken_by
 from gentron_train.data.decode import decode_clip, decode_image
 from gentron_train.data.shards import Shard, check_any_sample, count, find_shards, read
 from gentron_train.data.sources import seeded
+from gentron_train.log import check_log
 from gentron_train.small_world.architecture import VAE_CHANNELS, small_vae
 from gentron_train.small_world.renderer import ensure_shards
 
@@ -37,6 +44,8 @@ SQUARE_WEIGHT = 2.0  # of the squared error beside the absolute one, which forge
 CLIP_FRAMES = 4  # frames taken of each clip
 WRITTEN = ("config.json", "diffusion_pytorch_model.safetensors")  # in the folder of --out
 STATE_NAME = "state.safetensors"
+STATE_FILES = (STATE_NAME, LOCK_NAME, ".state.*.part.safetensors")  # the last of killed runs
+LOG_FIELDS = ("step", "seconds", "loss")
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,8 @@ def train(
 ) -> None:
     """Train, write OUT as a diffusers AutoencoderKL folder, and OUT.log.jsonl beside it.
 
-    ValueError before any work where OUT holds something else, or another process trains it.
+    ValueError before any work where OUT, or what stands beside it, is not of such a training, or
+    another process trains it.
     """
     check_output_folder(out, WRITTEN)
     torch.manual_seed(training.seed)
@@ -146,11 +156,9 @@ def train(
         copy_levels(VideoVAE.from_pretrained(init, torch.float32), vae)
     vae = vae.to(device).train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=training.lr, weight_decay=0.0)
-    folder = out.with_name(f"{out.name}.training")
-    lock_folder(folder)
+    folder, log = open_beside(out)
     first = load_state(folder / STATE_NAME, vae, optimizer) if resume else 0
     frames = read_frames(data, training.images, training.clips)
-    log = out.with_name(f"{out.name}.log.jsonl")
     start = time.monotonic()
     with (
         tqdm(total=training.steps, initial=first, desc="vae", mininterval=5) as bar,
@@ -182,7 +190,7 @@ def train(
     set_scaling(vae.eval(), frames, device)
     with whole_folder(out, WRITTEN) as partial:
         vae.cpu().half().save_pretrained(partial)  # as pipelines hold it
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_state(folder)
 
 
 @torch.no_grad()
@@ -192,6 +200,31 @@ def set_scaling(vae: VideoVAE, frames: Tensor, device: str, sample: int = 2000) 
     pixels = frames[rows].movedim(-1, 1)[:, :, None].float() / 127.5 - 1
     means = [vae.encode(part.to(device))[0] for part in pixels.split(100)]
     vae.autoencoder.register_to_config(scaling_factor=round(1 / torch.cat(means).std().item(), 5))
+
+
+def open_beside(out: Path) -> tuple[Path, Path]:
+    """The folder of the state, locked, and the log, both beside OUT; ValueError where either is
+    there and holds what no training wrote, or another process trains OUT."""
+    folder, log = (out.with_name(f"{out.name}.{end}") for end in ("training", "log.jsonl"))
+    check_log(log, LOG_FIELDS)
+    held = sorted(folder.iterdir()) if folder.is_dir() else []
+    foreign = [path.name for path in held if not any(map(path.match, STATE_FILES))]
+    if held and (foreign or folder / LOCK_NAME not in held):
+        raise ValueError(
+            f"{folder} is for the state of a training, it holds "
+            f"{', '.join((foreign or [path.name for path in held])[:3])}: move it"
+        )
+    lock_folder(folder)
+    return folder, log
+
+
+def remove_state(folder: Path) -> None:
+    """Remove the files of a training's state, and the folder where it holds nothing else."""
+    for pattern in STATE_FILES:
+        for path in folder.glob(pattern):
+            path.unlink()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def save_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import re
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -25,11 +24,18 @@ from tqdm import tqdm
 
 from gentron_fast.commandline import run, usable_device
 from gentron_fast.config import ENCODERS
-from gentron_fast.files import check_output_folder, lock_folder, whole_folder
+from gentron_fast.files import check_output_folder, whole_folder
 from gentron_fast.model import EncodedText, TextCondition
 from gentron_fast.text import TextEncoder
 from gentron_train.small_world.architecture import TEXT_WIDTH, small_text_encoder
-from gentron_train.small_world.autoencoder import STATE_NAME, learning_rate, load_state, save_state
+from gentron_train.small_world.autoencoder import (
+    STATE_NAME,
+    learning_rate,
+    load_state,
+    open_beside,
+    remove_state,
+    save_state,
+)
 from gentron_train.small_world.renderer import (
     BACKGROUNDS,
     COLOURS,
@@ -167,17 +173,16 @@ def train(out: Path, training: TextTraining, device: str, resume: bool) -> dict:
     """Train, and write OUT/clip and OUT/t5, each a model with its tokenizer; the accuracy on
     captions that were not trained on.
 
-    ValueError before any work where OUT holds something else, or another process trains it.
+    ValueError before any work where OUT, or what stands beside it, is not of such a training, or
+    another process trains it.
     """
     check_output_folder(out, ENCODERS)
     torch.manual_seed(training.seed)
     lesson = Lesson(small_text_encoder(vocabulary())).to(device).train()
     optimizer = torch.optim.AdamW(lesson.parameters(), lr=training.lr, weight_decay=0.0)
-    folder = out.with_name(f"{out.name}.training")
-    lock_folder(folder)
+    folder, log = open_beside(out)
     first = load_state(folder / STATE_NAME, lesson, optimizer) if resume else 0
     start = time.monotonic()
-    log = out.with_name(f"{out.name}.log.jsonl")
     with (
         tqdm(total=training.steps, initial=first, desc="text", mininterval=5) as bar,
         open(log, "a" if first else "w") as lines,
@@ -204,7 +209,7 @@ def train(out: Path, training: TextTraining, device: str, resume: bool) -> dict:
     captions, facts = draw(512, training.seed, 5)
     shares = accuracy(lesson.eval(), captions, facts.to(device))
     write(lesson.text_encoder.cpu(), out)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_state(folder)
     return shares
 
 

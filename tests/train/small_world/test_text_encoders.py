@@ -100,6 +100,17 @@ def test_an_interrupted_run_ends_as_a_whole_one(tmp_path, monkeypatch):
         assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
+def test_what_no_training_wrote_beside_is_refused_and_stays(tmp_path):
+    out = tmp_path / "out"
+    for own in (tmp_path / "out.log.jsonl", tmp_path / "out.training" / "state.safetensors"):
+        own.parent.mkdir(exist_ok=True)
+        own.write_text("mine")
+        with pytest.raises(ValueError, match="move it"):
+            train(out, TRAINING, "cpu", resume=False)
+        assert own.read_text() == "mine" and not out.exists()
+        own.unlink()
+
+
 def test_a_folder_has_one_training(tmp_path):
     out = tmp_path / "text"
     with holder_of(tmp_path / "text.training") as holder:
