@@ -10,12 +10,14 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from gentron_fast.config import GenTronConfig
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
 from gentron_fast.model import GenTron
+from gentron_fast.pipeline import INDEX_NAME
 from gentron_fast.text import TextEncoder
 from gentron_train.data.loader import DataSettings, Loader, make_loader
 from gentron_train.export_pipeline import DTYPES
 from gentron_train.flops import parameter_count
 from gentron_train.memory import WHOLE_MODEL, model_config
 from gentron_train.objective import Objective
+from gentron_train.process import say
 from gentron_train.settings import Settings, stored_config
 from gentron_train.sharding import (
     TEMPORAL,
@@ -44,9 +46,15 @@ class Parts:
 
 
 def check_start(settings: Settings, stage: str) -> None:
-    """ValueError or FileNotFoundError where a stage has no model to start from."""
+    """ValueError or FileNotFoundError where a stage has no model to start from; a line where there
+    is no more than a transformer."""
     if settings.init is not None:
         stored_config(settings.init / "transformer")
+        if not (settings.init / INDEX_NAME).is_file():
+            say(
+                f"{settings.init} is no whole pipeline, it has no {INDEX_NAME}: the parts that are "
+                "there are taken"
+            )
     elif stage == "t2v":
         raise ValueError("T2V starts from a T2I pipeline: --init T2I_FOLDER")
 

@@ -5,15 +5,24 @@ from pathlib import Path
 
 from torch import distributed as dist
 
-from gentron_fast.files import whole_folder
+from gentron_fast.files import check_output_folder, whole_folder
 from gentron_fast.pipeline import PARTS
 from gentron_fast.text import TextEncoder
 from gentron_train.checkpoint import Checkpoints, Resumed, step_name
 from gentron_train.data.loader import Loader
 from gentron_train.ema import ShardedEMA
 from gentron_train.export_pipeline import DTYPES, export_pipeline
+from gentron_train.log import LOG_NAME, check_log
 from gentron_train.process import say
 from gentron_train.settings import Settings, with_new_names
+
+EXPORTED = "pipeline"  # the folder in a run's
+
+
+def check_run(run: Path) -> None:
+    """ValueError where something that no run wrote stands where this one will write."""
+    check_output_folder(run / EXPORTED, PARTS)
+    check_log(run / LOG_NAME)
 
 
 @dataclass
@@ -102,7 +111,7 @@ class Saver:
         if failure := self.save():
             raise OSError(f"no export without a checkpoint: {failure}")
         if dist.get_rank() == 0:
-            folder = self.settings.run / "pipeline"
+            folder = self.settings.run / EXPORTED
             dtype = DTYPES[self.settings.export_dtype]
             with whole_folder(folder, PARTS) as partial:
                 report = export_pipeline(self._saved, partial, ema=True, dtype=dtype)

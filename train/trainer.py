@@ -35,7 +35,7 @@ from gentron_train.metrics import Metrics
 from gentron_train.objective import checkpoint_activations
 from gentron_train.process import Launcher, StopRequest, say, start_distributed
 from gentron_train.sample_pictures import SamplePictures
-from gentron_train.saving import RunState, Saver
+from gentron_train.saving import RunState, Saver, check_run
 from gentron_train.settings import Settings, parse_settings
 
 BAD_STEPS = 10  # without a finite loss, one after the other, end the run
@@ -298,6 +298,7 @@ def trainer_of(settings: Settings, stage: str) -> Trainer:
     settings = settings.on(dist.get_world_size())
     check_start(settings, stage)  # before data are made for it
     checkpoints = Checkpoints(settings.run, settings.save_total_limit, device)
+    checkpoints.on_main(check_run, settings.run)
     resumed, line = checkpoints.open(settings.resume)
     if line is not None:
         say(line)

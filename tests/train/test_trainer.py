@@ -235,6 +235,24 @@ def test_nothing_is_made_for_a_run_that_cannot_start(world, tmp_path, monkeypatc
         trainer_of(settings, "t2v")
 
 
+@pytest.mark.parametrize("name", ["pipeline/config.json", "log.jsonl"])
+def test_a_run_folder_with_something_else_is_refused_first(
+    ranks, world, tiny_t2i_folder, tmp_path, monkeypatch, capfd, name
+):
+    monkeypatch.setattr(trainer, "make_missing", lambda *_: pytest.fail("made data"))
+    init, own = tmp_path / "init", tmp_path / "run" / name
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    shutil.copytree(tiny_t2i_folder, init)
+    (init / "model_index.json").unlink()
+    settings = settings_of(world, init, tmp_path / "run")
+    (code,) = ranks.wait(ranks.start(1, not_finite, settings, set(), 0.0))
+    output = "".join(capfd.readouterr())
+    assert code and f"{own.parent if '/' in name else own} is there already" in output, output
+    assert f"{init} is no whole pipeline, it has no model_index.json" in output
+    assert own.read_text() == "mine"
+
+
 def test_fresh_parts_are_a_fresh_model():
     """Made part by part, a model has the shapes, zeros and spreads of one made whole."""
     config = replace(PRESETS["small-T2V"], depth=5)
