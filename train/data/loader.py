@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from pathlib import Path
 
 import torch
@@ -22,7 +22,13 @@ from torch import Tensor
 
 from gentron_fast.model import TextCondition
 from gentron_fast.text import Tokens
-from gentron_train.data.broken import Broken, BrokenLog, BrokenSample, TooManyBroken
+from gentron_train.data.broken import (
+    FEW_SAMPLES,
+    Broken,
+    BrokenLog,
+    BrokenSample,
+    TooManyBroken,
+)
 from gentron_train.data.decode import Sampling
 from gentron_train.data.options import TIMESTEPS, DataOptions
 from gentron_train.data.shards import Shard, check_any_sample, count, find_shards, index, read_facts
@@ -36,12 +42,14 @@ from gentron_train.data.sources import (
     folder_digest,
     load_facts,
     load_latents,
+    other_size,
     seeded,
 )
 
 # Shapes: B batch, K draws, C channels, T frames, h × w latents.
 __all__ = ["Batch", "DataSettings", "Loader", "TooManyBroken", "make_loader"]
 SHUFFLED_TOGETHER = 64  # shards
+FEW_SIZES = 16  # samples of which two of one size are sought
 
 
 @dataclass(frozen=True)
@@ -222,6 +230,7 @@ class Reader:
 
     def __init__(self, source, order: Order, data: DataSettings):
         self.source, self.order, self.data = source, order, data
+        self.size: tuple[int, int] | None = None  # that all samples must have
 
     def draw(self, number: int) -> tuple[torch.Generator, bool, int]:
         """What else is random of a sample: the generator, whether the text stays, the window."""
@@ -237,7 +246,10 @@ class Reader:
         kind, shard, place = self.order.locate(number)
         _, _, window = self.draw(number)
         try:
-            return self.source.read(kind, shard, place, window, number)
+            sample = self.source.read(kind, shard, place, window, number)
+            if self.size and sample.size != self.size:
+                raise other_size(sample.size, self.size)
+            return sample
         except BrokenSample as error:
             where = self.data.shards[kind][shard]
             return Broken(error.cause, index(where).samples[place][0], where.url, error.detail)
@@ -248,7 +260,8 @@ class Loader:
 
     Texts are dropped with probability p_null. Each sample comes with `draws` pairs of timestep and
     noise, and as many draws of its posterior; with clips, images are repeated to T frames. Samples
-    of one size make a batch: until there are enough, they wait. Broken ones are skipped, counted
+    of one size make a batch: until there are enough, they wait; without `size` and `buckets` all
+    must be of one, and any other is broken. Broken ones are skipped, counted
     and logged; more than the share max_broken raise TooManyBroken. Timesteps come from min_timestep
     … max_timestep, and once `narrow` is False from all.
     """
@@ -288,13 +301,6 @@ class Loader:
                 continue
             bucket = self._buckets.setdefault(sample.size, [])
             bucket.append((number, sample))
-            if len(self._buckets) > max(1, len(self.data.buckets)):
-                kind, shard, place = self.reader.order.locate(number)
-                where = self.data.shards[kind][shard]
-                raise ValueError(
-                    f"{index(where).samples[place][0]} of {where.url} is of another size than "
-                    f"others, {sorted(self._buckets)}: --size or --buckets makes them fit"
-                )
             if len(bucket) == self.data.batch:
                 batch = self._batch(bucket)
                 taken = {number for number, _ in bucket}
@@ -314,10 +320,23 @@ class Loader:
         if size is not None and not self.data.in_memory:
             channels, height, width = self.source.latent_size(size)
             return channels, frames, height, width
-        samples = map(self.reader.__getitem__, itertools.count())
-        sample = next(sample for sample in samples if isinstance(sample, Sample))
-        ((mean, _),) = self.source.posteriors([sample])
+        if self._usual is None:
+            raise ValueError(f"none of the first {FEW_SAMPLES} samples can be read")
+        ((mean, _),) = self.source.posteriors([self._usual])
         return mean.shape[0], frames, *mean.shape[-2:]
+
+    @functools.cached_property
+    def _usual(self) -> Sample | None:
+        """A sample of the size that the others have, too: the first, in the order of all ranks, of
+        which there are two. None where there is none to be read."""
+        numbers = range(min(FEW_SAMPLES, sum(self.reader.order.totals.values())))
+        samples = map(Reader(self.source, self.reader.order, self.data).__getitem__, numbers)
+        first: dict[tuple[int, int], Sample] = {}
+        for sample in islice((s for s in samples if isinstance(s, Sample)), FEW_SIZES):
+            if sample.size in first:
+                return sample
+            first[sample.size] = sample
+        return next(iter(first.values()), None)
 
     def state_dict(self) -> dict:
         """This rank's place in the data, between micro-steps; JSON-able.
@@ -359,6 +378,8 @@ class Loader:
 
     def _read_ahead(self) -> Iterator[tuple[int, Sample | Broken, bool]]:
         """Samples in this rank's order, those that wait first; decoded in the background."""
+        if self.data.size is None and not self.data.buckets and self._usual is not None:
+            self.reader.size = self._usual.size
         waiting, first = list(self.position.waiting), self.position.taken
 
         def numbers() -> Iterator[int]:

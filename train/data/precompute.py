@@ -31,7 +31,7 @@ from gentron_fast.commandline import check_writable, refuse, run, usable_device
 from gentron_fast.files import claim, whole_file
 from gentron_fast.model import TextCondition
 from gentron_fast.text import SUBFOLDERS, TextEncoder
-from gentron_fast.vae import VideoVAE
+from gentron_fast.vae import VideoVAE, check_finite
 from gentron_train.data.broken import Broken, BrokenLog, BrokenSample, in_words
 from gentron_train.data.decode import Sampling
 from gentron_train.data.loader import DataSettings, background
@@ -102,6 +102,9 @@ class Encoder:
 
     def _texts(self, captions: list[str]) -> list[TextCondition]:
         texts = self.text_encoder.encode(captions)
+        for name, encoded in texts._asdict().items():
+            if encoded is not None:
+                check_finite(encoded.tokens, f"the tokens of the {name} encoder are")
         return [texts.select(slice(n, n + 1)) for n in range(len(captions))]
 
     def __call__(self, records: list[Record]) -> None:

@@ -10,7 +10,7 @@ memory are encoded in bf16, which a CPU does in a fraction of the time.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from gentron_fast.files import whole_file
 from gentron_fast.model import EncodedText, TextCondition
 from gentron_fast.text import Tokens
-from gentron_fast.vae import VideoVAE
+from gentron_fast.vae import VideoVAE, check_finite
 from gentron_train.data.broken import BrokenSample, broken_by, in_words
 from gentron_train.data.decode import ENDINGS, Sampling, read_caption, read_frames
 from gentron_train.data.shards import Shard, count, digest, index, read, read_facts
@@ -93,6 +93,14 @@ def read_pixels(
     return caption, frames
 
 
+def other_size(size: Sequence[int], usual: Sequence[int]) -> BrokenSample:
+    """That a sample is of another (H, W), or (h, w), than the others."""
+    return BrokenSample(
+        "another size than others (--size or --buckets makes them fit)",
+        f"{'x'.join(map(str, size))}, others are {'x'.join(map(str, usual))}",
+    )
+
+
 def kinds_in(shard: Shard) -> set[str]:
     """What a shard of pixels holds: "images", "clips", both or neither."""
     endings = {ending for _, files in index(shard).samples for ending in files}
@@ -119,13 +127,17 @@ def encode(
 ) -> list[Posterior]:
     """Frames, uint8 (T, H, W, 3) of one H × W and any T each, to posteriors (C, T, h, w).
 
-    In fp32 what is encoded together changes less than the fp16 of the result shows.
+    In fp32 what is encoded together changes less than the fp16 of the result shows. ValueError
+    where numbers come out that are none: pixels cannot be the reason.
     """
     lengths = [len(frames) for frames in pixels]
     frames = torch.cat(pixels).movedim(-1, 1)[:, :, None].to(device).float() / 127.5 - 1
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
         posterior = vae.encode(frames, slice_frames=ENCODED_AT_ONCE)
-    means, stds = (part.half()[:, :, 0].split(lengths) for part in posterior)
+    halves = [part.half()[:, :, 0] for part in posterior]
+    for part in halves:
+        check_finite(part, "the autoencoder's latents, in fp16, are")
+    means, stds = (part.split(lengths) for part in halves)
     return [(m.movedim(0, 1), s.movedim(0, 1)) for m, s in zip(means, stds, strict=True)]
 
 
@@ -251,6 +263,13 @@ class LatentSource:
             raise BrokenSample("unreadable latents", f"{tuple(mean.shape)}, {tuple(std.shape)}")
         if frames != (1 if kind == "images" else self.sampling.frames):
             raise BrokenSample(f"no {kind[:-1]}", f"latents of {frames} frames")
+        if not (mean.isfinite().all() and std.isfinite().all()):
+            raise BrokenSample("latents that are not finite")
+        sizes = self.sampling.buckets or filter(None, [self.sampling.size])
+        wanted = [tuple(side // self.facts.factor for side in size) for size in sizes]
+        if wanted and (height, width) not in wanted:
+            detail = f"latents of {height}x{width}, wanted {wanted}"
+            raise BrokenSample("another size than this run has", detail)
         if height % self.patch or width % self.patch:
             detail = f"latents of {height}x{width}, wanted multiples of {self.patch}"
             raise BrokenSample("size that does not fit", detail)
@@ -459,27 +478,26 @@ def _are_latents_of(path: Path, shard: Shard) -> bool:
 def _encode_shard(
     shard: Shard, path: Path, vae: VideoVAE, sampling: Sampling, device, kind: str | None
 ) -> None:
-    pixels, captions, broken = [], [], {}
+    pixels, captions, broken = {}, [], {}
     for number in range(count(shard)[0]):
         key, _ = index(shard).samples[number]
         try:
-            caption, windows = read_pixels(shard, number, sampling, vae.factor, kind)
-            if pixels and windows.shape != pixels[0].shape:
-                raise ValueError(
-                    f"{key} in {shard.url} is {tuple(windows.shape[2:4])}, others are "
-                    f"{tuple(pixels[0].shape[2:4])}: latents in memory take one, --size makes it"
-                )
+            caption, pixels[number] = read_pixels(shard, number, sampling, vae.factor, kind)
         except BrokenSample as error:
             broken[number] = (error.cause, key, error.detail)
-            caption, windows = "", None
+            caption = ""
         captions.append(caption)
-        if windows is not None:
-            pixels.append(windows)
+    shape = _usual_shape(windows.shape for windows in pixels.values())
+    for number, windows in list(pixels.items()):
+        if windows.shape != shape:
+            key, error = index(shard).samples[number][0], other_size(windows.shape[2:4], shape[2:4])
+            broken[number] = (error.cause, key, error.detail)
+            del pixels[number]
     posteriors = []
-    for group in _groups(pixels):
+    for group in _groups(list(pixels.values())):
         parts = encode(vae, [w for windows in group for w in windows], device, bf16=True)
         posteriors += [tuple(part.cpu() for part in pair) for pair in parts]
-    rows = torch.tensor([number for number in range(len(captions)) if number not in broken])
+    rows = torch.tensor(list(pixels))
     # Of a shard without a whole sample the shape is that of others.
     tensors = {name: torch.zeros(len(captions)) for name in ("mean", "std")}
     for name, parts in zip(tensors, zip(*posteriors, strict=True), strict=False):
@@ -489,6 +507,10 @@ def _encode_shard(
     facts["source"] = digest(shard)
     with whole_file(path) as partial:
         save_file(tensors, partial, metadata=facts)
+
+
+def _usual_shape(shapes: Iterable[torch.Size]) -> torch.Size | None:
+    return next((shape for shape, _ in Counter(shapes).most_common(1)), None)
 
 
 def _groups(pixels: list[Tensor]):
@@ -513,13 +535,22 @@ def load_latents(paths: list[Path]) -> LatentSet:
             broken[len(captions) + int(row)] = tuple(reason)
         counts.append(len(means[-1]))
         captions += json.loads(facts["captions"])
-    like = next((mean for mean in means if mean.ndim > 1), None)
-    if like is None:
+    shape = _usual_shape(row.shape for mean in means if mean.ndim > 1 for row in mean)
+    if shape is None:
         causes = in_words(Counter(cause for cause, *_ in broken.values()))
         raise ValueError(f"no sample of {paths[0]} or another can be read: {causes}")
+    first = 0
+    for mean in means:
+        if mean.ndim > 1 and mean.shape[1:] != shape:
+            error = other_size(mean.shape[-2:], shape[-2:])
+            for row in range(first, first + len(mean)):
+                broken.setdefault(row, (error.cause, "", error.detail))
+        first += len(mean)
 
     def joined(parts: list[Tensor]) -> Tensor:
-        shape = like.shape[1:]
-        return torch.cat([p if p.ndim > 1 else like.new_zeros(len(p), *shape) for p in parts])
+        like = next(part for part in parts if part.shape[1:] == shape)
+        return torch.cat(
+            [p if p.shape[1:] == shape else like.new_zeros(len(p), *shape) for p in parts]
+        )
 
     return LatentSet(joined(means), joined(stds), captions, counts, broken)

@@ -476,6 +476,8 @@ def test_damaged_latents_are_broken_samples(precomputed, tmp_path):
         save(whole | {name: whole[name].repeat(1, 1, 8, 1, 1) for name in ("mean", "std")}),
         save(whole | {"t5.tokens": whole["t5.tokens"][:, :-1].contiguous()}),
         save({name: whole[name] for name in ("mean", "std")}),
+        save(whole | {"std": whole["std"] * torch.nan}),
+        save(whole | {name: whole[name].repeat(1, 1, 1, 1, 2) for name in ("mean", "std")}),
     ]
     contents = [{"safetensors": save(whole)}, *({"safetensors": one} for one in wrong)]
     contents += [{"broken.json": b"[" * 9999}, {"broken.json": b"1"}]
@@ -486,8 +488,13 @@ def test_damaged_latents_are_broken_samples(precomputed, tmp_path):
         tar.addfile(entry, io.BytesIO(members[0][1]))
     loader = make_loader(settings(tmp_path, tmp_path, kinds=("images",), batch=2), None, None)
     next(loader)
-    assert set(loader.broken()) == {"unreadable latents", "no image"}
-    assert sum(loader.broken().values()) >= 8
+    assert set(loader.broken()) == {
+        "unreadable latents",
+        "no image",
+        "latents that are not finite",
+        "another size than this run has",
+    }
+    assert sum(loader.broken().values()) >= 10
 
 
 def test_a_name_that_is_no_text_is_logged(tmp_path):
@@ -506,13 +513,56 @@ def test_checkpoint_of_other_data_is_refused(shards, models, encoder, tmp_path):
         other.load_state_dict([state])
 
 
-def test_unlike_sizes_without_buckets_are_refused(shards, models, encoder, tmp_path):
-    data = settings(shards, tmp_path, kinds=("images",), size=None)
-    loader = make_loader(data, models / "vae", encoder.tokenize)
-    with pytest.raises(
-        ValueError, match=r"images-.* of .* is of another size than .*--size or --buckets"
-    ):
+def test_unlike_sizes_without_buckets_are_broken_samples(shards, models, encoder, tmp_path):
+    data = settings(shards, tmp_path, kinds=("images",), size=None, max_broken=0.05)
+    loader = make_loader(replace(data, max_broken=0.2), models / "vae", encoder.tokenize)
+    wanted = r"another size than others \(--size or --buckets .*images-.* of .*, others are \d+x\d+"
+    with pytest.raises(TooManyBroken, match=wanted):
         [next(loader) for _ in range(4)]
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_one_sample_of_another_size_is_a_broken_one(models, encoder, tmp_path, in_memory):
+    """Wherever it lies, alone in its shard, too."""
+    cause = "another size than others (--size or --buckets makes them fit)"
+    for odd in range(5):
+        (folder := tmp_path / str(odd)).mkdir()
+        sizes = [(48, 32) if number == odd else (32, 32) for number in range(5)]
+        images = [{"png": as_file(picture(*size), "png")} | CAPTION for size in sizes]
+        write_tar(folder / "images-0.tar", images[:4])
+        write_tar(folder / "images-1.tar", images[4:])
+        data = settings(folder, tmp_path, kinds=("images",), size=None, batch=1, workers=odd == 0)
+        data = replace(data, in_memory=in_memory)
+        loader = make_loader(data, models / "vae", encoder.tokenize)
+        assert loader.sizes == (4, 1, 4, 4)
+        assert all(next(loader).latents.shape[-2:] == (4, 4) for _ in range(5))
+        assert loader.broken() in ({cause: 1}, {cause: 2})
+    with pytest.raises(TooManyBroken, match=r"6x4|48x32"):
+        loader = make_loader(replace(data, max_broken=0.0), models / "vae", encoder.tokenize)
+        [next(loader) for _ in range(5)]
+
+
+def test_sizes_end_where_no_sample_can_be_read(models, encoder, tmp_path):
+    write_tar(tmp_path / "images-0.tar", [{"png": b""} | CAPTION] * 2)
+    data = settings(tmp_path, tmp_path, kinds=("images",), size=None, max_broken=0.05)
+    loader = make_loader(data, models / "vae", encoder.tokenize)
+    with pytest.raises(ValueError, match="can be read"):
+        loader.sizes  # noqa: B018
+    with pytest.raises(TooManyBroken, match="1 of 2 samples"):
+        next(loader)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_latents_that_are_not_finite_are_an_error(models, encoder, tmp_path, in_memory):
+    image = {"png": as_file(picture(32, 32), "png")} | CAPTION
+    write_tar(tmp_path / "images-0.tar", [image])
+    vae = VideoVAE.from_pretrained(models / "vae")
+    vae.autoencoder.encoder.conv_in.bias.data.fill_(torch.nan)
+    vae.save_pretrained(tmp_path / "vae")
+    data = settings(tmp_path, tmp_path, kinds=("images",), in_memory=in_memory, batch=1)
+    with pytest.raises(ValueError, match=r"^the autoencoder's latents, in fp16, are not finite"):
+        next(make_loader(data, tmp_path / "vae", encoder.tokenize))
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("together", [1, 2, 64])
