@@ -250,7 +250,7 @@ class GenTronPipeline:
         if output_type == "latent":
             return PipelineOutput(None, latents, denoiser.describe())
         self._bring(self.vae)
-        pixels = self.vae.decode(latents.to(self.vae.dtype))
+        pixels = self.vae.decode(latents.to(self.vae.dtype), clamp=False)
         self._send_back(self.vae)
         check_finite(pixels, f"the pixels of the VAE in {self.vae.dtype} are")
         return PipelineOutput(to_frames(pixels).cpu(), latents, denoiser.describe())

@@ -11,7 +11,7 @@ from gentron_fast.guidance import guided_prediction
 from gentron_fast.media import contact_sheet
 from gentron_fast.solvers import make_table, solver_step
 from gentron_fast.text import TextEncoder
-from gentron_fast.vae import VideoVAE
+from gentron_fast.vae import VideoVAE, check_finite, to_frames
 from gentron_train.assembly import gather_persistent
 from gentron_train.settings import Settings
 
@@ -68,8 +68,10 @@ class SamplePictures:
 
     @torch.no_grad()
     def picture(self, latents: Tensor) -> np.ndarray:
-        """One picture, uint8 (H, W, 3), of latents (B, C, T, h, w)."""
+        """One picture, uint8 (H, W, 3), of latents (B, C, T, h, w); ValueError where they, or the
+        pixels, are not finite."""
+        check_finite(latents, "the latents are")
         vae = VideoVAE.from_pretrained(self.settings.vae).to(self.device)
-        pixels = vae.decode(latents)
-        frames = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-        return contact_sheet(list(frames.permute(0, 2, 3, 4, 1)))
+        pixels = vae.decode(latents, clamp=False)
+        check_finite(pixels, "the pixels are")
+        return contact_sheet(list(to_frames(pixels).cpu()))

@@ -250,7 +250,10 @@ class Trainer:
             return
         latents = pictures.latents(self.engine)
         if self.log.main:
-            self.log.picture(self.state.step, "samples", pictures.picture(latents))
+            try:
+                self.log.picture(self.state.step, "samples", pictures.picture(latents))
+            except ValueError as error:  # training goes on, and tells of its own losses
+                say(f"step {self.state.step}: no sample picture: {error}")
         self.saver.checkpoints.barrier()
 
     def _end(self, agreed: Agreed) -> None:

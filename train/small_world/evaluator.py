@@ -165,6 +165,8 @@ def ceiling(
     import torch
     from tqdm import tqdm
 
+    from gentron_fast.vae import check_finite, to_frames
+
     scores = {}
     for name in columns:
         frames = pipeline.default_frames
@@ -172,9 +174,9 @@ def ceiling(
         for clip in tqdm(real_clips(name, prompts, seed, frames), desc=name, unit="clip"):
             pixels = torch.from_numpy(clip).permute(3, 0, 1, 2)[None].to(pipeline.device)
             with torch.no_grad():
-                pixels = pipeline.vae.decode(pipeline.vae.encode(pixels / 127.5 - 1)[0])[0]
-            pixels = ((pixels.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255)
-            clips.append(pixels.byte().cpu().numpy())
+                pixels = pipeline.vae.decode(pipeline.vae.encode(pixels / 127.5 - 1)[0])
+            check_finite(pixels, "the autoencoder's pixels are")
+            clips.append(to_frames(pixels)[0].cpu().numpy())
         real = [real_clips(name, prompts, seed + k, frames) for k in (1, 2)]
         scenes = [scene for _, scene in COLUMNS[name](prompts, seed)]
         scores[name] = _scores(clips, scenes, real, progress=True)
