@@ -27,7 +27,7 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "packages are little endian");
 
 constexpr std::string_view kMagic("GENTRON");
-constexpr int kFormat = 2;
+constexpr int kFormat = 3;
 constexpr int64_t kPrefix = 8 + 8 + 32;
 constexpr int64_t kLargestHeader = int64_t{1} << 24;
 constexpr int64_t kAlignment = 64;

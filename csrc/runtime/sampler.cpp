@@ -237,6 +237,13 @@ Tensor per_step(const Tensor& scale, double otherwise, int64_t steps, int64_t ba
   return wide.expand({steps, batch});
 }
 
+// Numbers that are none would become black frames.
+[[noreturn]] void refuse_not_finite(const std::string& what) {
+  refuse(
+      what + " are not finite: the weights are damaged, or their numbers go beyond the dtype that "
+      "the compiled sampler was made with");
+}
+
 // The rows of a table (S, ...) as tensors of their own: within it they would not all begin at a
 // multiple of 16 bytes, and a graph would copy those that do not at every step.
 TensorList by_step(const Tensor& table, const at::Device& device) {
@@ -487,6 +494,7 @@ Tensor Sampler::Parts::sample(const Request& request) const {
   }
 
   Tensor latents = latents_of(request, 0), x0 = latents;
+  TensorList finite;  // on the device: read once, behind the last step
   for (int64_t step = 0; step < steps; ++step) {
     if (step % plan.chunk == 0) modulate(step);
     const std::string& set = plan.branches[step];
@@ -521,7 +529,15 @@ Tensor Sampler::Parts::sample(const Request& request) const {
     TensorList next = graph("step-" + set)(std::move(inputs));
     latents = std::move(next[0]);
     x0 = std::move(next[1]);
+    finite.push_back(latents.isfinite().all());
     if (request.on_step) request.on_step(step);
+  }
+  const Tensor told = at::stack(finite).cpu();
+  const bool* first = told.const_data_ptr<bool>();
+  const int64_t good = std::find(first, first + steps, false) - first;
+  if (good < steps) {
+    refuse_not_finite(
+        "the latents of step " + std::to_string(good + 1) + " of " + std::to_string(steps));
   }
   return latents;
 }
@@ -614,6 +630,9 @@ TextCondition Sampler::encode(const Tokens& tokens) const {
   for (size_t i = 0; i < encoders.size(); ++i) {
     const Tensor& mask = tokens.at(encoders[i]).second;
     const int64_t extra = made[2 * i].size(1) - mask.size(1);
+    if (!made[2 * i].isfinite().all().item<bool>()) {
+      refuse_not_finite("the tokens of the " + encoders[i] + " encoder");
+    }
     text[encoders[i]] = {
         made[2 * i], at::constant_pad_nd(mask.to(parts_->device, at::kBool), {0, extra}),
         made[2 * i + 1]};
@@ -651,7 +670,9 @@ Tensor Sampler::decode(const Tensor& latents) const {
   const Graph& decode = parts_->graph("decode");
   TensorList clips;
   for (const Tensor& clip : latents.to(parts_->device).split(1)) {
-    clips.push_back(decode({clip})[0].cpu());
+    const TensorList made = decode({clip});
+    if (!made[1].item<bool>()) refuse_not_finite("the pixels of the VAE");
+    clips.push_back(made[0].cpu());
   }
   return at::stack(clips);
 }

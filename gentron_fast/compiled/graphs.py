@@ -337,9 +337,11 @@ def _encode(text_encoder: TextEncoder, *ids_and_masks: Tensor, encoders: Sequenc
     return tuple(part for name in encoders for part in getattr(text, name)[::2])
 
 
-def _decode(vae: VideoVAE, latents: Tensor) -> tuple[Tensor]:
-    """One clip's latents (1, C, T, h, w) → frames (T, H, W, 3) uint8."""
-    return (to_frames(vae.decode(latents.to(vae.dtype)))[0].contiguous(),)
+def _decode(vae: VideoVAE, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """One clip's latents (1, C, T, h, w) → frames (T, H, W, 3) uint8, whether all pixels were
+    finite."""
+    pixels = vae.decode(latents.to(vae.dtype), clamp=False)  # infinity is told, too
+    return to_frames(pixels)[0].contiguous(), pixels.isfinite().all()
 
 
 def _folded_example(some: Callable, batch: int, length: int, heads: int, width: int) -> list:

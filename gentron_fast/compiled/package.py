@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-MAGIC = b"GENTRON\x02"  # csrc/runtime/package.h describes the file
+MAGIC = b"GENTRON\x03"  # csrc/runtime/package.h describes the file
 WEIGHTS = "weights.safetensors"
 # The instruction sets that -march=native may choose, as Linux names them.
 CPU_FLAGS = re.compile(

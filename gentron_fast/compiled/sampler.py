@@ -97,7 +97,6 @@ class CompiledSampler:
             for name, scale in zip(SCALES, (lambda_t, lambda_m, rescale), strict=True)
         ]
         latents = self._runtime.sample(text, null_text, seeds, *scales, on_step)
-        check_finite(latents, "the latents of the last step are")
         frames = self._runtime.decode(latents) if self.metadata["whole"] else None
         steps, solver = len(self.metadata["timesteps"]), self.metadata["solver"]
         return CompiledOutput(frames, latents, f"{steps} compiled steps of {solver}")
@@ -220,6 +219,6 @@ class CompiledPipeline:
         )
         if self.vae is None:
             return output
-        pixels = self.vae.decode(output.latents.to(self.vae.dtype))
+        pixels = self.vae.decode(output.latents.to(self.vae.dtype), clamp=False)
         check_finite(pixels, f"the pixels of the VAE in {self.vae.dtype} are")
         return output._replace(frames=to_frames(pixels).cpu())

@@ -7,9 +7,10 @@ import subprocess
 from pathlib import Path
 
 import torch
+from safetensors.torch import load, save
 
 from gentron_fast import export
-from gentron_fast.compiled.package import MAGIC
+from gentron_fast.compiled.package import MAGIC, WEIGHTS
 
 # GENTRON_RUNTIME is a folder with another build of the runtime and of the program.
 RUNTIME = Path(os.environ.get("GENTRON_RUNTIME", Path(export.__file__).parent))
@@ -53,3 +54,19 @@ def write_package(path, header, body):
     digest = hashlib.sha256(text).digest()
     path.write_bytes(MAGIC + len(text).to_bytes(8, "little") + digest + text + body)
     return path
+
+
+def write_changed(path, package, name, change):
+    """The package with one of its weights changed, its checksums right."""
+    header, body = read_package(package)
+    entries = header["sections"]
+    content = {name: body[e["offset"] :][: e["size"]] for name, e in entries.items()}
+    tensors = load(content[WEIGHTS])
+    tensors[name] = change(tensors[name]).contiguous()
+    content[WEIGHTS] = save(tensors)
+    offset = 0
+    for section, data in content.items():
+        digest = hashlib.sha256(data).hexdigest()
+        entries[section] = {"offset": offset, "size": len(data), "sha256": digest}
+        offset += len(data)
+    return write_package(path, header, b"".join(content.values()))
