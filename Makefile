@@ -1,7 +1,7 @@
 # make demo   a clip by the model that ships        make test   everything the tests need, and the tests
 # make lint   ruff                                  make train  the small model, from nothing: hours, resumed
 # make gpu PART=test|ops|step|train|export [RESULTS=DIR]   on a CUDA machine, by its own python
-# make faults   processes killed at random moments, two on one folder, thousands of damaged files: figures of each
+# make faults   processes killed at random moments, two on one folder, thousands of damaged files: figures of each; then make fuzz
 # make large    one step of the whole G/2-T2V on the CPU, plain against shared: 12 GB of memory
 # make report   docs/performance.md and README's headline table, from bench/results
 # make api      docs/api.md, from the docstrings          make picture   docs/clips.png
