@@ -55,6 +55,14 @@ def several(kind: Kind, least: int, most: int) -> Kind:
     )
 
 
+def each(kind: Kind) -> Kind:
+    """An object whose every value is of a kind."""
+    return Kind(
+        f"an object, each value {kind.words}",
+        lambda value: isinstance(value, dict) and all(map(kind.fits, value.values())),
+    )
+
+
 def check(values: Mapping, schema: Schema, where: str = "") -> None:
     """ValueError, in one line, where a field that is there is of another kind than the schema's."""
     for name, kind in schema.items():

@@ -13,7 +13,7 @@ from gentron_fast.model import GenTron
 from gentron_fast.pipeline import INDEX_NAME
 from gentron_fast.text import TextEncoder
 from gentron_train.data.loader import DataSettings, Loader, make_loader
-from gentron_train.export_pipeline import DTYPES
+from gentron_train.data.options import DTYPES
 from gentron_train.flops import parameter_count
 from gentron_train.memory import WHOLE_MODEL, model_config
 from gentron_train.objective import Objective
@@ -69,12 +69,12 @@ def make_missing(settings: Settings, stage: str) -> None:
         ensure_shards(settings.data, settings.make_images, settings.make_clips)
     data = settings.data_settings(stage)
     if not (data.precomputed or (settings.vae / "config.json").exists()):
-        from gentron_train.small_world.autoencoder import main as train_vae
+        from gentron_train.small_world.autoencoder import command as train_vae
 
         train_vae(["--data", str(settings.data), "--out", str(settings.vae), "--resume"])
     text = settings.text
     if not (data.has_text or text is None or (text / "t5").is_dir()):
-        from gentron_train.small_world.text_encoders import main as train_text_encoders
+        from gentron_train.small_world.text_encoders import command as train_text_encoders
 
         train_text_encoders(["--out", str(text), "--resume"])
 

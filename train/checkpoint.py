@@ -34,9 +34,21 @@ from torch import distributed as dist
 
 from gentron_fast.config import GenTronConfig
 from gentron_fast.files import lock_folder, partial_path, read_json, write_json
+from gentron_fast.schema import MOST_TOKENS, OBJECT, TEXT, check, each, real, several, whole
 
 INFO_NAME = "checkpoint.json"
 FILES, OWN_DIGEST = "files", "sha256"  # in checkpoint.json
+_COUNT = whole(0, 2**62)
+SCHEMA = {
+    **dict.fromkeys(("step", "skipped", "ema_updates"), _COUNT),
+    "seconds": real(0, 1e12),
+    "ranks": whole(1, 2**16),
+    "settings": OBJECT,
+    "model": OBJECT,
+    "latents": several(whole(1, MOST_TOKENS), 4, 4),
+    "parameters": each(several(whole(0, 2**40), 0, 8)),
+    FILES: each(TEXT),
+}
 STEP_NAME = re.compile(r"step-(\d{8,18})")
 LOSS_SCALER = "loss_scaler"  # in DeepSpeed's states
 PATIENCE = timedelta(days=2)  # for work in which the others wait and are not frozen
@@ -115,7 +127,8 @@ def read_sharded(paths: list[Path], name: str, shape: Sequence[int]) -> Tensor:
 
 def read_info(checkpoint: Path) -> dict:
     """What checkpoint.json says; OSError or ValueError where it is no checkpoint, is not as it was
-    written, or lies beside files that would be read and that no run wrote."""
+    written, says what no run writes, or lies beside files that would be read and that no run wrote.
+    """
     path = checkpoint / INFO_NAME
     try:
         info = read_json(path)
@@ -125,6 +138,14 @@ def read_info(checkpoint: Path) -> dict:
         raise ValueError(f"{path} has no digests: an earlier version's, or damaged")
     if info[OWN_DIGEST] != _own_digest(info):
         raise ValueError(f"{path} is damaged")
+    check(info, SCHEMA, str(path))
+    wanted = [f"ema-rank{rank}.safetensors" for rank in range(info.get("ranks", 0))]
+    if missing := [name for name in (*SCHEMA, *wanted) if name not in (info | info.get(FILES, {}))]:
+        raise ValueError(f"{path} lacks {', '.join(missing[:3])}")
+    try:
+        GenTronConfig.from_dict(info["model"])
+    except ValueError as error:
+        raise ValueError(f"model of {path}: {error}") from None
     for file in checkpoint.rglob("*"):
         read = file.suffix == ".pt" or file.parent != checkpoint
         if read and not file.is_dir() and str(file.relative_to(checkpoint)) not in info[FILES]:

@@ -11,7 +11,7 @@ def start(stage: str, description: str) -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
-    if _is_main():
+    if is_main():
         print(f"{stage}: loading torch and DeepSpeed", flush=True)
     from gentron_train.process import run
     from gentron_train.trainer import train
@@ -20,11 +20,12 @@ def start(stage: str, description: str) -> None:
 
 
 def _leave(number, frame) -> None:
-    if _is_main():
+    if is_main():
         print("stopped before the first step", flush=True)
     # Not by an exception: an import that is half done would tell of it in many lines.
     os._exit(130)
 
 
-def _is_main() -> bool:
+def is_main() -> bool:
+    """Whether this process is the first rank, before the ranks have met."""
     return os.environ.get("RANK", "0") == "0"

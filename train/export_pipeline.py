@@ -14,27 +14,31 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from gentron_fast.commandline import check_writable, refuse, run
 from gentron_fast.config import GenTronConfig, SamplingDefaults
 from gentron_fast.convert.pipelines import copy_parts, vae_factor
 from gentron_fast.convert.tensors import Spec, write_tensors
 from gentron_fast.diffusion import SCHEDULER_CONFIG
-from gentron_fast.files import read_json, whole_folder, write_json
+from gentron_fast.files import check_output_folder, read_json, whole_folder, write_json
 from gentron_fast.model import CONFIG_NAME, WEIGHTS_NAME
 from gentron_fast.pipeline import INDEX_NAME, SCHEDULER_PATH, model_index
 from gentron_fast.text import MODEL_CLASSES, SUBFOLDERS, TextEncoder
 from gentron_train.checkpoint import (
     FILES,
+    INFO_NAME,
     check_digests,
     checkpoint_names,
     newest_whole,
     read_info,
     read_sharded,
 )
-from gentron_train.settings import EXPORT_DTYPES, Settings, stored_encoders
+from gentron_train.data.options import DTYPES
+from gentron_train.settings import Settings, stored_encoders
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAME = "gentron_train.export_pipeline"
 OPTIMIZER_FILE = "*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 
 
@@ -104,6 +108,10 @@ def read_whole(checkpoint: Path, ema: bool) -> dict:
         if fnmatch(name, wanted) or name.startswith("text/")
     }
     check_digests(checkpoint, files)
+    try:
+        Settings.from_dict(info["settings"])
+    except ValueError as error:
+        raise ValueError(f"settings of {checkpoint / INFO_NAME}: {error}") from None
     return info
 
 
@@ -190,28 +198,31 @@ def _is_stored_as(folder: Path, name: str, dtype: torch.dtype) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="gentron_train.export_pipeline", description=__doc__.partition("\n")[0]
-    )
+    """The command line: 0; 2 after wrong input, which is told in one line; 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    interrupted = "stopped; nothing was written"
+    return run(NAME, lambda: _command(argv), argv, interrupted, wrong=[SafetensorError])
+
+
+def _command(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog=NAME, description=__doc__.partition("\n")[0])
+    parser.error = refuse
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="checkpoint or run folder")
     parser.add_argument("out", metavar="OUT", type=Path, help="new folder")
     parser.add_argument("--ema", action="store_true", help="the averaged weights")
-    parser.add_argument("--dtype", choices=EXPORT_DTYPES, default="fp16", help="of the weights")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp16", help="of the weights")
     options = parser.parse_args(argv)
-    try:
-        checkpoint, read, line = options.checkpoint, partial(read_whole, ema=options.ema), None
-        names, wrong = checkpoint_names(checkpoint)
-        if names:
-            checkpoint, info, line = newest_whole(checkpoint, names, wrong, read)
-        else:
-            info = read(checkpoint)
-        if line is not None:
-            print(line)
-        print(_export(checkpoint, info, options.out, options.ema, DTYPES[options.dtype]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    check_output_folder(options.out)
+    check_writable([options.out / INDEX_NAME])
+    checkpoint, read, line = options.checkpoint, partial(read_whole, ema=options.ema), None
+    names, wrong = checkpoint_names(checkpoint)
+    if names:
+        checkpoint, info, line = newest_whole(checkpoint, names, wrong, read)
+    else:
+        info = read(checkpoint)
+    if line is not None:
+        print(line)
+    print(_export(checkpoint, info, options.out, options.ema, DTYPES[options.dtype]))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import distributed as dist
 from gentron_fast.config import GenTronConfig
 from gentron_fast.model import TextCondition
 from gentron_fast.text import Tokens
-from gentron_train.export_pipeline import DTYPES
+from gentron_train.data.options import DTYPES
 from gentron_train.flops import peak_flops, training_flops
 from gentron_train.log import RunLog, memory_gib
 from gentron_train.saving import RunState

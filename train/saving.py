@@ -10,8 +10,9 @@ from gentron_fast.pipeline import PARTS
 from gentron_fast.text import TextEncoder
 from gentron_train.checkpoint import Checkpoints, Resumed, step_name
 from gentron_train.data.loader import Loader
+from gentron_train.data.options import DTYPES
 from gentron_train.ema import ShardedEMA
-from gentron_train.export_pipeline import DTYPES, export_pipeline
+from gentron_train.export_pipeline import export_pipeline
 from gentron_train.log import LOG_NAME, check_log
 from gentron_train.process import say
 from gentron_train.settings import Settings, with_new_names

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-import os
+import reprlib
 import sys
 import types
 import typing
@@ -11,12 +11,14 @@ from pathlib import Path
 
 import yaml
 
+from gentron_fast.commandline import refuse
 from gentron_fast.config import PRESETS, GenTronConfig
 from gentron_fast.model import CONFIG_NAME
 from gentron_fast.pipeline import ASSETS
 from gentron_fast.text import SUBFOLDERS
 from gentron_train.data.loader import DataSettings
 from gentron_train.data.options import (
+    DTYPES,
     DataOptions,
     check_choices,
     check_least,
@@ -24,13 +26,15 @@ from gentron_train.data.options import (
     check_share,
     flag,
     option,
+    parse_sizes,
 )
+from gentron_train.entry import is_main
 from gentron_train.small_world.renderer import INDEX_NAME as SHARDS_INDEX
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = CONFIGS / "small.yaml"
 STAGES = ("t2i", "t2v")
-EXPORT_DTYPES = ("fp32", "bf16", "fp16")
+MOST_SECONDS = 10**7  # of a timeout: process groups hold it as nanoseconds
 CHECKPOINTING = ("none", "attention", "full")
 # Former names of settings, which files, command lines and checkpoints still hold.
 RENAMED = {
@@ -110,7 +114,7 @@ class Settings(DataOptions):
     save_every: int = option(500, "steps between checkpoints")
     save_total_limit: int = option(2, "checkpoints to keep")
     export_every: int = option(0, "steps between exports; 0: at the end only")
-    export_dtype: str = option("fp16", "weights of the exported pipeline", choices=EXPORT_DTYPES)
+    export_dtype: str = option("fp16", "weights of the exported pipeline", choices=list(DTYPES))
     resume: bool = option(False, "go on from the last checkpoint of this run")
     timeout: float = option(40.0, "seconds that a rank waits for another before the run ends")
     dry_run: bool = option(False, "print the batch and the memory of 1, 8 and 64 GPUs, and end")
@@ -123,9 +127,11 @@ class Settings(DataOptions):
         check_least(self, 0, "warmup", "sample_every", "export_every", "make_images", "make_clips")
         for name in ("size", "buckets"):
             if getattr(self, name) is not None:
-                _sizes(flag(name), getattr(self, name))
+                parse_sizes(flag(name), getattr(self, name))
         check_share(self, "decay_ratio", "timestep_range_portion")
         check_positive(self, "lr", "timeout", "max_grad_norm", "minutes", "gpu_memory")
+        if self.timeout > MOST_SECONDS:
+            raise ValueError(f"--timeout is {self.timeout}, must be at most {MOST_SECONDS}")
         if not self.max_loss_weight >= 1:
             raise ValueError(f"--max-loss-weight is {self.max_loss_weight}, must be at least 1")
         if not 0 <= self.ema_decay < 1:
@@ -166,7 +172,7 @@ class Settings(DataOptions):
 
     def pixels(self) -> tuple[int, int] | None:
         """Height and width of a sample, of the largest bucket where there are several."""
-        sizes = [_sizes("--size", value) for value in (self.buckets, self.size) if value]
+        sizes = [parse_sizes("--size", value) for value in (self.buckets, self.size) if value]
         return max(sizes[0], key=lambda size: size[0] * size[1]) if sizes else None
 
     def text_sources(self, encoders: tuple[str, ...]) -> dict[str, tuple[str | Path, str | Path]]:
@@ -201,8 +207,8 @@ class Settings(DataOptions):
             kinds=("images",) if stage == "t2i" else ("images", "clips"),
             images=self.images or str(self.data / "images-*.tar"),
             clips=self.clips or str(self.data / "clips-*.tar"),
-            size=None if self.size is None else _sizes("--size", self.size)[0],
-            buckets=() if self.buckets is None else _sizes("--buckets", self.buckets),
+            size=None if self.size is None else parse_sizes("--size", self.size)[0],
+            buckets=() if self.buckets is None else parse_sizes("--buckets", self.buckets),
             log=self.run / "broken.jsonl",
             rendered=self.rendered_samples() is not None,
             **{item.name: getattr(self, item.name) for item in dataclasses.fields(DataOptions)},
@@ -240,17 +246,6 @@ def stored_encoders(pipeline: Path) -> dict[str, tuple[Path, Path]]:
     return {name: tuple(pair) for name, pair in folders.items() if pair[0].is_dir()}
 
 
-def _sizes(option: str, text: str) -> tuple[tuple[int, int], ...]:
-    """Pixels (H, W) of "256", of "256x320", or of several with commas between them."""
-    sizes = []
-    for part in text.replace(" ", "").split(","):
-        sides = part.split("x")
-        if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
-            raise ValueError(f"{option} is {text!r}, wanted a side or HxW in pixels")
-        sizes.append((int(sides[0]), int(sides[-1])))
-    return tuple(sizes)
-
-
 def _kind(item: dataclasses.Field) -> tuple[type, bool]:
     """A field's type without None, and whether it takes None."""
     if isinstance(item.type, types.UnionType):
@@ -283,12 +278,12 @@ def converted(values: dict, where: str) -> dict:
     """Fields of Settings in the types they have; YAML reads 1e-4 as text, and paths are text."""
     known = {item.name: item for item in dataclasses.fields(Settings)}
     values = with_new_names(values, where)
-    if unknown := sorted(set(values) - set(known)):
+    if unknown := sorted(set(values) - set(known), key=str):
         raise ValueError(f"unknown field {', '.join(map(str, unknown))} in {where}")
     result = {}
     for name, value in values.items():
         kind, optional = _kind(known[name])
-        wrong = ValueError(f"{name} in {where} is {value!r}, wanted {kind.__name__}")
+        wrong = ValueError(f"{name} in {where} is {reprlib.repr(value)}, wanted {kind.__name__}")
         if optional and value in (None, "none"):
             result[name] = None
         else:
@@ -299,9 +294,22 @@ def converted(values: dict, where: str) -> dict:
                 raise wrong
             try:
                 result[name] = kind(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise wrong from None
     return result
+
+
+def read_yaml(path: Path) -> object:
+    """What a YAML file holds, plain values only. FileNotFoundError or ValueError that names it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such configuration: {path}")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise
+    except Exception as error:  # PyYAML's constructors raise whatever a value makes them
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not YAML: {reason or type(error).__name__}") from None
 
 
 def load_config(path: Path, stage: str) -> dict:
@@ -309,14 +317,9 @@ def load_config(path: Path, stage: str) -> dict:
 
     FileNotFoundError or ValueError that names the file.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no such configuration: {path}")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml(path)
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold fields with values, it holds {values!r}")
+        raise ValueError(f"{path} must hold fields with values, it holds {reprlib.repr(values)}")
     sections = {name: values.pop(name, None) or {} for name in STAGES}
     for name, section in sections.items():
         if not isinstance(section, dict):
@@ -331,7 +334,7 @@ def load_config(path: Path, stage: str) -> dict:
 
 
 def parse_settings(stage: str, description: str, argv: list[str] | None = None) -> Settings:
-    """Settings of a stage, "t2i" or "t2v"; wrong input ends with exit code 2.
+    """Settings of a stage, "t2i" or "t2v"; wrong input ends with one line and exit code 2.
 
     The command line overrides the parts that lie in the --init folder, these override the file that
     --config names (default: configs/small.yaml), that over Settings' own defaults.
@@ -341,6 +344,7 @@ def parse_settings(stage: str, description: str, argv: list[str] | None = None) 
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+    parser.error = refuse
     argv, former = _argv_with_new_names(sys.argv[1:] if argv is None else argv)
     _tell_renamed(former, "command line")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
@@ -365,7 +369,9 @@ def parse_settings(stage: str, description: str, argv: list[str] | None = None) 
         given = {name: values[name] for name in marks if values[name] is not parser}
         return _combined(defaults, given)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        if is_main():
+            print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _or_none(kind: type) -> typing.Callable[[str], object]:
@@ -442,11 +448,12 @@ def _tell_renamed(names: dict[str, str], where: str) -> None:
 
 def tell(line: str) -> None:
     """A line for the terminal, before the ranks have met: of the first one."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main():
         print(line, flush=True)
 
 
 def _config_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = refuse
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG)
     return parser

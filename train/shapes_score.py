@@ -9,17 +9,22 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from gentron_fast.commandline import check_writable, refuse, usable_device
+from gentron_fast.commandline import check_writable, refuse, run, usable_device
 from gentron_fast.files import write_json
 from gentron_train.small_world.evaluator import COLUMNS, ceiling, evaluate, format_table
 from gentron_train.small_world.sweep import SWEPT, parse_grid, sweep, sweep_table
 
+NAME = "gentron_train.shapes_score"
+
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0, or 2 after wrong input, which is told in one line."""
-    parser = argparse.ArgumentParser(
-        prog="gentron_train.shapes_score", description="Score a pipeline in the small world."
-    )
+    """The command line: 0; 2 after wrong input, which is told in one line; 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    return run(NAME, lambda: _command(argv), argv, "stopped; a sweep goes on with its command")
+
+
+def _command(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog=NAME, description="Score a pipeline in the small world.")
     parser.error = refuse
     parser.add_argument("pipeline", nargs="?", help="pipeline folder (the model that ships)")
     parser.add_argument("--prompts", type=int, default=200, help="of each kind (200)")
@@ -43,45 +48,40 @@ def main(argv: list[str] | None = None) -> int:
         "is resumed, with a picture and a contact sheet beside it",
     )
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
-    try:
-        args = parser.parse_args(argv)
-        if args.out and not args.out.absolute().parent.is_dir():
-            raise ValueError(f"no folder {args.out.parent} for {args.out.name}")
-        check_writable([args.out] if args.out else [])
-        if args.prompts < 1 or args.batch < 1:
-            raise ValueError("--prompts and --batch must be at least 1")
-        if args.pipeline and not Path(args.pipeline).is_dir():
-            raise ValueError(f"no pipeline folder {args.pipeline}")
-        grid = parse_grid(args.sweep) if args.sweep else None
-        if grid and args.out is None:
-            raise ValueError("--sweep needs --out FILE.json, where its figures are kept")
+    args = parser.parse_args(argv)
+    if args.out and not args.out.absolute().parent.is_dir():
+        raise ValueError(f"no folder {args.out.parent} for {args.out.name}")
+    check_writable([args.out] if args.out else [])
+    if args.prompts < 1 or args.batch < 1:
+        raise ValueError("--prompts and --batch must be at least 1")
+    if args.pipeline and not Path(args.pipeline).is_dir():
+        raise ValueError(f"no pipeline folder {args.pipeline}")
+    grid = parse_grid(args.sweep) if args.sweep else None
+    if grid and args.out is None:
+        raise ValueError("--sweep needs --out FILE.json, where its figures are kept")
 
-        from gentron_fast import GenTronPipeline
+    from gentron_fast import GenTronPipeline
 
-        pipeline = GenTronPipeline.from_pretrained(args.pipeline, device=args.device)
-        options = {"frames": args.frames, "steps": args.steps}
-        for name in ("solver", *SWEPT):
-            given = getattr(args, name)
-            options[name] = getattr(pipeline.defaults, name) if given is None else given
-        settings = {"prompts": args.prompts, "seed": args.seed, **options}
-        if grid:
-            rows = sweep(pipeline, grid, args.out, settings, args.batch)
-            print(sweep_table(rows))
-            return 0
-        if args.ceiling:
-            scores = ceiling(pipeline, args.prompts, args.seed, args.columns)
-        else:
-            scores = evaluate(
-                pipeline, args.prompts, args.seed, args.batch, columns=args.columns, **options
-            )
-        print(format_table(scores))
-        if args.out:
-            columns = {name: asdict(column) for name, column in scores.items()}
-            write_json(args.out, {"settings": settings, "scores": columns})
-    except (OSError, ValueError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    pipeline = GenTronPipeline.from_pretrained(args.pipeline, device=args.device)
+    options = {"frames": args.frames, "steps": args.steps}
+    for name in ("solver", *SWEPT):
+        given = getattr(args, name)
+        options[name] = getattr(pipeline.defaults, name) if given is None else given
+    settings = {"prompts": args.prompts, "seed": args.seed, **options}
+    if grid:
+        rows = sweep(pipeline, grid, args.out, settings, args.batch)
+        print(sweep_table(rows))
+        return
+    if args.ceiling:
+        scores = ceiling(pipeline, args.prompts, args.seed, args.columns)
+    else:
+        scores = evaluate(
+            pipeline, args.prompts, args.seed, args.batch, columns=args.columns, **options
+        )
+    print(format_table(scores))
+    if args.out:
+        columns = {name: asdict(column) for name, column in scores.items()}
+        write_json(args.out, {"settings": settings, "scores": columns})
 
 
 if __name__ == "__main__":

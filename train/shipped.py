@@ -9,6 +9,7 @@ pipeline folder with its MODEL.md.
 """
 
 import argparse
+import reprlib
 import shlex
 import shutil
 import subprocess
@@ -17,33 +18,42 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
-from gentron_fast.commandline import refuse
+from gentron_fast.commandline import check_writable, refuse, run
 from gentron_fast.config import SamplingDefaults
 from gentron_fast.files import read_json, whole_file, whole_folder, write_json
 from gentron_fast.pipeline import INDEX_NAME, PARTS
 from gentron_train.checkpoint import checkpoint_names
+from gentron_train.settings import read_yaml
 from gentron_train.small_world.evaluator import Scores, format_table
 from gentron_train.small_world.sweep import SWEPT, choose, sweep_table
 
 CONFIG = Path(__file__).parent / "configs" / "shipped.yaml"
 ROOT = Path(__file__).parent.parent
+PROGRAMS = {
+    "python": sys.executable,
+    "deepspeed": str(Path(sys.executable).with_name("deepspeed")),
+}
 STATE = "stages.json"
+NAME = "gentron_train.shipped"
 
 
 def read_stages(path: Path, out: Path) -> dict[str, list[list[str]]]:
-    """The commands of each stage, as words."""
-    try:
-        stages = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    """The commands of each stage, as words. FileNotFoundError or ValueError that names the file."""
+    stages = read_yaml(path)
     if not isinstance(stages, dict) or not all(isinstance(v, list) for v in stages.values()):
         raise ValueError(f"{path} must hold stages, each a list of commands")
-    return {
-        name: [shlex.split(line.format(out=shlex.quote(str(out)))) for line in lines]
-        for name, lines in stages.items()
-    }
+    return {name: [_words(line, out, path) for line in lines] for name, lines in stages.items()}
+
+
+def _words(line: object, out: Path, path: Path) -> list[str]:
+    try:
+        words = shlex.split(line.format(out=shlex.quote(str(out))))
+    except (AttributeError, LookupError, ValueError):
+        words = []
+    if not words or words[0] not in PROGRAMS:
+        wanted = f"{' or '.join(PROGRAMS)} with arguments, and no braces but {{out}}"
+        raise ValueError(f"{path} holds the command {reprlib.repr(line)}, wanted {wanted}")
+    return words
 
 
 def run_stages(stages: dict[str, list[list[str]]], out: Path) -> None:
@@ -63,18 +73,27 @@ def run_stages(stages: dict[str, list[list[str]]], out: Path) -> None:
             continue
         print(f"stage        {number + 1} of {len(lines)}, {name}: {line}", flush=True)
         start = time.monotonic()
-        result = subprocess.run(program(words), cwd=ROOT)
-        if result.returncode:
-            raise ValueError(f"stage {name} ended with exit code {result.returncode}: {line}")
+        code = _call(program(words))
+        if code:
+            raise ValueError(f"stage {name} ended with exit code {code}: {line}")
         seconds = round(time.monotonic() - start)
         done.append({"stage": name, "command": line, "seconds": seconds, "commit": commit()})
         write_json(path, {"done": done})
 
 
+def _call(command: list[str]) -> int:
+    """Run a command in the checkout; its exit code. One that is interrupted ends before this."""
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
+
+
 def program(words: list[str]) -> list[str]:
     """A command of this Python's own environment; a training that was cut off is resumed."""
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    command = [{"python": sys.executable, "deepspeed": deepspeed}[words[0]], *words[1:]]
+    command = [PROGRAMS[words[0]], *words[1:]]
     if "--run" in words and checkpoint_names(Path(words[words.index("--run") + 1]))[0]:
         command.append("--resume")
     return command
@@ -125,26 +144,28 @@ def model_page(out: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0, or 2 where a stage failed, told in one line."""
-    parser = argparse.ArgumentParser(prog="gentron_train.shipped", description=__doc__)
+    """The command line: 0; 2 where a stage failed, told in one line; 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    return run(NAME, lambda: _command(argv), argv, "stopped; the same command goes on")
+
+
+def _command(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog=NAME, description=__doc__)
     parser.error = refuse
     parser.add_argument("--out", type=Path, default=Path("runs/shipped"))
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--assemble", action="store_true", help=argparse.SUPPRESS)  # a stage's own
-    try:
-        args = parser.parse_args(argv)
-        out = args.out.absolute()
-        if args.assemble:
-            assemble(out)
-            return 0
-        run_stages(read_stages(args.config, out), out)
-        with whole_file(out / "pipeline" / "MODEL.md") as partial:
-            partial.write_text(model_page(out), encoding="utf-8")
-        print(f"wrote        {out / 'pipeline'}")
-    except (OSError, ValueError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(argv)
+    out = args.out.absolute()
+    if args.assemble:
+        assemble(out)
+        return
+    stages = read_stages(args.config, out)
+    check_writable([out / STATE])
+    run_stages(stages, out)
+    with whole_file(out / "pipeline" / "MODEL.md") as partial:
+        partial.write_text(model_page(out), encoding="utf-8")
+    print(f"wrote        {out / 'pipeline'}")
 
 
 if __name__ == "__main__":

@@ -313,7 +313,9 @@ def exported(run: Path, whole: Path) -> None:
         assert all(torch.equal(ours[name], theirs[name].half().float()) for name in ours)
         shutil.rmtree(out)
     else:
-        assert code == 2 and re.fullmatch(r"error: [^\n]+\n", told.getvalue()), told.getvalue()
+        assert code == 2 and re.fullmatch(r"[\w.]+: error: [^\n]+\n", told.getvalue()), (
+            told.getvalue()
+        )
         assert not out.exists()
 
 
@@ -410,6 +412,40 @@ def test_export_copies_what_is_stored_as_wanted(tmp_path, whole_run, world, monk
     line = export_pipeline.export_pipeline(path.parent, tmp_path / "fp32", ema=True)
     assert "no whole pipeline, no clip text encoder at" in line
     assert not (tmp_path / "fp32" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *((field, None) for field in (FILES, "settings", "model", "ranks", "parameters")),
+        (FILES, []),
+        ("settings", {"lr": "much"}),
+        ("model", {"depth": 1}),
+        ("ranks", 10**9),
+        ("ranks", 3),
+        ("latents", 5),
+        ("parameters", {"a": "b"}),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_says_what_no_run_writes(
+    field, value, tmp_path, whole_run, capsys, monkeypatch
+):
+    """Its own digest is right: the one before is taken; alone it is one line."""
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    last = latest_checkpoint(run)
+    info = read_info(last) | {field: value}
+    if value is None:
+        del info[field]
+    write_info(last / INFO_NAME, info)
+    monkeypatch.setattr(export_pipeline, "_export", lambda checkpoint, *_: checkpoint.name)
+    assert export_pipeline.main([str(run), str(tmp_path / "out"), "--ema"]) == 0
+    told, taken = capsys.readouterr().out.splitlines()
+    assert str(last / INFO_NAME) in told and taken == "step-00000004"
+    assert export_pipeline.main([str(last), str(tmp_path / "out"), "--ema"]) == 2
+    error = capsys.readouterr().err
+    assert str(last / INFO_NAME) in error and error.count("\n") == 1
 
 
 def test_export_of_what_is_no_checkpoint(tmp_path, capsys):

@@ -9,6 +9,7 @@ import yaml
 
 from gentron_fast import PRESETS
 from gentron_fast.pipeline import ASSETS
+from gentron_train import shipped
 from gentron_train.data.loader import DataSettings
 from gentron_train.data.options import DataOptions, flag
 from gentron_train.memory import model_config
@@ -21,14 +22,16 @@ from gentron_train.settings import (
     stored_encoders,
 )
 
-FILES = sorted(CONFIGS.glob("*.yaml"))
+FILES = sorted(path for path in CONFIGS.glob("*.yaml") if path != shipped.CONFIG)
 
 
 def refused(capsys, stage: str, *argv: str) -> str:
     with pytest.raises(SystemExit) as end:
         parse_settings(stage, "", list(argv))
     assert end.value.code == 2
-    return capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and ": error: " in error
+    return error
 
 
 def written(tmp_path: Path, text: str) -> str:
@@ -51,10 +54,10 @@ def test_small_is_the_default():
 def test_missing_parts_are_the_shipped_models(stage, tmp_path, monkeypatch, capsys):
     """Those that the file names; what the command line names is taken as it is."""
     monkeypatch.chdir(tmp_path)
-    both, shipped = ("clip", "t5"), stored_encoders(ASSETS)
+    both, stored = ("clip", "t5"), stored_encoders(ASSETS)
     settings = parse_settings(stage, "", [])
     assert (settings.vae, settings.text) == (ASSETS / "vae", None)
-    assert settings.text_sources(both) == shipped
+    assert settings.text_sources(both) == stored
     assert settings.fresh_temporal == (stage == "t2v")
     told = capsys.readouterr().out.splitlines()
     if stage == "t2v":
@@ -103,6 +106,11 @@ def test_only_a_small_world_that_no_shard_holds_is_rendered(
     settings = parse_settings("t2i", "", arguments)
     counts = {"images": 20000, "clips": 6000}
     assert settings.rendered_samples() == (counts if rendered else None)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_bytes(b"lr: \xff")
+    assert "run.yaml is not YAML: " in refused(capsys, "t2i", f"--config={tmp_path / 'run.yaml'}")
 
 
 # Paper: size, samples a step, steps (none given for T2V).
@@ -179,6 +187,13 @@ def test_commands_are_allowed_on_the_command_line_only(tmp_path, capsys):
         ("t2i: 3", "section t2i of {} must hold fields"),
         ("lr: [", "is not YAML"),
         ("dtype: fp8", "--dtype is 'fp8', must be one of fp32, bf16"),
+        ("lr: " + "9" * 400, "lr in {} is 99999"),
+        ("lr: " + "9" * 5000, "{} is not YAML: "),
+        ("lr: " + "[" * 3000, "{} is not YAML: "),
+        ("lr: 2001-99-99", "{} is not YAML: "),
+        ("lr: !!timestamp x", "{} is not YAML: "),
+        ("1: 2\nx: 3", "unknown field 1, x in {}"),
+        ("lr: .inf", "--lr is inf, must be above 0 and finite"),
     ],
     ids=lambda value: value[:12],
 )
@@ -200,6 +215,10 @@ def test_wrong_files(tmp_path, capsys, text, message):
         (["--size", "big"], "--size is 'big', wanted a side or HxW"),
         (["--dtype", "fp32", "--parameters", "bf16"], "--dtype fp32 needs --parameters fp32"),
         (["--lr", "0"], "--lr is 0.0, must be above 0"),
+        (["--timeout", "inf"], "--timeout is inf, must be above 0 and finite"),
+        (["--timeout", "1e300"], "--timeout is 1e+300, must be at most 10000000"),
+        (["--cache-gib", "inf"], "--cache-gib is inf, must be above 0 and finite"),
+        (["--config"], "argument --config: expected one argument"),
         (["--ema-decay", "1"], "--ema-decay is 1.0, must be at least 0 and below 1"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,

@@ -76,7 +76,10 @@ def test_the_pipeline_has_the_sweeps_choice_and_its_page(tiny_pipeline_folder, t
         assert words in page
 
 
-@pytest.mark.parametrize("content", [None, "stages: [", "5"])
+@pytest.mark.parametrize(
+    "content",
+    [None, "stages: [", "5", "a: [5]", "a: ['{x}']", "a: ['{']", "a: [rm x]", "a: ['']"],
+)
 def test_a_wrong_configuration_is_one_line(content, tmp_path, capsys):
     path = tmp_path / "a.yaml"
     if content is not None:

@@ -1,11 +1,16 @@
 """What a run reads and draws: the settings that training and its loader share."""
 
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from gentron_train.data.shards import CACHE
 
 TIMESTEPS = 1000
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def option(default, text: str, **keywords):
@@ -73,11 +78,25 @@ def check_share(settings, *names: str) -> None:
 
 
 def check_positive(settings, *names: str) -> None:
-    """ValueError where one of these fields is 0, below or NaN; None passes."""
+    """ValueError where one of these fields is 0, below, infinite or NaN; None passes."""
     for name in names:
         value = getattr(settings, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{flag(name)} is {value}, must be above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{flag(name)} is {value}, must be above 0 and finite")
+
+
+def parse_sizes(option: str, text: str) -> tuple[tuple[int, int], ...]:
+    """Pixels (H, W) of "256", of "256x320", or of several with commas between them.
+
+    ValueError that names the option.
+    """
+    sizes = []
+    for part in text.replace(" ", "").split(","):
+        sides = part.split("x")
+        if not re.fullmatch(r"\d{1,9}(x\d{1,9})?", part) or not all(map(int, sides)):
+            raise ValueError(f"{option} is {text!r}, wanted a side or HxW in pixels")
+        sizes.append((int(sides[0]), int(sides[-1])))
+    return tuple(sizes)
 
 
 def check_choices(settings, *names: str) -> None:

@@ -35,6 +35,7 @@ from gentron_fast.vae import VideoVAE, check_finite
 from gentron_train.data.broken import Broken, BrokenLog, BrokenSample, in_words
 from gentron_train.data.decode import Sampling
 from gentron_train.data.loader import DataSettings, background
+from gentron_train.data.options import DTYPES, parse_sizes
 from gentron_train.data.shards import (
     PRECOMPUTED,
     Shard,
@@ -59,7 +60,6 @@ from gentron_train.data.sources import (
 
 # Shapes: S windows of a sample, T frames, H × W pixels.
 NAME = "gentron_train.precompute"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOST_WAITING = 256  # records held back by one of a rare size
 
 
@@ -337,19 +337,6 @@ def load_models(args: argparse.Namespace) -> tuple[Path, TextEncoder | None]:
     return folder, TextEncoder.from_pretrained(**pairs, dtype=DTYPES[args.dtype])
 
 
-def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
-    """ "HEIGHTxWIDTH", or several with commas between them."""
-    try:
-        return tuple(
-            (int(height), int(width))
-            for height, width in (part.split("x") for part in text.split(","))
-        )
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}, wanted HxW or several: 512x512,384x640"
-        ) from None
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0; 2 after wrong input, which is told in one line; 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
@@ -373,7 +360,7 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--t5", help="T5: folder or hub name")
     add("--no-text", action="store_true", help="latents and captions only, no embeddings")
     add("--dtype", default="fp32", choices=list(DTYPES), help="of text encoders and embeddings")
-    add("--size", type=parse_sizes, metavar="HxW,…", help="pixels; of several the nearest in shape")
+    add("--size", metavar="HxW,…", help="pixels, 256 or HxW; of several the nearest in shape")
     add("--frames", type=int, default=8, help="frames of a clip")
     add("--fps", type=float, default=4.0, help="frames a second that are taken")
     add("--windows-per-clip", "--starts", type=int, default=2, help="random ones, that are encoded")
@@ -388,7 +375,7 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def _precompute(args: argparse.Namespace) -> None:
     """Check the arguments, encode what is missing, and tell what there is."""
-    sizes = args.size or ()
+    sizes = () if args.size is None else parse_sizes("--size", args.size)
     settings = DataSettings(  # checks the values
         size=sizes[0] if len(sizes) == 1 else None,
         buckets=sizes if len(sizes) > 1 else (),

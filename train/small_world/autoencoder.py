@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gentron_fast.commandline import run, usable_device
+from gentron_fast.commandline import (
+    check_writable,
+    refuse,
+    run,
+    usable_device,
+    whole_number,
+)
 from gentron_fast.files import (
     LOCK_NAME,
     check_output_folder,
@@ -31,6 +37,7 @@ from gentron_fast.files import (
 from gentron_fast.vae import VideoVAE
 from gentron_train.data.broken import BrokenSample, broken_by
 from gentron_train.data.decode import decode_clip, decode_image
+from gentron_train.data.options import check_positive
 from gentron_train.data.shards import Shard, check_any_sample, count, find_shards, read
 from gentron_train.data.sources import seeded
 from gentron_train.log import check_log
@@ -38,6 +45,7 @@ from gentron_train.small_world.architecture import VAE_CHANNELS, small_vae
 from gentron_train.small_world.renderer import ensure_shards
 
 # Shapes: B batch, H × W pixels.
+NAME = "gentron_train.small_world.autoencoder"
 KL_WEIGHT = 1e-4  # against an error of about 0.02 per pixel: keeps the latents near a normal
 CHROMA_WEIGHT = 4.0  # objects cover a tenth of a frame and only have colour
 SQUARE_WEIGHT = 2.0  # of the squared error beside the absolute one, which forgets small objects
@@ -255,33 +263,53 @@ def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) 
     return steps
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line; shards are made first if the data folder has none."""
-    parser = argparse.ArgumentParser(
-        prog="gentron_train.small_world.autoencoder", description=__doc__.splitlines()[0]
-    )
+def add_training_options(parser: argparse.ArgumentParser, training) -> None:
+    """The options of a part that is trained by itself; training: a class with their defaults."""
+    parser.add_argument("--steps", type=whole_number(1), default=training.steps)
+    parser.add_argument("--batch", type=whole_number(1), default=training.batch, help="a step")
+    parser.add_argument("--lr", type=float, default=training.lr)
+    parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=training.seed)
+    parser.add_argument("--resume", action="store_true", help="go on from the last saved state")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=usable_device, default=best)
+
+
+def prepare_output(out: Path, written: Collection[str]) -> None:
+    """The folder that OUT lies in; ValueError where OUT holds something else than what is
+    `written`, or where it or what lies beside it cannot be written."""
+    check_output_folder(out, written)
+    beside = out.with_name(f"{out.name}.log.jsonl")
+    check_writable([beside, out / "config.json"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0; 2 after wrong input, which is told in one line; 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    return run(NAME, lambda: command(argv), argv, "stopped; go on with --resume")
+
+
+def command(argv: list[str]) -> None:
+    """Train as a command line says; shards are made first if the data folder has none."""
+    parser = argparse.ArgumentParser(prog=NAME, description=__doc__.splitlines()[0])
+    parser.error = refuse
     parser.add_argument("--data", type=Path, default=Path("data/shapes"))
     parser.add_argument("--out", type=Path, default=Path("runs/vae"))
-    parser.add_argument("--steps", type=int, default=VaeTraining.steps)
-    parser.add_argument("--batch", type=int, default=VaeTraining.batch)
-    parser.add_argument("--lr", type=float, default=VaeTraining.lr)
-    parser.add_argument("--seed", type=int, default=VaeTraining.seed)
+    add_training_options(parser, VaeTraining)
     parser.add_argument(
         "--levels", type=int, default=VaeTraining.levels, choices=range(2, len(VAE_CHANNELS) + 1)
     )
     parser.add_argument("--init", type=Path, help="autoencoder with fewer levels to start from")
-    parser.add_argument("--resume", action="store_true", help="go on from the last saved state")
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=usable_device, default=best)
     args = parser.parse_args(argv)
-    if args.steps < 1 or args.batch < 1:
-        parser.error(f"--steps and --batch must be at least 1, got {args.steps}, {args.batch}")
+    check_positive(args, "lr")
+    if args.init is not None and not (args.init / WRITTEN[0]).is_file():
+        raise FileNotFoundError(f"no autoencoder in {args.init}")
+    prepare_output(args.out, WRITTEN)
     ensure_shards(args.data)
     training = VaeTraining(args.steps, args.batch, args.lr, seed=args.seed, levels=args.levels)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     train(args.data, args.out, training, args.device, args.resume, args.init)
     print(f"autoencoder in {args.out}")
 
 
 if __name__ == "__main__":
-    sys.exit(run("autoencoder", main, sys.argv, "stopped; go on with --resume"))
+    sys.exit(main())

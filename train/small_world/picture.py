@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from gentron_fast.commandline import check_writable, refuse, run, silence_libraries
 from gentron_fast.files import whole_file
 from gentron_fast.media import contact_sheet
 
+NAME = "gentron_train.small_world.picture"
 PROMPTS = (
     "a red circle moving left",
     "a blue square moving right",
@@ -48,11 +50,19 @@ def picture(frames: np.ndarray) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="gentron_train.small_world.picture", description=__doc__)
+    """The command line: 0; 2 after wrong input, which is told in one line; 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    return run(NAME, lambda: _command(argv), argv, "stopped; nothing was written")
+
+
+def _command(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog=NAME, description=__doc__)
+    parser.error = refuse
     parser.add_argument("pipeline", nargs="?", help="pipeline folder (the model that ships)")
     parser.add_argument("--out", type=Path, default=Path("docs/clips.png"))
     args = parser.parse_args(argv)
+    check_writable([args.out])
+    silence_libraries()
     from PIL import Image
 
     from gentron_fast import GenTronPipeline
@@ -62,7 +72,6 @@ def main(argv: list[str] | None = None) -> int:
     with whole_file(args.out) as partial:
         Image.fromarray(picture(frames)).save(partial)
     print(f"wrote {args.out}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import json
 import math
 import multiprocessing
 import os
+import reprlib
+import signal
 import sys
 import tarfile
 from dataclasses import asdict, dataclass
@@ -25,13 +27,20 @@ from pathlib import Path
 
 import numpy as np
 
-from gentron_fast.commandline import refuse
-from gentron_fast.files import whole_file, write_json
+from gentron_fast.commandline import refuse, run
+from gentron_fast.files import read_json, whole_file, write_json
+from gentron_fast.schema import check, whole
 
 SIZE = 64  # pixels, both ways
 FPS = 24
 FRAMES = 48  # two seconds
+NAME = "gentron_train.shapes"
 INDEX_NAME = "index.json"  # of a folder's shards
+INDEX_SCHEMA = {
+    **dict.fromkeys(("images", "clips"), whole(0, 10**8)),
+    "seed": whole(0, 2**63 - 1),
+    "shard_size": whole(1, 10**6),
+}
 SHARD_SIZE = 500  # samples
 WORLD = 2  # its edition: samples of another one are others
 SPAN = (FRAMES - 1) / FPS  # seconds from the first frame to the last
@@ -527,6 +536,21 @@ def _write_shard(job) -> int:
     return stop - start
 
 
+def _quiet_pool(processes: int):
+    """Processes that leave Ctrl-C to this one, and clean up where it ends them."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
+    try:
+        # Spawned, not forked: the caller may hold torch's threads.
+        context = multiprocessing.get_context("spawn")
+        return context.Pool(processes, signal.signal, (signal.SIGTERM, _leave))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _leave(number, frame):
+    sys.exit()
+
+
 def write_shards(
     out,
     images: int = 20000,
@@ -545,18 +569,18 @@ def write_shards(
 
     counts = {"images": images, "clips": clips, "seed": seed, "shard_size": shard_size}
     wanted = counts | {"world": WORLD}
-    for name, value in counts.items():
-        if value < (name == "shard_size"):
-            raise ValueError(f"{name} is {value}, must be at least {int(name == 'shard_size')}")
+    check(counts, INDEX_SCHEMA)
     if processes is not None and processes < 1:
         raise ValueError(f"processes is {processes}, must be at least 1")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     index = out / INDEX_NAME
     if index.exists():
-        found = json.loads(index.read_text())
+        found = read_json(index)
         if found != wanted:
-            raise ValueError(f"{out} holds shards of {found}, not {wanted}; choose another folder")
+            raise ValueError(
+                f"{out} holds shards of {reprlib.repr(found)}, not {wanted}; choose another folder"
+            )
     else:
         write_json(index, wanted)
     jobs = [
@@ -569,8 +593,7 @@ def write_shards(
     bar = tqdm(total=sum(j[4] - j[3] for j in missing), unit="sample", disable=not progress)
     with bar:
         if processes > 1:
-            # Spawned, not forked: the caller may hold torch's threads.
-            with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            with _quiet_pool(processes) as pool:
                 for count in pool.imap_unordered(_write_shard, missing):
                     bar.update(count)
         else:
@@ -582,22 +605,26 @@ def write_shards(
 def ensure_shards(folder, images: int = 20000, clips: int = 6000) -> None:
     """Make a folder's shards if it has none, or finish those that `write_shards` began.
 
-    A folder of other shards, without our index.json, is left as it is.
+    A folder of other shards, without our index.json, is left as it is. ValueError that names an
+    index.json that cannot be read.
     """
     index = Path(folder) / INDEX_NAME
     if index.exists():
-        counts = json.loads(index.read_text())
-        counts.pop("world", None)
-        write_shards(folder, **counts)
+        found = read_json(index, INDEX_SCHEMA)
+        if found.keys() >= INDEX_SCHEMA.keys():  # else another tool's, of the same name
+            write_shards(folder, **{name: found[name] for name in INDEX_SCHEMA})
     elif not list(Path(folder).glob("*.tar")):
         write_shards(folder, images, clips)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0, or 2 after wrong input, which is told in one line."""
-    parser = argparse.ArgumentParser(
-        prog="gentron_train.shapes", description="Write the small world's shards."
-    )
+    """The command line: 0; 2 after wrong input, which is told in one line; 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    return run(NAME, lambda: _command(argv), argv, "stopped; the same command goes on")
+
+
+def _command(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog=NAME, description="Write the small world's shards.")
     parser.error = refuse
     parser.add_argument("out", help="folder for the shards")
     parser.add_argument("--images", type=int, default=20000)
@@ -605,11 +632,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-size", type=int, default=SHARD_SIZE, help="samples in a shard")
     parser.add_argument("--processes", type=int, help="default: one a core")
-    try:
-        args = parser.parse_args(argv)
-        paths = write_shards(**vars(args))
-    except (OSError, ValueError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    paths = write_shards(**vars(args))
     print(f"{len(paths)} shards in {args.out}")
-    return 0

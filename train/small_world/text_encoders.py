@@ -22,17 +22,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gentron_fast.commandline import run, usable_device
+from gentron_fast.commandline import refuse, run
 from gentron_fast.config import ENCODERS
 from gentron_fast.files import check_output_folder, whole_folder
 from gentron_fast.model import EncodedText, TextCondition
 from gentron_fast.text import TextEncoder
+from gentron_train.data.options import check_positive
 from gentron_train.small_world.architecture import TEXT_WIDTH, small_text_encoder
 from gentron_train.small_world.autoencoder import (
     STATE_NAME,
+    add_training_options,
     learning_rate,
     load_state,
     open_beside,
+    prepare_output,
     remove_state,
     save_state,
 )
@@ -52,6 +55,7 @@ from gentron_train.small_world.renderer import (
 )
 
 # Shapes: B captions, L tokens, D width, K facts.
+NAME = "gentron_train.small_world.text_encoders"
 _OBJECT = {"shape": SHAPES, "colour": COLOURS, "fill": FILLS, "size": RADII}
 # The answers to each fact, after "not said".
 FACTS = {
@@ -221,23 +225,21 @@ def write(text_encoder: TextEncoder, out: Path) -> None:
             text_encoder.save_tokenizer(name, partial / name)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="gentron_train.small_world.text_encoders", description=__doc__.splitlines()[0]
-    )
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0; 2 after wrong input, which is told in one line; 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    return run(NAME, lambda: command(argv), argv, "stopped; go on with --resume")
+
+
+def command(argv: list[str]) -> None:
+    """Train as a command line says."""
+    parser = argparse.ArgumentParser(prog=NAME, description=__doc__.splitlines()[0])
+    parser.error = refuse
     parser.add_argument("--out", type=Path, default=Path("runs/text"))
-    parser.add_argument("--steps", type=int, default=TextTraining.steps)
-    parser.add_argument("--batch", type=int, default=TextTraining.batch, help="captions a step")
-    parser.add_argument("--lr", type=float, default=TextTraining.lr)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the last saved state")
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=usable_device, default=best)
+    add_training_options(parser, TextTraining)
     args = parser.parse_args(argv)
-    if args.steps < 1 or args.batch < 1:
-        parser.error(f"--steps and --batch must be at least 1, got {args.steps}, {args.batch}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    check_positive(args, "lr")
+    prepare_output(args.out, ENCODERS)
     training = TextTraining(args.steps, args.batch, args.lr, seed=args.seed)
     accuracies = train(args.out, training, args.device, args.resume)
     for name, shares in accuracies.items():
@@ -246,4 +248,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run("text_encoders", main, sys.argv, "stopped; go on with --resume"))
+    sys.exit(main())

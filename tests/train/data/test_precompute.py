@@ -246,7 +246,7 @@ def test_sigterm_leaves_nothing_half_written(shards, models, tmp_path, monkeypat
         (["SHARDS/clips-0.tar", "out"], "name an autoencoder"),
         (["SHARDS/clips-0.tar", "out", "--vae=v"], "name text encoders"),
         (["SHARDS/clips-0.tar", "out", "--vae=v", "--no-text"], "no autoencoder at v"),
-        (["SHARDS/clips-0.tar", "out", "--size=32"], "'32', wanted HxW"),
+        (["SHARDS/clips-0.tar", "out", "--size=big"], "--size is 'big', wanted a side or HxW"),
         (["SHARDS/clips-0.tar", "out", "--windows-per-clip=0"], "--windows-per-clip is 0"),
         (["SHARDS/clips-0.tar", "out", "--fps=0"], "fps is 0.0, must be above 0"),
         (["SHARDS/clips-0.tar", "out", "--size=30x30", "--pipeline=MODELS"], "size 30x30"),

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 
 from gentron_fast.vae import VideoVAE
 from gentron_train.small_world import autoencoder as vae_training
+from gentron_train.small_world import text_encoders
 from gentron_train.small_world.architecture import small_vae
 from gentron_train.small_world.autoencoder import (
     VaeTraining,
     copy_levels,
     learning_rate,
-    main,
     read_frames,
     train,
 )
@@ -99,11 +99,29 @@ def test_the_rate_warms_up_and_falls():
     assert rates[-1] < 0.03 * VaeTraining.lr
 
 
-def test_wrong_input_is_one_line(data, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--data", str(data), "--steps", "0"])
-    assert stop.value.code == 2
-    assert "--steps and --batch must be at least 1" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--steps", "0"], "wanted a whole number of at least 1, got '0'"),
+        (["--lr", "nan"], "--lr is nan, must be above 0 and finite"),
+        (["--out", "/dev/null/x"], "cannot write into /dev/null/x: Not a directory"),
+        (["--init", "nowhere"], "no autoencoder in nowhere"),
+        (["--nothing"], "unrecognized arguments: --nothing"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("module", [vae_training, text_encoders])
+def test_wrong_input_is_one_line_before_any_work(
+    module, arguments, message, tmp_path, monkeypatch, capsys
+):
+    if module is text_encoders and "--init" in arguments:
+        pytest.skip("an option of the autoencoder's")
+    monkeypatch.chdir(tmp_path)
+    assert module.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{module.NAME}: error: ") and error.count("\n") == 1
+    assert message in error
+    assert not any(tmp_path.iterdir())  # no shard either
 
 
 def test_levels_at_the_pixels_end_are_copied():

@@ -1,9 +1,10 @@
 """The README's picture: every fixed prompt is there, by the pipeline's own defaults."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from gentron_train.small_world.picture import COLUMNS, LINE, PROMPTS, main, picture
+from gentron_train.small_world.picture import COLUMNS, LINE, NAME, PROMPTS, main, picture
 
 
 def test_every_clip_has_its_place():
@@ -16,6 +17,23 @@ def test_every_clip_has_its_place():
     assert red.sum() == 3 * 8 * 8
     assert rows.min() // height == rows.max() // height == 2 and rows.min() % height >= LINE
     assert columns.min() >= sheet.shape[1] // COLUMNS
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nowhere"], "nowhere"),
+        (["nowhere", "--out", "/dev/null/x.png"], "cannot write into /dev/null: Not a directory"),
+        (["--nothing"], "unrecognized arguments: --nothing"),
+    ],
+    ids=str,
+)
+def test_wrong_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith(f"{NAME}: error: ")
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_command(tiny_pipeline_folder, tmp_path, capsys):

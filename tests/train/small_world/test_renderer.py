@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -292,12 +293,33 @@ def test_command_line(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    ['{"version": 2, "shards": []}', '{"__kind__": "wids-shard-index-v1", "shardlist": []}'],
+)
+def test_another_tools_index_is_left_as_it_is(text, tmp_path):
+    (tmp_path / "index.json").write_text(text)
+    renderer.ensure_shards(tmp_path, 1, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["index.json"]
+    assert (tmp_path / "index.json").read_text() == text
+    with pytest.raises(ValueError, match="choose another folder"):
+        renderer.write_shards(tmp_path, 1, 1, processes=1, progress=False)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"images": "many"}', '{"images": 1e99}', "[" * 9999])
+def test_an_index_that_is_wrong_is_named(text, tmp_path):
+    path = tmp_path / "index.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        renderer.ensure_shards(tmp_path, 1, 1)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "required: out"),
         (["OUT", "--images", "many"], "invalid int value: 'many'"),
-        (["OUT", "--clips", "-1"], "clips is -1, must be at least 0"),
-        (["OUT", "--shard-size", "0"], "shard_size is 0, must be at least 1"),
+        (["OUT", "--clips", "-1"], "clips is -1, wanted a whole number from 0 to"),
+        (["OUT", "--shard-size", "0"], "shard_size is 0, wanted a whole number from 1 to"),
         (["OUT", "--processes", "0"], "processes is 0, must be at least 1"),
         (["FILE"], "exists"),
         (["SHARDS", "--seed", "9"], "choose another folder"),
