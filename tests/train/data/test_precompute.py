@@ -22,7 +22,7 @@ from samples import BROKEN, CAPTION, as_file, assert_same, settings, write_tar
 from training import log_of
 from webdataset import WebDataset
 
-from gentron_fast.files import claim
+from gentron_fast.files import MARK, claim
 from gentron_fast.text import SUBFOLDERS
 from gentron_train.data import shards as shards_module
 from gentron_train.data.decode import Sampling
@@ -108,7 +108,7 @@ run(lambda: train("t2i", "", sys.argv[1:]))
     assert told in result.stdout
     assert [row["step"] for row in log_of(run)] == [1, 2]
     names = {path.name for path in (run / "pipeline").iterdir()}
-    assert names == {*("transformer", "scheduler"), *itertools.chain(*SUBFOLDERS.values())}
+    assert names == {MARK, "transformer", "scheduler", *itertools.chain(*SUBFOLDERS.values())}
 
 
 def test_latents_alone_leave_the_text_to_the_run(shards, models, encoder, tmp_path):
