@@ -8,6 +8,7 @@ import sys
 import tarfile
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from command_lines import command_lines
@@ -16,8 +17,9 @@ from faults import EXIT_CODES, FAULTS
 from published import make_pixart
 
 from gentron_fast import convert, export, generate
-from gentron_train import shapes_score
+from gentron_train import export_pipeline, shapes, shapes_score, shipped
 from gentron_train.data import precompute
+from gentron_train.small_world import picture
 
 EACH = 40 * FAULTS
 NUMBERS = {name: ["1", "2"] for name in ("--steps", "--frames", "--seed", "--batch")}
@@ -150,3 +152,39 @@ def test_evaluator(tiny_pipeline_folder, monkeypatch, assert_all_end_well_or_in_
     options = SAMPLING | {"--prompts": ["2"], "--ceiling": [], "--out": ["score.json"]}
     lines = command_lines(options, [[str(tiny_pipeline_folder)]], range(EACH))
     assert_all_end_well_or_in_one_line(shapes_score.main, lines)
+
+
+def test_export_pipeline(assert_all_end_well_or_in_one_line, monkeypatch):
+    monkeypatch.setattr(export_pipeline, "read_whole", lambda *_, **__: {})
+    monkeypatch.setattr(export_pipeline, "_export", lambda *_: "written")
+    options = {"--ema": [], "--dtype": ["fp32", "bf16"]}
+    lines = command_lines(options, [["run"], [f"new{i}" for i in range(EACH)]], range(EACH))
+    assert_all_end_well_or_in_one_line(export_pipeline.main, lines)
+
+
+def test_shapes(assert_all_end_well_or_in_one_line, monkeypatch):
+    module = sys.modules[shapes.main.__module__]
+    monkeypatch.setattr(module, "_write_shard", lambda job: job[-1] - job[-2])
+    options = {"--images": ["0", "3"], "--clips": ["0", "2"], "--seed": ["1"]}
+    options |= {"--shard-size": ["2"], "--processes": ["1"]}
+    lines = command_lines(options, [[f"new{i}" for i in range(EACH)]], range(EACH))
+    assert_all_end_well_or_in_one_line(shapes.main, ([*line, "--processes=1"] for line in lines))
+
+
+def test_picture(tiny_pipeline_folder, assert_all_end_well_or_in_one_line, monkeypatch):
+    drawn = np.zeros((8, 8, 3), np.uint8)
+    monkeypatch.setattr(picture, "picture", lambda frames: drawn)
+    frames = SimpleNamespace(frames=torch.zeros(1))
+    monkeypatch.setattr("gentron_fast.GenTronPipeline.__call__", lambda *_, **__: frames)
+    lines = command_lines({"--out": ["a.png"]}, [[str(tiny_pipeline_folder)]], range(EACH // 4))
+    assert_all_end_well_or_in_one_line(picture.main, (["--out=b.png", *line] for line in lines))
+
+
+def test_shipped(assert_all_end_well_or_in_one_line, monkeypatch):
+    monkeypatch.setattr(shipped, "_call", lambda command: 0)
+    monkeypatch.setattr(shipped, "model_page", lambda out: "")
+    with open("stages.yaml", "w") as file:
+        file.write("one: [python -m x]")
+    options = {"--out": ["out"], "--config": ["stages.yaml"], "--assemble": []}
+    lines = command_lines(options, [], range(EACH))
+    assert_all_end_well_or_in_one_line(shipped.main, lines)

@@ -37,7 +37,7 @@ FRAMES = 48  # two seconds
 NAME = "gentron_train.shapes"
 INDEX_NAME = "index.json"  # of a folder's shards
 INDEX_SCHEMA = {
-    **dict.fromkeys(("images", "clips"), whole(0, 10**8)),
+    **dict.fromkeys(("images", "clips"), whole(0, 10**7)),
     "seed": whole(0, 2**63 - 1),
     "shard_size": whole(1, 10**6),
 }
@@ -537,18 +537,14 @@ def _write_shard(job) -> int:
 
 
 def _quiet_pool(processes: int):
-    """Processes that leave Ctrl-C to this one, and clean up where it ends them."""
+    """Processes that leave Ctrl-C to this one."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
     try:
         # Spawned, not forked: the caller may hold torch's threads.
         context = multiprocessing.get_context("spawn")
-        return context.Pool(processes, signal.signal, (signal.SIGTERM, _leave))
+        return context.Pool(processes)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def _leave(number, frame):
-    sys.exit()
 
 
 def write_shards(

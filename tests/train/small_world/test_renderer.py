@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -337,3 +339,23 @@ def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, shards, 
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("to_all", [True, False], ids=["ctrl-c", "sigterm"])
+def test_an_interrupted_command_ends_in_one_line(to_all, tmp_path):
+    command = [sys.executable, "-m", renderer.NAME, str(tmp_path / "out"), "--processes", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        while not list(tmp_path.glob("out/.*.part.tar")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        if to_all:
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.terminate()
+        told = process.communicate(timeout=60)[1].decode()
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert told.splitlines()[-1] == f"{renderer.NAME}: stopped; the same command goes on"
+    assert "Traceback" not in told
