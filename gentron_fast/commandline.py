@@ -124,7 +124,7 @@ def usable_device(text: str):
 def check_writable(paths: Iterable[Path]) -> None:
     """ValueError where one of these files cannot be written; before the work, and nothing stays."""
     paths = list(paths)
-    for folder in {path.absolute().parent for path in paths}:
+    for folder in dict.fromkeys(path.absolute().parent for path in paths):
         there = next(one for one in (folder, *folder.parents) if os.path.exists(one))
         try:
             with tempfile.TemporaryFile(dir=there):

@@ -279,7 +279,7 @@ def prepare_output(out: Path, written: Collection[str]) -> None:
     `written`, or where it or what lies beside it cannot be written."""
     check_output_folder(out, written)
     beside = out.with_name(f"{out.name}.log.jsonl")
-    check_writable([beside, out / "config.json"])
+    check_writable([out / "config.json", beside])
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
