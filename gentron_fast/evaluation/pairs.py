@@ -161,6 +161,8 @@ def fault_of(path: Path) -> str | None:
         codec, pixels = video_format(path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return f"{path} ({error})"
+    except (IndexError, EOFError):  # what Pillow makes of a GIF that breaks off
+        return f"{path} (image file is truncated)"
     if codec in BROWSER_CODECS and pixels in BROWSER_PIXELS:
         return None
     return f"{path} ({codec} in {pixels}, which not every browser plays; wanted H.264 in yuv420p)"

@@ -208,8 +208,10 @@ def read_result(folder: Path) -> Result:
     try:
         answers = json.loads(path.read_text())
         scores = {int(answer["question_id"]): float(answer["answer"]) for answer in answers}
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is no list of question_id and answer: {error}") from None
+    if sorted(scores) != list(range(len(answers))):
+        raise ValueError(f"{path} must number its {len(answers)} answers from 0 on, each once")
     if not scores or not all(np.isfinite(list(scores.values()))):
         raise ValueError(f"{path} holds no scores, or some that are no numbers")
     return Result(scores, ["the official code"], True)

@@ -14,6 +14,7 @@ import numpy as np
 from gentron_fast.evaluation import rules
 from gentron_fast.evaluation.rules import Detection, Token
 
+OFFICIAL_SIDE = 480  # of BLIP-VQA, pixels
 # bert-base-uncased, with the two that BLIP adds: the decoder's first token and the question's.
 DECODER_START, QUESTION_START, YES, NO = 30522, 30523, 2748, 2053
 MOST_QUESTION_TOKENS = 35
@@ -76,8 +77,10 @@ class BlipVqa:
         if self.model.config.text_config.vocab_size <= QUESTION_START:
             raise ValueError(f"{folder} is no BLIP for questions: its vocabulary lacks [ENC]")
         vision = self.model.config.vision_config
-        self.side = vision.image_size  # in the official code 480
         self.is_official = (vision.hidden_size, vision.num_hidden_layers) == (768, 12)
+        # The official code asks at 480 pixels, whatever the positions were trained at.
+        self.side = OFFICIAL_SIDE if self.is_official else vision.image_size
+        self.interpolates = self.side != vision.image_size
         self.name = f"BLIP-VQA {folder.name} at {self.side} px"
         self.key = _digest(folder)
 
@@ -89,7 +92,9 @@ class BlipVqa:
         pixels = image_tensor(_pictures(media), self.side).to(self.device)
         answers: list[list[float]] = [[] for _ in media]
         with torch.inference_mode():
-            seen = self.model.vision_model(pixel_values=pixels)[0]
+            seen = self.model.vision_model(
+                pixel_values=pixels, interpolate_pos_encoding=self.interpolates
+            )[0]
             for start in range(0, len(pairs), self.batch):
                 images, texts = zip(*pairs[start : start + self.batch], strict=True)
                 for i, share in zip(images, self._ask(seen[list(images)], texts), strict=True):
@@ -204,7 +209,9 @@ class Detector:
         import torch
 
         sizes = [(picture.height, picture.width) for picture in pictures]
-        given = {"text": [list(own) for own in names], "padding": True} if self.is_zero_shot else {}
+        given = {"text": [list(own) for own in names]} if self.is_zero_shot else {}
+        if self._reads_words():
+            given["padding"] = True  # OWL-ViT pads each image's names to one length by itself
         inputs = self.processor(images=list(pictures), return_tensors="pt", **given)
         inputs = inputs.to(self.device)
         with torch.inference_mode():

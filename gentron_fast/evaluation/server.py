@@ -2,8 +2,9 @@
 
 import hmac
 from importlib.resources import files
+from urllib.parse import urlsplit
 
-from gentron_fast.evaluation.study import MEDIA_NAME, Study
+from gentron_fast.evaluation.study import LOOPBACK, MEDIA_NAME, Study
 from gentron_fast.evaluation.votes import ANSWERS
 
 try:
@@ -16,7 +17,8 @@ LONGEST = 64  # characters of a rater's name and of a vote's id
 # Nothing but this server is asked for anything; pictures are fetched and shown as blobs.
 POLICY = (
     "default-src 'none'; connect-src 'self'; img-src blob: data:; media-src blob:;"
-    " script-src 'unsafe-inline'; style-src 'unsafe-inline'; form-action 'none'"
+    " script-src 'unsafe-inline'; style-src 'unsafe-inline'; form-action 'none';"
+    " frame-ancestors 'none'"
 )
 
 
@@ -33,6 +35,18 @@ def application(study: Study, token: str | None) -> bottle.Bottle:
     def refuse(status: int, message: str):
         raise bottle.HTTPResponse({"error": message}, status)
 
+    @app.hook("before_request")
+    def check_host() -> None:
+        """Without a token only pages of this machine's own names may ask: a page elsewhere could
+        have its name point here."""
+        host = bottle.request.get_header("Host", "")
+        try:
+            name = urlsplit(f"//{host}").hostname
+        except ValueError:
+            name = None
+        if not token and name not in LOOPBACK:
+            refuse(403, f"this study is served to {', '.join(LOOPBACK)}, not to {host}")
+
     def check_token() -> None:
         given = bottle.request.get_header("Authorization", "")
         if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
@@ -42,6 +56,10 @@ def application(study: Study, token: str | None) -> bottle.Bottle:
         value = values.get(name) if hasattr(values, "get") else None
         if not isinstance(value, str) or not 0 < len(value.strip()) <= LONGEST:
             refuse(400, f"{name} must be text of 1 to {LONGEST} characters")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            refuse(400, f"{name} must be text that is UTF-8")
         return value.strip()
 
     def progress(rater: str) -> dict:

@@ -214,6 +214,13 @@ def draw_report(path: Path, values: dict) -> None:
 
     The bars of all votes carry the bootstrap's intervals where win ends and lose begins.
     """
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a name is a dollar
+        _draw(path, values)
+
+
+def _draw(path: Path, values: dict) -> None:
     from matplotlib.figure import Figure
 
     rows, places = [("all votes", values), ("the paper", None)], [0.0, 1.0]

@@ -42,7 +42,7 @@ def small_study(folder, make=pictures, sizes=(60, 200)):
     for name, size in zip("ab", sizes, strict=True):
         make(folder / name, size)
     return make_study(
-        folder / "a", folder / "b", folder / "prompts.tsv", folder / "study", ["ours", "theirs"]
+        folder / "a", folder / "b", folder / "prompts.tsv", folder / "study", ["ours $_$", "theirs"]
     )
 
 

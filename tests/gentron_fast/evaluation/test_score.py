@@ -264,9 +264,10 @@ def test_a_zero_shot_detector(clip_folder, media, tmp_path):
     OwlViTProcessor(images, tokenizer).save_pretrained(tmp_path)
     detector = Detector(tmp_path, "cpu", 0.0)
     pictures = [Image.fromarray(frames[0]) for frames in media]
-    found = detector(pictures, [("cat", "dog"), ("cup", "cup"), ("dog", "cat")])
+    found = detector(pictures, [("cat", "dog"), ("cup", "cup"), ("dog near dog", "cat")])
     assert detector.is_zero_shot
-    assert [{d.label for d in own} for own in found] == [{"cat", "dog"}, {"cup"}, {"dog", "cat"}]
+    labels = [{d.label for d in own} for own in found]
+    assert labels == [{"cat", "dog"}, {"cup"}, {"dog near dog", "cat"}]
 
 
 def test_a_detector_that_answers_in_words(media, tmp_path):
@@ -396,6 +397,18 @@ def write_official(folder, category, place, answers):
     path.write_text(
         json.dumps([{"question_id": i, "answer": answer} for i, answer in enumerate(answers)])
     )
+
+
+@pytest.mark.parametrize(
+    "answers",
+    ['[{"question_id": 1, "answer": 0.5}]', '[{"question_id": Infinity, "answer": 1}]', "[" * 9999],
+    ids=["numbered from 1", "no number", "nested"],
+)
+def test_official_scores_of_another_form_are_one_line(evaluate, whole_run, tmp_path, answers):
+    write_official(official := tmp_path / "official", "color", "annotation_blip", [])
+    (official / "color/annotation_blip/vqa_result.json").write_text(answers)
+    *_, err = evaluate(whole_run, "--from-official", official)
+    assert "annotation_blip/vqa_result.json" in err and "Traceback" not in err
 
 
 def test_official_scores_stand_in_the_official_columns(evaluate, whole_run, tmp_path):

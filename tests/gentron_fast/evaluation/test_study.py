@@ -69,6 +69,13 @@ def _wrong_folder(kind, folder):
         noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
         Image.fromarray(noise).save(one)
         one.write_bytes(one.read_bytes()[:-4000])
+    elif kind == "cut off GIF":
+        for side in (a, b):
+            (side / one.name).unlink()
+            noise = np.random.default_rng(0).integers(0, 255, (4, 64, 64, 3), np.uint8)
+            write_media(side / one.with_suffix(".gif").name, noise, 4)
+        cut = one.with_suffix(".gif")
+        cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 3])
     elif kind == "no picture":
         one.write_text("<html>404</html>")
     elif kind == "a TIFF in a PNG's place":
@@ -98,6 +105,7 @@ def _wrong_folder(kind, folder):
         ("empty", "b holds no image and no clip"),
         ("missing", "b has no 'a red circle number 2_000000'"),
         ("cut off", "number 2_000000.png (image file is truncated"),
+        ("cut off GIF", "number 2_000000.gif (image file is truncated"),
         ("no picture", "number 2_000000.png (cannot identify image file"),
         ("a TIFF in a PNG's place", "number 2_000000.png (TIFF, which not every browser shows)"),
         ("unknown prompt", "none of the 4 prompts: 'a cat_000000'"),
@@ -297,6 +305,21 @@ def test_others_need_the_token(tmp_path):
         assert call(address, "study.json", token=token)[0] == 404
 
 
+def test_only_this_machines_names_are_served_without_a_token(tmp_path):
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
+    study = small_study(tmp_path)
+    with served(study.folder) as (_, address):
+        port = address.rstrip("/").rpartition(":")[2]
+        for host in (f"127.0.0.1:{port}", f"localhost:{port}", "localhost"):
+            urlopen(Request(f"{address}study?rater=A", headers={"Host": host}), timeout=30)
+        with pytest.raises(HTTPError, match="403"):
+            headers = {"Host": f"elsewhere.example:{port}"}
+            urlopen(Request(f"{address}study?rater=A", headers=headers), timeout=30)
+        assert call(address, "undo", {"id": "1", "rater": "\ud800"})[0] == 400
+
+
 @pytest.mark.parametrize("token", ["", "short", "with space"])
 def test_a_token_too_easy_is_refused(tmp_path, capsys, token):
     study = small_study(tmp_path)
@@ -378,7 +401,7 @@ def test_report(tmp_path, capsys):
     for row in rows:
         if row["quality_a"] != "draw":
             chosen = row[row["quality_seen"]]
-            assert chosen == ("ours" if row["quality_a"] == "win" else "theirs")
+            assert chosen == ("ours $_$" if row["quality_a"] == "win" else "theirs")
 
 
 def test_report_while_no_one_has_voted(tmp_path, capsys):
