@@ -344,7 +344,13 @@ def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, shards, 
 @pytest.mark.parametrize("to_all", [True, False], ids=["ctrl-c", "sigterm"])
 def test_an_interrupted_command_is_told_and_ends(to_all, tmp_path):
     command = [sys.executable, "-m", renderer.NAME, str(tmp_path / "out"), "--processes", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # As a shell starts a command, whatever a background job has inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         while not list(tmp_path.glob("out/.*.part.tar")):
             assert process.poll() is None
