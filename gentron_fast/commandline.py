@@ -1,6 +1,7 @@
 """What the command lines share: how they end, number types, and checks before the work begins."""
 
 import argparse
+import logging
 import math
 import os
 import re
@@ -149,3 +150,5 @@ def silence_libraries() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for library in ("transformers", "diffusers"):  # where one was imported before
+        logging.getLogger(library).setLevel(logging.ERROR)
