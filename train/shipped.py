@@ -22,6 +22,7 @@ from gentron_fast.commandline import check_writable, refuse, run
 from gentron_fast.config import SamplingDefaults
 from gentron_fast.files import read_json, whole_file, whole_folder, write_json
 from gentron_fast.pipeline import INDEX_NAME, PARTS
+from gentron_fast.schema import Kind, several
 from gentron_train.checkpoint import checkpoint_names
 from gentron_train.settings import read_yaml
 from gentron_train.small_world.evaluator import Scores, format_table
@@ -34,6 +35,17 @@ PROGRAMS = {
     "deepspeed": str(Path(sys.executable).with_name("deepspeed")),
 }
 STATE = "stages.json"
+DONE = several(
+    Kind(
+        "a stage with its command, seconds and commit",
+        lambda stage: (
+            isinstance(stage, dict)
+            and all(isinstance(stage.get(name), str) for name in ("stage", "command", "commit"))
+            and isinstance(stage.get("seconds"), int)
+        ),
+    ),
+    *(0, 10_000),
+)
 NAME = "gentron_train.shipped"
 
 
@@ -60,7 +72,7 @@ def run_stages(stages: dict[str, list[list[str]]], out: Path) -> None:
     """Run what is not done yet. ValueError where a command fails; the next run begins there."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / STATE
-    done = read_json(path)["done"] if path.exists() else []
+    done = _read_done(path) if path.exists() else []
     lines = [(name, words) for name, commands in stages.items() for words in commands]
     for number, (name, words) in enumerate(lines):
         line = shlex.join(words)
@@ -79,6 +91,13 @@ def run_stages(stages: dict[str, list[list[str]]], out: Path) -> None:
         seconds = round(time.monotonic() - start)
         done.append({"stage": name, "command": line, "seconds": seconds, "commit": commit()})
         write_json(path, {"done": done})
+
+
+def _read_done(path: Path) -> list[dict]:
+    done = read_json(path, {"done": DONE}).get("done")
+    if done is None:
+        raise ValueError(f"{path} names no stage that is done; choose another folder")
+    return done
 
 
 def _call(command: list[str]) -> int:

@@ -116,6 +116,14 @@ def _score(
     if len(sizes) > 1:
         told = ", ".join(f"{n} of {h} x {w}" for (h, w), n in sizes.most_common())
         warnings.warn(f"{category}: images of several sizes: {told}", stacklevel=2)
+    side = getattr(scorer, "side_of_rules", None)
+    if side and len(sizes) == 1 and (side, side) not in sizes:
+        ((height, width),) = sizes
+        warnings.warn(
+            f"{category}: images of {height} x {width}, where the rules count "
+            f"{side} x {side} pixels",
+            stacklevel=2,
+        )
     scores = {i: score for i, e in enumerate(entries) if (score := journal.score(e)) is not None}
     result = Result(scores, [scorer.name], scorer.is_official)
     if scores:

@@ -157,18 +157,27 @@ def load_scorers(args: argparse.Namespace, categories: Sequence[str]) -> dict[tu
                 raise
             warnings.warn(f"{error}; only non_spatial can be scored without", stacklevel=2)
             asked = [CLIP]
+
+    def load(part: str) -> dict[tuple, object]:
+        if part == BLIP:
+            blip = BlipVqa(folders[part], device, grammar)
+            return {(part, False): blip, (part, True): blip}
+        if part == CLIP:
+            plain = ClipSimilarity(folders[part], device)
+            of_complex = {} if grammar is None else {(part, True): plain.with_grammar(grammar)}
+            return {(part, False): plain} | of_complex
+        detector = Detector(folders[part], device, args.threshold)
+        return {(part, flag): Spatial(detector, grammar, flag) for flag in (False, True)}
+
     scorers: dict[tuple, object] = {}
     for part in asked:
-        if part == BLIP:
-            scorers[part, False] = scorers[part, True] = BlipVqa(folders[part], device, grammar)
-        elif part == CLIP:
-            scorers[part, False] = plain = ClipSimilarity(folders[part], device)
-            if grammar is not None:
-                scorers[part, True] = plain.with_grammar(grammar)
-        else:
-            detector = Detector(folders[part], device, args.threshold)
-            for is_complex in (False, True):
-                scorers[part, is_complex] = Spatial(detector, grammar, is_complex)
+        try:
+            scorers |= load(part)
+        except (OSError, ValueError) as error:
+            if len(asked) == 1:
+                raise
+            warnings.warn(f"{OPTIONS[part]}: {error}", stacklevel=2)
+            scorers |= {(part, False): None, (part, True): None}  # told already
     return scorers
 
 
@@ -203,8 +212,12 @@ def score_category(
     if not has_files and not given:
         return None
     parts = PARTS[category]
-    absent = [p for p in parts if p not in given and (p, is_complex) not in scorers]
-    missing = [OPTIONS[p] for p in absent if getattr(args, OPTIONS[p][2:]) is None]
+    absent = [p for p in parts if p not in given and scorers.get((p, is_complex)) is None]
+    missing = [
+        OPTIONS[p]
+        for p in absent
+        if getattr(args, OPTIONS[p][2:]) is None or (p, is_complex) in scorers
+    ]
     if absent or (not has_files and not set(parts) <= set(given)):
         wanted = " and ".join(missing) or ("images" if not has_files else "English grammar")
         warnings.warn(f"{category} is not scored: no {wanted}", stacklevel=2)

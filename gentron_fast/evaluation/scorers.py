@@ -253,6 +253,8 @@ class Spatial:
 
     is_official = False
 
+    side_of_rules = 512  # of the images whose pixels they count
+
     def __init__(self, detector: Detector, grammar: Grammar, is_complex: bool = False):
         self.detector, self.grammar = detector, grammar
         self.objects = rules.objects_about_locality if is_complex else rules.first_and_last_noun

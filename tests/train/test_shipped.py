@@ -45,6 +45,14 @@ def test_a_run_goes_on_behind_what_is_done(tmp_path, capsys):
     assert "was made by other commands" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"done": [{}]}', '{"done": 5}', "{"])
+def test_damaged_stages_are_one_line(content, tmp_path, capsys):
+    (tmp_path / shipped.STATE).write_text(content)
+    assert shipped.main(["--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert shipped.STATE in error and error.count("\n") == 1
+
+
 def test_a_training_that_was_cut_off_is_resumed(tmp_path):
     words = ["deepspeed", "train/t2v.py", "--run", str(tmp_path)]
     assert shipped.program(words)[-1] == str(tmp_path)

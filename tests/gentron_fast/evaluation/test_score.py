@@ -86,6 +86,14 @@ def test_scoring_goes_on_image_by_image(run):
     assert len(other.seen) == 4  # another scorer's scores are its own
 
 
+def test_images_whose_pixels_the_rules_do_not_count_are_told(run):
+    class Counting(Lightness):
+        side_of_rules = 512
+
+    with pytest.warns(UserWarning, match="of 16 x 16, where the rules count 512 x 512 pixels"):
+        assert len(score(run, Counting()).scores) == 4
+
+
 def test_an_unreadable_image_is_told_and_left_out(run):
     (run / "color/samples/a red cup_000003.png").write_bytes(b"no picture")
     with pytest.warns(UserWarning, match=r"color: 1 unreadable, left out: a red cup_000003.png"):
@@ -494,6 +502,20 @@ def test_refused_in_one_line(evaluate, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     code, out, err = evaluate(*arguments)
     assert (code, out, err.count("\n")) == (2, "", 1) and words in err
+
+
+def test_a_folder_that_holds_no_scorer_leaves_the_others(
+    evaluate, whole_run, clip_folder, tmp_path
+):
+    pytest.importorskip("spacy")
+    samples = whole_run / "non_spatial/samples"
+    samples.mkdir(parents=True)
+    shutil.copy(next(whole_run.glob("color/samples/*")), samples / "a red cup_000000.png")
+    folders = ["--blip", tmp_path, "--clip", clip_folder, "--device", "cpu"]
+    code, out, err = evaluate(whole_run, *folders)
+    assert code == 0 and "- non-spatial: 1 images, CLIP" in out and "Traceback" not in err
+    assert "--blip: cannot load BlipForQuestionAnswering" in err
+    assert "color is not scored: no --blip" in err
 
 
 def test_a_folder_that_holds_no_scorer_is_one_line(evaluate, whole_run, tmp_path):
