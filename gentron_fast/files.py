@@ -82,6 +82,7 @@ def whole_folder(folder: Path, ours: Collection[str] = ()) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         write_json(partial / MARK, {"files": sorted(_files(partial))})
+        check_output_folder(folder, ours)  # what has come since the start
         if folder.exists() and any(folder.iterdir()):
             _exchange(partial, folder)
         else:
@@ -143,9 +144,10 @@ def _foreign_files(folder: Path) -> set[str]:
 def partial_path(path: Path) -> Path:
     """A hidden name of this call's own beside `path`; those of dead processes are removed."""
     host, stem = re.sub(r"\W", "-", socket.gethostname()), _short(path.stem)
+    ours = re.compile(rf"\.{re.escape(stem)}\.{re.escape(host)}\.(\d+)\.[0-9a-f]{{12}}\.part.*")
     for old in path.parent.glob(f".{_escaped(stem)}.{_escaped(host)}.*.part*"):
-        pid = old.name.removeprefix(f".{stem}.{host}.").partition(".")[0]
-        if pid.isdecimal() and not _is_alive(int(pid)):
+        found = ours.fullmatch(old.name)
+        if found and not _is_alive(int(found[1])):
             shutil.rmtree(old, ignore_errors=True)
             with suppress(OSError):
                 old.unlink()

@@ -34,8 +34,9 @@ def check_log(path: Path, fields: Collection[str] = FIELDS) -> None:
     if not path.exists():
         return
     try:
-        ours = all(line.startswith("{") for line in path.read_text().splitlines())
-        ours = ours and all(row.keys() >= set(fields) for row in read_log(path))
+        lines, rows = path.read_text().splitlines(), read_log(path)
+        ours = all(line.startswith("{") for line in lines) and bool(rows or not lines)
+        ours = ours and all(row.keys() >= set(fields) for row in rows)
     except UnicodeDecodeError:
         ours = False
     if not ours:
@@ -161,7 +162,8 @@ def draw_curve(log: Path, picture: Path) -> None:
     axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
     axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)
     axes.grid(alpha=0.3, which="both")
-    figure.savefig(picture, dpi=120)
+    with whole_file(picture) as partial:
+        figure.savefig(partial, format="png", dpi=120)
 
 
 def memory_gib(device: torch.device) -> float:

@@ -13,7 +13,7 @@ from gentron_train.data.loader import Loader
 from gentron_train.data.options import DTYPES
 from gentron_train.ema import ShardedEMA
 from gentron_train.export_pipeline import export_pipeline
-from gentron_train.log import LOG_NAME, check_log
+from gentron_train.log import CURVE_NAME, LOG_NAME, check_log
 from gentron_train.process import say
 from gentron_train.settings import Settings, with_new_names
 
@@ -24,6 +24,8 @@ def check_run(run: Path) -> None:
     """ValueError where something that no run wrote stands where this one will write."""
     check_output_folder(run / EXPORTED, PARTS)
     check_log(run / LOG_NAME)
+    if (run / CURVE_NAME).exists() and not (run / LOG_NAME).exists():
+        raise ValueError(f"{run / CURVE_NAME} is there already and of no run: move it")
 
 
 @dataclass

@@ -22,9 +22,10 @@ from gentron_fast.evaluation.generate import generate
 from gentron_fast.evaluation.layout import Layout, image_layout, list_entries, write_manifest
 from gentron_fast.evaluation.results import Column, Result, score_column
 from gentron_fast.files import whole_file, write_json
+from gentron_fast.intervals import wilson_interval
 from gentron_fast.media import write_media
 from gentron_train.small_world import evaluator, fidelity, reading
-from gentron_train.small_world.evaluator import judge, wilson
+from gentron_train.small_world.evaluator import judge
 from gentron_train.small_world.fidelity import fit_scene
 from gentron_train.small_world.renderer import (
     FPS,
@@ -149,7 +150,8 @@ def format_table(title: str, results: Mapping[str, Result]) -> str:
     """Markdown: a row of per cents with their 95 % intervals."""
     cells = []
     for result in results.values():
-        low, high = wilson(result.mean, len(result.scores))
+        count = len(result.scores)
+        low, high = wilson_interval(round(result.mean * count), count)
         cells.append(f"{100 * result.mean:.1f} ({100 * low:.0f}–{100 * high:.0f})")
     count = max(len(result.scores) for result in results.values())
     lines = [[f"per cent of {count} prompts", *results], ["---"] * (len(results) + 1)]

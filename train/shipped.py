@@ -5,7 +5,7 @@ python -m gentron_train.shipped      (make train)
 The stages of configs/shipped.yaml in order: the small world's shards, autoencoder, text encoders,
 T2I, T2V, a sweep over guidance that chooses the defaults, figures and a picture. What is done is
 noted in OUT/stages.json; started again, the run goes on where it was. At the end OUT/pipeline is a
-pipeline folder with its MODEL.md.
+pipeline folder, and OUT/MODEL.md tells how it was made.
 """
 
 import argparse
@@ -70,9 +70,13 @@ def _words(line: object, out: Path, path: Path) -> list[str]:
 
 def run_stages(stages: dict[str, list[list[str]]], out: Path) -> None:
     """Run what is not done yet. ValueError where a command fails; the next run begins there."""
-    out.mkdir(parents=True, exist_ok=True)
     path = out / STATE
-    done = _read_done(path) if path.exists() else []
+    if out.exists() and any(out.iterdir()) and not path.exists():
+        raise ValueError(f"{out} holds something that no run of this made: choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        write_json(path, {"done": []})
+    done = _read_done(path)
     lines = [(name, words) for name, commands in stages.items() for words in commands]
     for number, (name, words) in enumerate(lines):
         line = shlex.join(words)
@@ -182,7 +186,7 @@ def _command(argv: list[str]) -> None:
     stages = read_stages(args.config, out)
     check_writable([out / STATE])
     run_stages(stages, out)
-    with whole_file(out / "pipeline" / "MODEL.md") as partial:
+    with whole_file(out / "MODEL.md") as partial:
         partial.write_text(model_page(out), encoding="utf-8")
     print(f"wrote        {out / 'pipeline'}")
 

@@ -103,9 +103,9 @@ void steps(
             return elements<E>(branches[index], sample, channel, start);
           };
           const auto like_x = [&](const T* base) { return base ? base + offset : kZeros<T>; };
-          kernel(std::min(kBlock, size - start), own_weights(weights, branches, sample), coefficients, x + offset, branch(0),
-                 branch(1), branch(2), like_x(previous), like_x(drawn), like_x(own_d),
-                 next + offset, clean + offset);
+          kernel(std::min(kBlock, size - start), own_weights(weights, branches, sample),
+                 coefficients, x + offset, branch(0), branch(1), branch(2), like_x(previous),
+                 like_x(drawn), like_x(own_d), next + offset, clean + offset);
         }
       });
 }
@@ -137,8 +137,8 @@ at::ScalarType check_branches(const Branches& branches, at::IntArrayRef sizes) {
 
 void check_weights(const Tensor& weights, int64_t batch) {
   TORCH_CHECK_VALUE(
-      weights.sizes() == at::IntArrayRef({batch, kBranches}) && weights.is_cpu(), "weights must be (",
-      batch, ", 3) on the CPU, got ", weights.sizes());
+      weights.sizes() == at::IntArrayRef({batch, kBranches}) && weights.is_cpu(),
+      "weights must be (", batch, ", 3) on the CPU, got ", weights.sizes());
 }
 
 std::tuple<Tensor, Tensor> guided_step(

@@ -2,22 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 
 import numpy as np
 
-LEVEL = 0.95
+from gentron_fast.intervals import LEVEL
+
 RESAMPLES = 10_000
-
-
-def wilson_interval(count: int, total: int) -> tuple[float, float]:
-    """Wilson's score interval of the share count / total, 95 %, votes taken as independent."""
-    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    share, weight = count / total, 1 + z * z / total
-    centre = (share + z * z / (2 * total)) / weight
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / weight
-    # At 0 and all of them rounding would leave 1e-17 and 1 - 1e-16.
-    return (0.0 if count == 0 else centre - half, 1.0 if count == total else centre + half)
 
 
 def bootstrap_intervals(counts: np.ndarray) -> list[tuple[float, float]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from gentron_fast.evaluation.layout import Entry, without_stop
 from gentron_fast.evaluation.scorers import Scorer
-from gentron_fast.files import whole_file, write_json
+from gentron_fast.files import read_json, whole_file, write_json
 from gentron_fast.media import read_video
 
 RESULT_NAME = "vqa_result.json"  # the official name, whatever the scorer
@@ -197,21 +197,33 @@ def write_result(folder: Path, result: Result) -> None:
     A result file that was not written here is left as it is and told.
     """
     path = folder / RESULT_NAME
-    if path.exists() and not (folder / SCORERS_NAME).exists():
+    if path.exists() and not _is_written_here(folder):
         warnings.warn(
             f"{path} was made elsewhere and stays as it is; --from-official reads it", stacklevel=2
         )
         return
-    write_json(folder / SCORERS_NAME, {"scorers": list(result.scorers)})
     answers = [{"question_id": i, "answer": score} for i, score in result.scores.items()]
+    text = json.dumps(answers)
+    # The mark first: a run that is cut off between the two leaves the old scores to be told.
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write_json(folder / SCORERS_NAME, {"scorers": list(result.scorers), "sha256": digest})
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(answers))
+        partial.write_text(text)
+
+
+def _is_written_here(folder: Path) -> bool:
+    """Whether the result file in a folder is the one that `write_result` marked."""
+    try:
+        marked = read_json(folder / SCORERS_NAME).get("sha256")
+    except (OSError, ValueError):
+        return False
+    return marked == hashlib.sha256((folder / RESULT_NAME).read_bytes()).hexdigest()
 
 
 def read_result(folder: Path) -> Result:
     """The official result file in a folder that the official code made."""
     path = folder / RESULT_NAME
-    if (folder / SCORERS_NAME).exists():
+    if path.exists() and _is_written_here(folder):
         raise ValueError(f"{path} is not the official code's: {SCORERS_NAME} beside it tells whose")
     try:
         answers = json.loads(path.read_text())

@@ -193,13 +193,16 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    from gentron_fast.evaluation.study_report import FILES, write_report
+    from gentron_fast.evaluation.study_report import FILES, is_report, write_report
 
     out = args.out or args.folder
     study = Study.read(args.folder)
     if not (args.folder / VOTES_NAME).is_file():
         raise ValueError(f"{args.folder} has no votes yet: python -m {NAME} serve {args.folder}")
     check_writable([out / name for name in FILES])
+    there = [name for name in FILES if (out / name).exists()]
+    if there and args.folder.resolve() != out.resolve() and not is_report(out):
+        raise ValueError(f"{out} holds {', '.join(there)} of no study: choose another folder")
     print(write_report(study, study.votes().standing(), out), end="")
 
 

@@ -10,11 +10,11 @@ from gentron_fast.evaluation.preference import (
     bootstrap_intervals,
     krippendorff_alpha,
     sign_test,
-    wilson_interval,
 )
 from gentron_fast.evaluation.study import ShownPair, Study
 from gentron_fast.evaluation.votes import QUESTIONS, Vote
-from gentron_fast.files import whole_file, write_json
+from gentron_fast.files import read_json, whole_file, write_json
+from gentron_fast.intervals import wilson_interval
 
 FILES = ("report.txt", "report.json", "votes.csv", "report.png")
 OUTCOMES = ("win", "draw", "lose")  # of A against B
@@ -207,6 +207,14 @@ def write_votes(path: Path, study: Study, ballots: Sequence[Ballot]) -> None:
                 said += [seen, OUTCOMES[pair.winner(seen)]]
             about = [pair.name, pair.prompt, pair.category, pair.challenge]
             rows.writerow([vote.voted_at, vote.rater, *about, *sides, *said])
+
+
+def is_report(folder: Path) -> bool:
+    """Whether a folder holds an earlier report."""
+    try:
+        return read_json(folder / "report.json").keys() >= {"pairs_judged", *QUESTIONS}
+    except (OSError, ValueError):
+        return False
 
 
 def draw_report(path: Path, values: dict) -> None:

@@ -53,6 +53,13 @@ def test_damaged_stages_are_one_line(content, tmp_path, capsys):
     assert shipped.STATE in error and error.count("\n") == 1
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / "score.json").write_text("mine")
+    assert shipped.main(["--out", str(tmp_path)]) == 2
+    assert "choose another folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["score.json"]
+
+
 def test_a_training_that_was_cut_off_is_resumed(tmp_path):
     words = ["deepspeed", "train/t2v.py", "--run", str(tmp_path)]
     assert shipped.program(words)[-1] == str(tmp_path)

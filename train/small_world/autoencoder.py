@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -247,10 +248,20 @@ def save_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, 
 
 
 def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Read what `save_state` wrote; returns the step to go on with, 0 if there is no state."""
+    """Read what `save_state` wrote; returns the step to go on with, 0 if there is no state.
+
+    ValueError for a damaged state, or one of other settings.
+    """
     if not path.exists():
         return 0
-    tensors = load_file(path)
+    try:
+        return _load(load_file(path), module, optimizer)
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is no state of this training: {reason}") from None
+
+
+def _load(tensors: dict, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     steps = 0
     for name, parameter in module.named_parameters():
         parameter.detach().copy_(tensors[f"weight.{name}"])

@@ -12,12 +12,12 @@ direction being 100 throughout: clean renders 100 / 100 / 100; mp4 with blur and
 be right: shape 97.3, motion 100, relation 100.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from gentron_fast.intervals import wilson_interval
 from gentron_train.small_world.fidelity import features, fit_scene, frechet_distance, summarize
 from gentron_train.small_world.reading import read_objects, read_relation
 from gentron_train.small_world.renderer import (
@@ -183,14 +183,6 @@ def ceiling(
     return scores
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `count` trials (Wilson 1927)."""
-    z = 1.96
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    reach = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / (1 + z**2 / count)
-    return max(middle - reach, 0.0), min(middle + reach, 1.0)
-
-
 UNITS = {
     "psnr": ("PSNR, median, dB", 1),
     "broken": ("broken, %", 100),
@@ -212,7 +204,8 @@ def format_table(scores: dict[str, Scores]) -> str:
             if name not in column.shares:
                 cells.append("-")
                 continue
-            low, high = wilson(column.shares[name], column.counts[name])
+            count = column.counts[name]
+            low, high = wilson_interval(round(column.shares[name] * count), count)
             cells.append(f"{100 * column.shares[name]:.1f} ({100 * low:.1f}–{100 * high:.1f})")
         lines.append(f"{name:22}" + "".join(f"{cell:>20}" for cell in cells))
     for name, (title, scale) in UNITS.items():

@@ -46,6 +46,15 @@ def sweep(
     settings: "prompts" and "seed" of `evaluate`, and what else its calls take, the grid's values
     coming over them. Beside out (.json) stand a picture and a contact sheet (.png, -clips.png).
     """
+    if out.suffix != ".json":
+        raise ValueError(
+            f"{out} does not end in .json: pictures are drawn beside a sweep's figures"
+        )
+    pictures = out.with_suffix(".png"), out.with_name(f"{out.stem}-clips.png")
+    if not out.exists() and (there := [str(path) for path in pictures if path.exists()]):
+        raise ValueError(
+            f"{' and '.join(there)} would be drawn over; choose another file or move it"
+        )
     options = {k: v for k, v in settings.items() if k not in ("prompts", "seed")}
     rows = []
     if out.exists():
@@ -70,8 +79,8 @@ def sweep(
             row |= {f"{name} {figure}": column.fidelity[figure] for figure in column.fidelity}
         rows.append(row)
         write_json(out, {"settings": settings, "rows": rows})
-    _draw(rows, out.with_suffix(".png"))
-    _draw_sheet(pipeline, rows, options, out.with_name(f"{out.stem}-clips.png"))
+    _draw(rows, pictures[0])
+    _draw_sheet(pipeline, rows, options, pictures[1])
     return rows
 
 

@@ -9,8 +9,8 @@ from gentron_fast.evaluation.preference import (
     bootstrap_intervals,
     krippendorff_alpha,
     sign_test,
-    wilson_interval,
 )
+from gentron_fast.intervals import wilson_interval
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,16 @@ def test_what_is_no_grid_is_refused(word, tmp_path, capsys):
     assert "--sweep" in capsys.readouterr().err
 
 
+def test_nothing_of_the_users_is_drawn_over(tiny_pipeline_folder, tmp_path, capsys):
+    arguments = [str(tiny_pipeline_folder), "--sweep", "lambda_t=1", "--out"]
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    assert shapes_score.main([*arguments, str(tmp_path / "mine.json")]) == 2
+    assert "mine.png would be drawn over" in capsys.readouterr().err
+    assert shapes_score.main([*arguments, str(tmp_path / "mine.png")]) == 2
+    assert "does not end in .json" in capsys.readouterr().err
+    assert (tmp_path / "mine.png").read_bytes() == b"mine"
+
+
 def row(alignment, psnr, motion=0.9):
     figures = {"all": alignment, "psnr": psnr, "motion": motion}
     return {f"{column} {name}": v for column in ("seen", "unseen") for name, v in figures.items()}
