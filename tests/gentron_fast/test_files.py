@@ -147,6 +147,25 @@ def test_what_is_not_ours_is_refused_and_stays(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_what_comes_while_a_folder_is_written_stays(tmp_path):
+    with whole_folder(tmp_path / "out", ["a"]) as partial:
+        (partial / "a").write_text("old")
+    with pytest.raises(ValueError, match="mine"), whole_folder(tmp_path / "out", ["a"]) as partial:
+        (partial / "a").write_text("new")
+        (tmp_path / "out" / "mine").write_text("mine")
+    assert (tmp_path / "out" / "mine").read_text() == "mine"
+    assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+def test_names_that_only_look_like_ours_are_left(tmp_path):
+    path = tmp_path / "clip.mp4"
+    host = files.partial_path(path).name.split(".")[2]
+    alike = tmp_path / f".clip.{host}.999999.notes.partly"
+    alike.write_text("mine")
+    files.partial_path(path)
+    assert alike.exists()
+
+
 @pytest.mark.faults
 def test_killed_at_any_moment_a_whole_folder_is_there(tmp_path, tally):
     folder = tmp_path / "out"

@@ -51,7 +51,9 @@ def test_lines_and_file(tmp_path):
     assert (tmp_path / "samples" / "step-00000002.png").exists()
 
 
-@pytest.mark.parametrize("content", [b"notes\n", b'{"step": 1, "loss": 2}\n', b"\xff", b"[1]\n"])
+@pytest.mark.parametrize(
+    "content", [b"notes\n", b'{"step": 1, "loss": 2}\n', b"\xff", b"[1]\n", b"{mine"]
+)
 def test_a_log_that_no_run_wrote_is_refused_and_stays(tmp_path, content):
     (tmp_path / "log.jsonl").write_bytes(content)
     for resumed_at in (None, 1):

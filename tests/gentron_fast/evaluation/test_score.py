@@ -86,6 +86,15 @@ def test_scoring_goes_on_image_by_image(run):
     assert len(other.seen) == 4  # another scorer's scores are its own
 
 
+def test_official_scores_made_over_ours_stay(run):
+    score(run, Lightness())
+    path = run / "color/annotation/vqa_result.json"
+    path.write_text('[{"question_id": 0, "answer": 0.5}]')
+    with pytest.warns(UserWarning, match="was made elsewhere and stays as it is"):
+        score(run, Lightness())
+    assert path.read_text() == '[{"question_id": 0, "answer": 0.5}]'
+
+
 def test_images_whose_pixels_the_rules_do_not_count_are_told(run):
     class Counting(Lightness):
         side_of_rules = 512
