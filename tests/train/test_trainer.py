@@ -235,7 +235,7 @@ def test_nothing_is_made_for_a_run_that_cannot_start(world, tmp_path, monkeypatc
         trainer_of(settings, "t2v")
 
 
-@pytest.mark.parametrize("name", ["pipeline/config.json", "log.jsonl"])
+@pytest.mark.parametrize("name", ["pipeline/config.json", "log.jsonl", "loss.png"])
 def test_a_run_folder_with_something_else_is_refused_first(
     ranks, world, tiny_t2i_folder, tmp_path, monkeypatch, capfd, name
 ):

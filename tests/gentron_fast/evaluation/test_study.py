@@ -320,6 +320,20 @@ def test_only_this_machines_names_are_served_without_a_token(tmp_path):
         assert call(address, "undo", {"id": "1", "rater": "\ud800"})[0] == 400
 
 
+def test_a_report_is_not_written_over_another_file(tmp_path, capsys):
+    study = small_study(tmp_path)
+    cast(study, ("Ada", 0, "win", "draw"))
+    mine = tmp_path / "elsewhere"
+    mine.mkdir()
+    (mine / "report.txt").write_text("mine")
+    arguments = ["report", str(study.folder), "--out"]
+    assert main([*arguments, str(mine)]) == 2
+    assert "holds report.txt of no study" in capsys.readouterr().err
+    assert (mine / "report.txt").read_text() == "mine"
+    for _ in range(2):  # its own is made anew
+        assert main([*arguments, str(tmp_path)]) == 0
+
+
 @pytest.mark.parametrize("token", ["", "short", "with space"])
 def test_a_token_too_easy_is_refused(tmp_path, capsys, token):
     study = small_study(tmp_path)
