@@ -30,6 +30,7 @@ from gentron_fast.commandline import (
 )
 from gentron_fast.files import (
     LOCK_NAME,
+    MARK,
     check_output_folder,
     lock_folder,
     whole_file,
@@ -294,6 +295,12 @@ def prepare_output(out: Path, written: Collection[str]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
+def is_finished(out: Path) -> bool:
+    """Whether a training has written OUT and left no state to go on from."""
+    state = out.with_name(f"{out.name}.training") / STATE_NAME
+    return (out / MARK).exists() and not state.exists()
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0; 2 after wrong input, which is told in one line; 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
@@ -316,6 +323,9 @@ def command(argv: list[str]) -> None:
     if args.init is not None and not (args.init / WRITTEN[0]).is_file():
         raise FileNotFoundError(f"no autoencoder in {args.init}")
     prepare_output(args.out, WRITTEN)
+    if args.resume and is_finished(args.out):
+        print(f"autoencoder in {args.out}, finished before")
+        return
     ensure_shards(args.data)
     training = VaeTraining(args.steps, args.batch, args.lr, seed=args.seed, levels=args.levels)
     train(args.data, args.out, training, args.device, args.resume, args.init)

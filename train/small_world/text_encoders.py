@@ -32,6 +32,7 @@ from gentron_train.small_world.architecture import TEXT_WIDTH, small_text_encode
 from gentron_train.small_world.autoencoder import (
     STATE_NAME,
     add_training_options,
+    is_finished,
     learning_rate,
     load_state,
     open_beside,
@@ -240,6 +241,9 @@ def command(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     check_positive(args, "lr")
     prepare_output(args.out, ENCODERS)
+    if args.resume and is_finished(args.out):
+        print(f"text encoders in {args.out}, finished before")
+        return
     training = TextTraining(args.steps, args.batch, args.lr, seed=args.seed)
     accuracies = train(args.out, training, args.device, args.resume)
     for name, shares in accuracies.items():

@@ -8,6 +8,7 @@ import torch
 from faults import holder_of
 from safetensors.torch import load_file
 
+from gentron_fast.files import whole_folder
 from gentron_fast.vae import VideoVAE
 from gentron_train.small_world import autoencoder as vae_training
 from gentron_train.small_world import text_encoders
@@ -122,6 +123,16 @@ def test_wrong_input_is_one_line_before_any_work(
     assert error.startswith(f"{module.NAME}: error: ") and error.count("\n") == 1
     assert message in error
     assert not any(tmp_path.iterdir())  # no shard either
+
+
+@pytest.mark.parametrize("module, name", [(vae_training, "config.json"), (text_encoders, "clip")])
+def test_what_is_finished_is_not_trained_again(module, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(vae_training, "ensure_shards", lambda *_: pytest.fail("made data"))
+    with whole_folder(tmp_path / "out", [name]) as partial:
+        (partial / name).write_text("{}")
+    assert module.main(["--out", str(tmp_path / "out"), "--resume"]) == 0
+    assert "finished before" in capsys.readouterr().out
 
 
 def test_levels_at_the_pixels_end_are_copied():
