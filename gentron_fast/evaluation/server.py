@@ -1,11 +1,10 @@
 """The page of a study and the few addresses that it calls, by Bottle on waitress."""
 
-import hmac
 from importlib.resources import files
-from urllib.parse import urlsplit
 
-from gentron_fast.evaluation.study import LOOPBACK, MEDIA_NAME, Study
+from gentron_fast.evaluation.study import MEDIA_NAME, Study
 from gentron_fast.evaluation.votes import ANSWERS
+from gentron_fast.web import LOOPBACK, POLICY, address, bears, is_loopback, listen
 
 try:
     import bottle
@@ -14,12 +13,6 @@ except ImportError as error:
     raise ImportError('a study is served by bottle: pip install "gentron_fast[study]"') from error
 
 LONGEST = 64  # characters of a rater's name and of a vote's id
-# Nothing but this server is asked for anything; pictures are fetched and shown as blobs.
-POLICY = (
-    "default-src 'none'; connect-src 'self'; img-src blob: data:; media-src blob:;"
-    " script-src 'unsafe-inline'; style-src 'unsafe-inline'; form-action 'none';"
-    " frame-ancestors 'none'"
-)
 
 
 def application(study: Study, token: str | None) -> bottle.Bottle:
@@ -37,19 +30,12 @@ def application(study: Study, token: str | None) -> bottle.Bottle:
 
     @app.hook("before_request")
     def check_host() -> None:
-        """Without a token only pages of this machine's own names may ask: a page elsewhere could
-        have its name point here."""
         host = bottle.request.get_header("Host", "")
-        try:
-            name = urlsplit(f"//{host}").hostname
-        except ValueError:
-            name = None
-        if not token and name not in LOOPBACK:
+        if not token and not is_loopback(host):
             refuse(403, f"this study is served to {', '.join(LOOPBACK)}, not to {host}")
 
     def check_token() -> None:
-        given = bottle.request.get_header("Authorization", "")
-        if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        if token and not bears(bottle.request.get_header("Authorization", ""), token):
             refuse(403, "this study is open to those who have its whole address, with the token")
 
     def field(values, name: str) -> str:
@@ -121,16 +107,10 @@ def application(study: Study, token: str | None) -> bottle.Bottle:
 
 def serve_study(study: Study, host: str, port: int, token: str | None) -> None:
     """Serve a study until Ctrl-C. ValueError where the address cannot be had."""
-    app = application(study, token)
-    try:
-        server = waitress.create_server(
-            app, host=host, port=port, threads=8, max_request_body_size=2**16
-        )
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot serve on {host}, port {port}: {reason}") from error
-    shown = f"[{host}]" if ":" in host else host
-    address = f"http://{shown}:{getattr(server, 'effective_port', port)}/"
+    app, listening = application(study, token), listen(host, port)
+    server = waitress.create_server(
+        app, sockets=[listening], threads=8, max_request_body_size=2**16
+    )
     print(f"study        {len(study.pairs)} pairs, votes in {study.votes().path}")
-    print(f"open         {address}{f'#{token}' if token else ''}", flush=True)
+    print(f"open         {address(host, listening, token)}", flush=True)
     server.run()

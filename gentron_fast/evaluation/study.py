@@ -6,7 +6,6 @@ random names; votes.sqlite, from the first serve on; and what report writes.
 
 import argparse
 import random
-import re
 import secrets
 import shutil
 import sys
@@ -17,11 +16,11 @@ from gentron_fast.commandline import check_writable, refuse, run, utf8_text, who
 from gentron_fast.evaluation.votes import Votes
 from gentron_fast.files import read_json, write_json
 from gentron_fast.schema import OBJECT, TEXT, check, optional, several, whole
+from gentron_fast.web import LOOPBACK, choose_token
 
 NAME = "gentron_fast.study"
 STUDY_NAME, MEDIA_NAME, VOTES_NAME = "study.json", "media", "votes.sqlite"
 MOST_PAIRS = 100_000
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 HELP = f"""\
 usage: python -m {NAME} make A B --prompts FILE --out STUDY [options]
@@ -183,13 +182,10 @@ def make(args: argparse.Namespace) -> None:
 def serve(args: argparse.Namespace) -> None:
     from gentron_fast.evaluation.server import serve_study
 
-    if args.token is not None and not re.fullmatch(r"[A-Za-z0-9_-]{8,}", args.token):
-        raise ValueError(f"--token is {args.token!r}, wanted 8 or more letters, digits, - and _")
-    if args.token is None and args.host not in LOOPBACK:
-        args.token = secrets.token_urlsafe(16)
+    token = choose_token("--token", args.token, args.host)
     study = Study.read(args.folder)
     check_writable([args.folder / VOTES_NAME])
-    serve_study(study, args.host, args.port, args.token)
+    serve_study(study, args.host, args.port, token)
 
 
 def report(args: argparse.Namespace) -> None:
