@@ -108,6 +108,8 @@ def generate(args: argparse.Namespace) -> None:
 
 def load_and_make(args, folder: Path, device, clips: list[Clip], frames: int | None) -> None:
     """Load the pipeline in the folder, make and write the clips, and report."""
+    from gentron_fast.memory import peak_memory
+
     start = time.perf_counter()
     pipeline = load_pipeline(args, folder, device)
     load_seconds = time.perf_counter() - start
@@ -121,6 +123,7 @@ def generate_compiled(args: argparse.Namespace, prompts: list[str], folder: Path
     """`generate` with a compiled sampler; the text encoders and VAE it lacks are the folder's."""
     from gentron_fast.compiled import CompiledPipeline, CompiledSampler
     from gentron_fast.guidance import guidance_schedule
+    from gentron_fast.memory import peak_memory
 
     start = time.perf_counter()
     sampler = CompiledSampler.load(args.compiled, device=args.device, sha256=args.sha256)
@@ -408,18 +411,6 @@ def write_clip(clip: Clip, frames, fps: int) -> None:
     for path in clip.paths:
         is_grid = path.suffix.lower() == ".png" and len(frames) > 1
         write_media(path, contact_sheet([frames])[None] if is_grid else frames, fps)
-
-
-def peak_memory(device) -> int:
-    """Bytes: the most that torch held on a CUDA device, else the most that the process held."""
-    import resource
-
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def report(clips: list[Clip], load_seconds: float, clip_seconds: float, memory: int) -> None:

@@ -27,7 +27,7 @@ from gentron_fast.files import read_json, whole_folder, write_json
 from gentron_fast.guidance import GuidedDenoiser, check_rescale, guidance_schedule
 from gentron_fast.model import GenTron, TextCondition
 from gentron_fast.schema import MOST_TIMESTEPS, several, whole
-from gentron_fast.solvers import make_table
+from gentron_fast.solvers import SolverTable, make_table
 from gentron_fast.text import SUBFOLDERS, TextEncoder
 from gentron_fast.vae import REASONS, VideoVAE, check_finite, to_frames
 
@@ -60,6 +60,24 @@ class PipelineOutput:
     frames: Tensor | None
     latents: Tensor
     guidance: str
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What N clips are sampled with, one a seed, those of a prompt next to each other.
+
+    prompts; negatives, one or one a prompt; seeds (N); shape (C, T, h, w) of a clip's latents;
+    table, the solver's, of S steps; lambda_t and lambda_m (S, 1) or (S, N); rescale (1,) or (N,).
+    """
+
+    prompts: list[str]
+    negatives: list[str]
+    seeds: list[int]
+    shape: tuple[int, int, int, int]
+    table: SolverTable
+    lambda_t: Tensor
+    lambda_m: Tensor
+    rescale: Tensor
 
 
 class GenTronPipeline:
@@ -199,14 +217,83 @@ class GenTronPipeline:
         timestep, latents) behind each step. output_type "frames" or "latent".
         ValueError for anything that does not fit the model, before any work is done.
         """
+        sampling = self.sampling(
+            prompt,
+            negative_prompt=negative_prompt,
+            frames=frames,
+            size=size,
+            steps=steps,
+            solver=solver,
+            lambda_t=lambda_t,
+            lambda_m=lambda_m,
+            rescale=rescale,
+            guidance_range=guidance_range,
+            eta=eta,
+            clips=clips,
+            seed=seed,
+        )
+        reuse = arguments.whole("reuse", reuse, 1, MOST_TIMESTEPS)
+        if output_type not in ("frames", "latent"):
+            raise ValueError(f'output_type must be "frames" or "latent", got {output_type!r}')
+        self.warn_of_shape(
+            sampling.shape[1], *(side * self.vae.factor for side in sampling.shape[2:])
+        )
+        text, null_text = self.encode(sampling)
+        self._bring(self.transformer)
+        denoiser = GuidedDenoiser(
+            *(self.transformer, text, null_text, sampling.table),
+            *(sampling.lambda_t, sampling.lambda_m, sampling.shape),
+            rescale=sampling.rescale,
+            clips=clips,
+            reuse=reuse,
+        )
+        timesteps = sampling.table.timesteps.tolist()
+        with tqdm(total=len(timesteps), unit="step", disable=not progress) as bar:
+
+            def step_done(step: int, latents: Tensor) -> None:
+                bar.update()
+                if callback_on_step_end is not None:
+                    callback_on_step_end(step, timesteps[step], latents)
+
+            latents = self._denoise(denoiser, sampling.seeds, step_done)
+        self._send_back(self.transformer)
+        frames = None if output_type == "latent" else self.decode(latents)
+        return PipelineOutput(frames, latents, denoiser.describe())
+
+    def sampling(
+        self,
+        prompt: str | Iterable[str],
+        *,
+        negative_prompt: str | Iterable[str] | None = None,
+        frames: int | None = None,
+        size: int | tuple[int, int] | None = None,
+        steps: int | None = None,
+        solver: str | None = None,
+        lambda_t: float | Iterable[float] | None = None,
+        lambda_m: float | Iterable[float] | None = None,
+        rescale: float | Iterable[float] | None = None,
+        guidance_range: tuple[float, float] = (0.0, 1.0),
+        eta: float = 0.0,
+        clips: int = 1,
+        seed: int | Iterable[int] = 0,
+    ) -> Sampling:
+        """What a call with these arguments samples: checked, and complete with the folder's own.
+
+        ValueError as of a call; no work is done.
+        """
         prompts = arguments.texts("a prompt", prompt)
+        if not prompts:
+            raise ValueError("no prompt was given")
+        negatives = arguments.texts(
+            "a negative prompt", "" if negative_prompt is None else negative_prompt
+        )
+        if len(negatives) not in (1, len(prompts)):
+            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
         frames = self.default_frames if frames is None else frames
         frames = arguments.whole("frames", frames, 1, MAX_FRAMES)
         steps = self.defaults.steps if steps is None else steps
         steps = arguments.whole("steps", steps, 1, MOST_TIMESTEPS)
         clips = arguments.whole("clips per prompt", clips, 1, MOST_CLIPS)
-        reuse = arguments.whole("reuse", reuse, 1, MOST_TIMESTEPS)
-        eta = arguments.real("eta", eta)
         solver = self.defaults.solver if solver is None else solver
         lambda_t = self.defaults.lambda_t if lambda_t is None else lambda_t
         lambda_m = self.defaults.lambda_m if lambda_m is None else lambda_m
@@ -218,42 +305,27 @@ class GenTronPipeline:
         within = arguments.numbers("the guidance range", guidance_range).flatten().tolist()
         if len(within) != 2:
             raise ValueError(f"the guidance range must be two numbers, got {within}")
-        self._check(prompts, frames, (height, width), output_type)
-        self.warn_of_shape(frames, height, width)
-        table = make_table(solver, self.scheduler, steps, eta)
+        if frames > 1 and not self.transformer.config.temporal:
+            raise ValueError(f"this model makes images: {frames} frames were asked for")
+        self.vae.check_size(height, width, self.transformer.config.patch_size)
+        table = make_table(solver, self.scheduler, steps, arguments.real("eta", eta))
         scales = [
             guidance_schedule(_clip_scales(name, scale, len(seeds)), steps, *within)
             for name, scale in (("lambda_t", lambda_t), ("lambda_m", lambda_m))
         ]
-
         rescale = check_rescale(_clip_scales("rescale", rescale, len(seeds)))
-
-        text, null_text = self._encode(prompts, negative_prompt)
         h, w = height // self.vae.factor, width // self.vae.factor
         shape = (self.transformer.config.in_channels, frames, h, w)
-        self._bring(self.transformer)
-        denoiser = GuidedDenoiser(
-            *(self.transformer, text, null_text, table, *scales, shape),
-            rescale=rescale,
-            clips=clips,
-            reuse=reuse,
-        )
-        with tqdm(total=steps, unit="step", disable=not progress) as bar:
+        return Sampling(prompts, negatives, seeds, shape, table, *scales, rescale)
 
-            def step_done(step: int, latents: Tensor) -> None:
-                bar.update()
-                if callback_on_step_end is not None:
-                    callback_on_step_end(step, int(table.timesteps[step]), latents)
-
-            latents = self._denoise(denoiser, seeds, step_done)
-        self._send_back(self.transformer)
-        if output_type == "latent":
-            return PipelineOutput(None, latents, denoiser.describe())
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (N, C, T, h, w) → frames uint8 (N, T, H, W, 3) on the CPU."""
         self._bring(self.vae)
         pixels = self.vae.decode(latents.to(self.vae.dtype), clamp=False)
         self._send_back(self.vae)
         check_finite(pixels, f"the pixels of the VAE in {self.vae.dtype} are")
-        return PipelineOutput(to_frames(pixels).cpu(), latents, denoiser.describe())
+        return to_frames(pixels).cpu()
 
     def _denoise(self, denoiser: GuidedDenoiser, seeds, step_done) -> Tensor:
         """Noise of the seeds → latents (N, C, T, h, w) fp32, one guided step a row of the table."""
@@ -272,14 +344,10 @@ class GenTronPipeline:
             )
         return latents
 
-    def _encode(self, prompts, negative_prompt):
+    @torch.no_grad()
+    def encode(self, sampling: Sampling) -> tuple[TextCondition, TextCondition]:
         """Text and null-text conditions of every prompt, in the transformer's dtype."""
-        if negative_prompt is None:
-            negative_prompt = ""
-        negatives = arguments.texts("a negative prompt", negative_prompt)
-        if len(negatives) not in (1, len(prompts)):
-            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
-        text, null_text = self._texts(prompts), self._texts(negatives)
+        text, null_text = self._texts(sampling.prompts), self._texts(sampling.negatives)
         for name in self.transformer.config.encoders:
             for condition in (text, null_text):
                 check_finite(
@@ -311,15 +379,6 @@ class GenTronPipeline:
         text = self.text_encoder.encode(prompts)
         self._send_back(self.text_encoder)
         return text
-
-    def _check(self, prompts, frames, size, output_type) -> None:
-        if not prompts:
-            raise ValueError("no prompt was given")
-        if frames > 1 and not self.transformer.config.temporal:
-            raise ValueError(f"this model makes images: {frames} frames were asked for")
-        if output_type not in ("frames", "latent"):
-            raise ValueError(f'output_type must be "frames" or "latent", got {output_type!r}')
-        self.vae.check_size(*size, self.transformer.config.patch_size)
 
     def warn_of_shape(self, frames: int, height: int, width: int) -> None:
         """A warning where a clip is longer than the folder's own, or more than twice or less than

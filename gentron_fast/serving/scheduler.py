@@ -1,0 +1,248 @@
+"""The scheduler: a bounded queue, and a thread that makes what is in it."""
+
+import math
+import threading
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gentron_fast.diffusion import portable_noise
+from gentron_fast.guidance import GuidedDenoiser
+from gentron_fast.memory import peak_memory
+from gentron_fast.pipeline import GenTronPipeline, Sampling
+from gentron_fast.serving.job import Job, Progress
+from gentron_fast.serving.request import Request
+from gentron_fast.vae import REASONS
+
+WINDOW = 10.0  # seconds over which the rate of steps is taken
+LATENCIES = 512  # of the newest clips, that percentiles are taken of
+
+
+class QueueFull(RuntimeError):
+    """The queue is full; retry_after: seconds until a place should be free."""
+
+    def __init__(self, length: int, retry_after: float):
+        super().__init__(f"the queue is full: {length} requests wait")
+        self.retry_after = retry_after
+
+
+class SchedulerClosed(RuntimeError):
+    """The scheduler was closed before the clip was made."""
+
+
+@dataclass(eq=False)
+class _Clip:
+    """A clip that is being made: its latents before step `step`."""
+
+    job: Job
+    denoiser: GuidedDenoiser
+    seed: int
+    latents: Tensor
+    x0: Tensor | None = None
+    step: int = 0
+
+
+class Scheduler:
+    """Makes what is submitted, in a thread of its own. Every method may be called from any thread.
+
+    The pipeline is the scheduler's as long as it is open: nobody else may call it.
+    """
+
+    def __init__(
+        self, pipeline: GenTronPipeline, *, queue_size: int = 64, max_batch: int | None = None
+    ):
+        """queue_size: how many requests may wait; max_batch: how many clips are made at a time."""
+        self.pipeline, self.queue_size = pipeline, queue_size
+        self.max_batch = 1 if max_batch is None else max_batch
+        self._changed = threading.Condition()
+        self._queue: deque[tuple[Job, Sampling]] = deque()
+        self._clips: list[_Clip] = []
+        self._closing, self._give_back_at = False, math.inf
+        self._counts = Counter()
+        self._latencies: deque[float] = deque(maxlen=LATENCIES)
+        self._recent: deque[tuple[float, int]] = deque()
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> Job:
+        """Put a request into the queue.
+
+        ValueError, in one line, where it is wrong; QueueFull, whose retry_after says in how many
+        seconds to come again; SchedulerClosed.
+        """
+        sampling = request.sampling(self.pipeline)
+        job = Job(request, len(sampling.table.timesteps), self._wake)
+        with self._changed:
+            if self._closing:
+                raise SchedulerClosed("the scheduler is closed")
+            if len(self._queue) >= self.queue_size:
+                raise QueueFull(len(self._queue), self._seconds_to_a_place())
+            self._queue.append((job, sampling))
+            self._counts["submitted"] += 1
+            self._changed.notify()
+        return job
+
+    def stats(self) -> dict:
+        """Now: queue_length, batch (clips being made), max_batch, steps_per_second (each clip's
+        steps counted, over the last 10 s), memory_bytes (the most held so far, on the device, or by
+        the process on the CPU). Since the start: submitted, done, failed, cancelled, rejected and
+        steps. Of the newest 512 clips: latency_p50 and latency_p95, seconds from submission to
+        frames, None before the first."""
+        with self._changed:
+            counts = {name: self._counts[name] for name in _COUNTS}
+            return {
+                "queue_length": len(self._queue),
+                "batch": len(self._clips),
+                "max_batch": self.max_batch,
+                **counts,
+                "steps_per_second": self._steps_per_second(),
+                "latency_p50": _percentile(self._latencies, 0.50),
+                "latency_p95": _percentile(self._latencies, 0.95),
+                "memory_bytes": peak_memory(self.pipeline.device),
+            }
+
+    def close(self, timeout: float | None = None) -> None:
+        """Take nothing more, finish what was submitted, and end the thread.
+
+        What is not there after `timeout` seconds (None: however long it takes) is given back: its
+        job fails with SchedulerClosed. Once closed, another call does nothing.
+        """
+        with self._changed:
+            self._closing = True
+            if timeout is not None:
+                self._give_back_at = min(self._give_back_at, time.monotonic() + timeout)
+            self._changed.notify()
+        self._thread.join()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._drop_unwanted()
+                self._admit()
+                for clip in list(self._clips):
+                    self._attempt([clip], self._step, clip)
+                self._finish_ready()
+        finally:  # a fault of ours leaves nobody waiting
+            with self._changed:
+                self._closing, self._give_back_at = True, -math.inf
+            self._drop_unwanted()
+
+    def _wait_for_work(self) -> bool:
+        """False where the scheduler is closed and nothing is left to do."""
+        with self._changed:
+            while not (self._queue or self._clips):
+                if self._closing:
+                    return False
+                self._changed.wait()
+        return True
+
+    def _drop_unwanted(self) -> None:
+        """Leave out what was cancelled, is too late, or is given back."""
+        closed = None
+        if time.monotonic() >= self._give_back_at:
+            closed = SchedulerClosed("the scheduler was closed before the clip was made")
+        with self._changed:
+            queued = list(self._queue)
+        for entry in queued:
+            if reason := entry[0].reason_to_drop() or closed:
+                with self._changed:
+                    self._queue.remove(entry)
+                self._finish(entry[0], reason)
+        for clip in list(self._clips):
+            if reason := clip.job.reason_to_drop() or closed:
+                self._clips.remove(clip)
+                self._finish(clip.job, reason)
+
+    def _admit(self) -> None:
+        """Take from the head of the queue what there is room for."""
+        while len(self._clips) < self.max_batch:
+            with self._changed:
+                if not self._queue:
+                    return
+                job, sampling = self._queue.popleft()
+            job.start()
+            self._attempt([], self._begin, job, sampling)
+
+    def _begin(self, job: Job, sampling: Sampling) -> None:
+        try:
+            text, null_text = self.pipeline.encode(sampling)
+            denoiser = GuidedDenoiser(
+                *(self.pipeline.transformer, text, null_text, sampling.table),
+                *(sampling.lambda_t, sampling.lambda_m, sampling.shape),
+                rescale=sampling.rescale,
+            )
+            (seed,) = sampling.seeds
+            latents = portable_noise(sampling.shape, [seed], 0).to(self.pipeline.device)
+        except Exception as error:
+            return self._finish(job, error)
+        self._clips.append(_Clip(job, denoiser, seed, latents))
+
+    def _attempt(self, clips: list[_Clip], work, *args) -> None:
+        """Do a part of the work; what it raises ends these clips, and not the scheduler."""
+        try:
+            work(*args)
+        except Exception as error:
+            for clip in clips:
+                self._clips.remove(clip)
+                self._finish(clip.job, error)
+
+    def _step(self, clip: _Clip) -> None:
+        noise = None
+        if clip.denoiser.table.rows[clip.step, -1] != 0:
+            noise = portable_noise(clip.denoiser.latent_shape, [clip.seed], clip.step + 1)
+            noise = noise.to(self.pipeline.device)
+        clip.latents, clip.x0 = clip.denoiser.step(clip.latents, clip.step, clip.x0, noise)
+        clip.step += 1
+        clip.job.progress = Progress(clip.step, clip.job.progress.steps)
+        with self._changed:
+            self._counts["steps"] += 1
+            self._recent.append((time.monotonic(), 1))
+
+    def _finish_ready(self) -> None:
+        for clip in [clip for clip in self._clips if clip.step == clip.job.progress.steps]:
+            self._attempt([clip], self._decode, clip)
+
+    def _decode(self, clip: _Clip) -> None:
+        if not bool(clip.latents.isfinite().all()):
+            raise ValueError(f"the latents are not finite: {REASONS}")
+        (frames,) = self.pipeline.decode(clip.latents)
+        self._clips.remove(clip)
+        self._finish(clip.job, frames)
+
+    def _finish(self, job: Job, outcome) -> None:
+        with self._changed:
+            if isinstance(outcome, Tensor):
+                self._latencies.append(time.monotonic() - job.submitted)
+        job.finish(outcome)
+        with self._changed:
+            self._counts[job.state] += 1
+
+    def _steps_per_second(self) -> float:
+        now = time.monotonic()
+        while self._recent and self._recent[0][0] < now - WINDOW:
+            self._recent.popleft()
+        return sum(count for _, count in self._recent) / WINDOW
+
+    def _seconds_to_a_place(self) -> float:
+        """Seconds until the next clip should be done, at the rate of steps so far; at least 1."""
+        self._counts["rejected"] += 1
+        rate = self._steps_per_second()
+        left = [clip.job.progress.steps - clip.step for clip in self._clips]
+        return max(1.0, min(left, default=0) * len(left) / rate if rate else 1.0)
+
+
+_COUNTS = ("submitted", "done", "failed", "cancelled", "rejected", "steps")
+
+
+def _percentile(values, share: float) -> float | None:
+    """Of the nearest rank."""
+    ordered = sorted(values)
+    return ordered[max(math.ceil(share * len(ordered)) - 1, 0)] if ordered else None

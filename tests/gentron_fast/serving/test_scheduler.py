@@ -1,0 +1,160 @@
+"""The scheduler: what is made equals what the pipeline makes; queue, cancelling, deadline, end."""
+
+import threading
+from concurrent.futures import CancelledError
+
+import pytest
+import torch
+
+from gentron_fast import GenTronPipeline
+from gentron_fast.serving import (
+    DeadlinePassed,
+    QueueFull,
+    Request,
+    Scheduler,
+    SchedulerClosed,
+)
+
+SMALL = {"steps": 3, "frames": 2, "height": 32, "width": 32}
+WAIT = 60  # seconds, for what comes in far fewer
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_pipeline_folder):
+    return GenTronPipeline.from_pretrained(tiny_pipeline_folder)
+
+
+@pytest.fixture
+def scheduler(pipeline):
+    scheduler = Scheduler(pipeline, queue_size=2, max_batch=1)
+    yield scheduler
+    scheduler.close(0)
+
+
+@pytest.fixture
+def held(scheduler, monkeypatch):
+    """The scheduler stands in a first job's first step until the event is set."""
+    go, inside, step = threading.Event(), threading.Event(), scheduler._step
+
+    def held_step(*args):
+        inside.set()
+        assert go.wait(WAIT)
+        return step(*args)
+
+    monkeypatch.setattr(scheduler, "_step", held_step)
+    job = scheduler.submit(Request("a star", **SMALL))
+    assert inside.wait(WAIT)
+    yield job, go
+    go.set()
+
+
+def test_a_clip_is_the_pipelines(scheduler, pipeline):
+    request = Request("a red circle", negative_prompt="a star", seed=5, solver="ddpm", **SMALL)
+    job, seen = scheduler.submit(request), []
+    frames = job.result(WAIT)
+    job.add_done_callback(seen.append)
+    expected = pipeline(
+        "a red circle",
+        negative_prompt="a star",
+        seed=5,
+        solver="ddpm",
+        steps=3,
+        frames=2,
+        size=(32, 32),
+        progress=False,
+    ).frames[0]
+    assert (frames.int() - expected.int()).abs().max() <= 1
+    assert job.state == "done" and job.progress == (3, 3) and job.error is None
+    assert seen == [job] and job.created_at <= job.completed_at
+    stats = scheduler.stats()
+    assert (stats["submitted"], stats["done"], stats["steps"]) == (1, 1, 3)
+    assert stats["latency_p50"] == stats["latency_p95"] > 0
+
+
+def test_a_full_queue_tells_when_to_come_again(scheduler, held):
+    job, go = held
+    assert job.state == "running"
+    waiting = [scheduler.submit(Request("a star", seed=seed, **SMALL)) for seed in (1, 2)]
+    assert [other.state for other in waiting] == ["queued"] * 2
+    with pytest.raises(QueueFull, match="2 requests wait") as refusal:
+        scheduler.submit(Request("a star", **SMALL))
+    assert refusal.value.retry_after >= 1
+    assert scheduler.stats()["rejected"] == 1
+    go.set()
+    assert all(other.result(WAIT).shape == (2, 32, 32, 3) for other in waiting)
+
+
+def test_cancelling_ends_a_job_at_the_next_step(scheduler, held):
+    job, go = held
+    waiting = scheduler.submit(Request("a star", **SMALL))
+    assert job.cancel() and waiting.cancel()
+    go.set()
+    for cancelled in (job, waiting):
+        with pytest.raises(CancelledError):
+            cancelled.result(WAIT)
+        assert cancelled.state == "cancelled" and cancelled.error is None
+    assert job.progress == (1, 3)
+    after = scheduler.submit(Request("a star", **SMALL))
+    assert after.result(WAIT).dtype == torch.uint8 and not after.cancel()
+
+
+def test_a_deadline_ends_what_is_late(scheduler, held):
+    _, go = held
+    late = scheduler.submit(Request("a star", deadline=0.01, **SMALL))
+    threading.Event().wait(0.02)
+    go.set()
+    with pytest.raises(DeadlinePassed, match="step 0 of 3"):
+        late.result(WAIT)
+    assert late.state == "failed" and scheduler.stats()["failed"] == 1
+
+
+def test_closing_finishes_what_was_submitted(pipeline):
+    scheduler = Scheduler(pipeline)
+    jobs = [scheduler.submit(Request("a star", seed=seed, **SMALL)) for seed in range(3)]
+    scheduler.close()
+    assert [job.state for job in jobs] == ["done"] * 3
+    with pytest.raises(SchedulerClosed):
+        scheduler.submit(Request("a star", **SMALL))
+
+
+def test_closing_in_time_gives_back_what_is_not_finished(scheduler, held):
+    job, go = held
+    waiting = scheduler.submit(Request("a star", **SMALL))
+    threading.Timer(0.05, go.set).start()
+    scheduler.close(0.01)
+    for given_back in (job, waiting):
+        assert given_back.state == "failed" and isinstance(given_back.error, SchedulerClosed)
+
+
+def test_what_fails_ends_alone(scheduler, pipeline, monkeypatch):
+    decode = pipeline.decode
+    monkeypatch.setattr(pipeline, "decode", lambda latents: 1 / 0)
+    broken = scheduler.submit(Request("a star", **SMALL))
+    with pytest.raises(ZeroDivisionError):
+        broken.result(WAIT)
+    monkeypatch.setattr(pipeline, "decode", decode)
+    assert scheduler.submit(Request("a star", **SMALL)).result(WAIT).shape == (2, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    "wrong,told",
+    [
+        ({"prompt": 3}, "prompt must be one text"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt must be one text"),
+        ({"seed": [1, 2]}, "seed must be a whole number"),
+        ({"steps": 0}, "steps must be a whole number from 1"),
+        ({"solver": "euler"}, "unknown solver 'euler'"),
+        ({"lambda_t": float("nan")}, "lambda_t must be a number"),
+        ({"lambda_m": [1.0, 1.2]}, "lambda_m must be a number"),
+        ({"rescale": 1.5}, r"rescale must be 0 … 1"),
+        ({"frames": 33}, "frames must be a whole number from 1 to 32"),
+        ({"width": None}, "give both or none"),
+        ({"width": 33}, "size 32x33 does not fit"),
+        ({"deadline": 0}, "deadline must be more than 0 seconds"),
+    ],
+    ids=str,
+)
+def test_a_wrong_request_is_refused_when_it_is_submitted(scheduler, wrong, told):
+    with pytest.raises(ValueError, match=told):
+        scheduler.submit(Request(**{"prompt": "a star"} | SMALL | wrong))
+    assert scheduler.stats()["submitted"] == 0
