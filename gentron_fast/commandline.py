@@ -13,6 +13,11 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+# How launchers tell a process its number and of how many: torchrun and deepspeed, and Slurm in a
+# step (srun). A batch script by itself is no step, and has the second one's SLURM_PROCID alone.
+RANK_VARIABLES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "SLURM_LOCALID")
+
 
 def run(
     name: str, command: Callable[[], None], argv: Sequence[str], interrupted: str, wrong=()
@@ -100,12 +105,43 @@ def number(text: str) -> float:
     return value
 
 
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and of how many that share the work, by its launcher's variables; 0 of
+    1 without them. ValueError where they do not go together."""
+    for rank_name, world_name in RANK_VARIABLES:
+        rank, world = os.environ.get(rank_name, ""), os.environ.get(world_name, "")
+        if not world and (not rank or rank_name != "RANK"):
+            continue
+        if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+            raise ValueError(
+                f"{rank_name} is {rank!r} of {world_name} {world!r}: "
+                f"wanted 0 <= {rank_name} < {world_name}"
+            )
+        return int(rank), int(world)
+    return 0, 1
+
+
+def share(work: Sequence, noun: str) -> Sequence:
+    """What this rank has to do of the work, told in one line where there are others. It goes by
+    number and not by what is missing, which another rank may be making now."""
+    rank, world = rank_and_world()
+    mine = work[rank::world]
+    if world > 1:
+        print(f"rank {rank} of {world}: {len(mine)} of {len(work)} {noun}", flush=True)
+    return mine
+
+
 def choose_device(name: str | None):
-    """The torch.device of that name, tried out; without a name CUDA where there is one."""
+    """The torch.device of that name, tried out; without a name CUDA where there is one: of several
+    GPUs the one of this process's number on its machine."""
     import torch
 
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        numbers = (os.environ.get(name, "") for name in LOCAL_RANK_VARIABLES)
+        local = next((int(number) for number in numbers if number.isdecimal()), None)
+        return torch.device("cuda", None if local is None else local % torch.cuda.device_count())
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"unknown device {name!r}: wanted cpu, cuda or cuda:N")
     try:

@@ -14,8 +14,10 @@ from gentron_fast.commandline import (
     check_writable,
     choose_device,
     number,
+    rank_and_world,
     refuse,
     run,
+    share,
     silence_libraries,
     utf8_text,
     whole_number,
@@ -93,6 +95,7 @@ def generate(args: argparse.Namespace) -> None:
     silence_libraries()
     from gentron_fast.pipeline import ASSETS
 
+    rank_and_world()  # checks the launcher's variables before any work
     folder = args.model or ASSETS
     if args.compiled is not None:
         return generate_compiled(args, prompts, folder)
@@ -146,8 +149,10 @@ def generate_compiled(args: argparse.Namespace, prompts: list[str], folder: Path
 
 
 def clips_to_make(args: argparse.Namespace, clips: list[Clip]) -> list[Clip]:
-    """The clips, without those of a prompts file that are written; the folder can be written."""
+    """The clips of this rank, without those of a prompts file that are written; the folder can be
+    written."""
     check_writable(path for clip in clips for path in clip.paths)
+    clips = share(clips, "clips")
     return clips if args.prompts is None else leave_out_written(clips)
 
 
@@ -373,7 +378,8 @@ def make_clips(pipeline, args: argparse.Namespace, clips: list[Clip], frames: in
 
     seconds = 0.0
     batches = [clips[i : i + args.batch] for i in range(0, len(clips), args.batch)]
-    with tqdm(total=len(batches) * args.steps, unit="step", leave=False, disable=None) as bar:
+    quiet = True if rank_and_world()[0] else None  # None: away from a terminal
+    with tqdm(total=len(batches) * args.steps, unit="step", leave=False, disable=quiet) as bar:
         for batch in batches:
             bar.set_description(batch[0].prompt[:40])
             start = time.perf_counter()

@@ -1,13 +1,18 @@
 """The images or clips of a benchmark by a pipeline: resumable one by one, shared out over ranks."""
 
 import argparse
-import os
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 from gentron_fast import generate as sampling
-from gentron_fast.commandline import check_writable, choose_device, refuse, whole_number
+from gentron_fast.commandline import (
+    check_writable,
+    choose_device,
+    rank_and_world,
+    refuse,
+    share,
+    whole_number,
+)
 from gentron_fast.evaluation.layout import (
     IMAGES,
     Layout,
@@ -32,7 +37,7 @@ PIPELINE                pipeline folder
 What is sampled how: --seed, --steps, --size and the other options of
 python -m gentron_fast.generate --help. Image k of a category and clip k of a
 VBench run have seed + k.
-With RANK and WORLD_SIZE set (torchrun) every rank makes its share.
+Under torchrun, deepspeed or srun every rank makes its share.
 """
 # How fast, and not what: a run may go on with other ones.
 NOT_OF_THE_RUN = ("device", "batch", "compile", "offload", "verbose")
@@ -68,7 +73,7 @@ def command(argv: list[str]) -> None:
 
 def generate(args: argparse.Namespace, layout: Layout, is_image: bool) -> None:
     """Make what RUN (args.out) lacks of a layout, by args.pipeline as the sampling options say."""
-    rank, world = rank_and_world(os.environ)
+    rank, _ = rank_and_world()
     if is_image and args.frames not in (None, 1):
         raise ValueError(f"the benchmark takes images, --frames asks for {args.frames}")
     args.image = is_image
@@ -79,8 +84,6 @@ def generate(args: argparse.Namespace, layout: Layout, is_image: bool) -> None:
         raise ValueError(f"--seed {args.seed} with {len(layout.samples)} samples exceeds 2**64 - 1")
     sampling.take_defaults(args, args.pipeline)
     sampling.check_solver(args, args.pipeline)
-    if args.device is None and "LOCAL_RANK" in os.environ:
-        args.device = local_device(os.environ["LOCAL_RANK"])
     device = choose_device(args.device)
     clips = [
         sampling.Clip(sample.prompt, args.seed + sample.number, [args.out / sample.name])
@@ -91,8 +94,7 @@ def generate(args: argparse.Namespace, layout: Layout, is_image: bool) -> None:
     if rank == 0:
         for line in tell_renamed(layout):
             warnings.warn(line, stacklevel=2)
-    # Shared out by number and not by what is missing, which another rank may be making now.
-    missing = sampling.leave_out_written(clips[rank::world])
+    missing = sampling.leave_out_written(share(clips, "samples"))
     if missing:
         sampling.load_and_make(args, args.pipeline, device, missing, frames)
 
@@ -105,19 +107,3 @@ def run_settings(args: argparse.Namespace) -> dict:
     values = {name: getattr(args, name) for name in names}
     values["guidance_range"] = list(args.guidance_range)
     return {"pipeline": str(args.pipeline.resolve()), **values}
-
-
-def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int]:
-    """RANK and WORLD_SIZE; 0 of 1 without them. ValueError where they do not go together."""
-    rank, world = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
-    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-        raise ValueError(f"RANK is {rank!r} of WORLD_SIZE {world!r}: wanted 0 <= RANK < WORLD_SIZE")
-    return int(rank), int(world)
-
-
-def local_device(local_rank: str) -> str | None:
-    """The GPU of a rank on its machine; None where there is none."""
-    import torch
-
-    count = torch.cuda.device_count()
-    return f"cuda:{int(local_rank) % count}" if count and local_rank.isdecimal() else None

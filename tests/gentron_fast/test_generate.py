@@ -373,6 +373,21 @@ def test_a_prompts_file_resumes(generate, tmp_path):
     assert code == 0 and "2 of 2" in stdout and stdout.count("\n") == 1
 
 
+def test_ranks_share_the_clips_of_a_prompts_file(generate, tmp_path, monkeypatch):
+    path, out = tmp_path / "prompts.txt", tmp_path / "out"
+    path.write_text("a red circle\na blue square\na green square\n")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, there in (("1", ["a-blue-square"]), ("0", ["a-blue-square", "a-green", "a-red"])):
+        monkeypatch.setenv("RANK", rank)
+        code, stdout, err = generate("--prompts", path, "--image")
+        assert (code, err) == (0, "") and stdout.startswith(f"rank {rank} of 2: ")
+        assert len(names(out)) == len(there)
+        assert all(name.startswith(start) for name, start in zip(names(out), there, strict=True))
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setattr("gentron_fast.generate.load_pipeline", None)
+    assert_refused(*generate(PROMPT), "wanted 0 <= RANK < WORLD_SIZE")
+
+
 def test_interrupt_in_process(generate, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt

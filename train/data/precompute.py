@@ -3,8 +3,8 @@
 Each shard of images or clips becomes one of the same name in OUT: mean and standard deviation of
 the latents, and of each text encoder the tokens' embeddings, their mask and the pooled vector, in
 safetensors. Shards that are there are kept: the same command goes on where it was cut off, and two
-at a time share the work. With RANK and WORLD_SIZE set, as torchrun does, each process makes its
-part of the shards.
+at a time share the work. Under torchrun, deepspeed or srun each process makes its part of the
+shards.
 
     python -m gentron_train.precompute "raw/clips-*.tar" latents/ --pipeline runs/t2i/pipeline
 """
@@ -27,7 +27,14 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from gentron_fast.commandline import check_writable, refuse, run, usable_device
+from gentron_fast.commandline import (
+    check_writable,
+    choose_device,
+    rank_and_world,
+    refuse,
+    run,
+    usable_device,
+)
 from gentron_fast.files import claim, whole_file
 from gentron_fast.model import TextCondition
 from gentron_fast.text import SUBFOLDERS, TextEncoder
@@ -366,7 +373,7 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--windows-per-clip", "--starts", type=int, default=2, help="random ones, that are encoded")
     add("--crop", default="center", choices=["center", "random"], help="which part is cut out")
     add("--workers", type=int, default=os.cpu_count(), help="processes that decode")
-    best = "cuda" if torch.cuda.is_available() else "cpu"
+    best = choose_device(None)
     add("--device", type=usable_device, default=best, help="that encodes: cpu, cuda or cuda:N")
     add("--allow-pipes", action="store_true", help="URLs pipe:COMMAND, which run in a shell")
     add("--max-broken", type=float, default=0.05, help="share of broken samples that stops it")
@@ -386,6 +393,7 @@ def _precompute(args: argparse.Namespace) -> None:
         workers=args.workers,
         max_broken=args.max_broken,
     )
+    rank, ranks = rank_and_world()
     if args.windows_per_clip < 1:
         raise ValueError(f"--windows-per-clip is {args.windows_per_clip}, must be at least 1")
     pipes = args.allow_pipes
@@ -400,8 +408,8 @@ def _precompute(args: argparse.Namespace) -> None:
         workers=args.workers,
         device=args.device,
         max_broken=args.max_broken,
-        rank=int(os.environ.get("RANK", 0)),
-        ranks=int(os.environ.get("WORLD_SIZE", 1)),
+        rank=rank,
+        ranks=ranks,
     )
     causes = in_words(Counter(broken))
     print(f"{len(shards)} shards in {args.out}" + (f"; broken: {causes}" if causes else ""))
