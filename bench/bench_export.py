@@ -175,8 +175,8 @@ def test_clip(measure, contest, tmp_path, dtype):
     ours = load_compiled(path, dtype)
     seconds["load"] = time.perf_counter() - start
     assert seconds["load"] <= LOAD_LIMIT
-    if contest.smoke:
-        compiled = absent("compiled pipeline", "not compiled in a dry run")
+    if contest.smoke or contest.brief:
+        compiled = absent("compiled pipeline", "not compiled in a short run")
     else:
         seconds["cold torch.compile"], _ = cold("pipeline", dtype, tmp_path)
         sample = compiled_pipeline(None, dtype)
@@ -196,6 +196,7 @@ def test_clip(measure, contest, tmp_path, dtype):
             compiled,
             Contender("eager pipeline", lambda *tokens: eager(of(tokens))),
         ],
+        times_launch=True,
         seconds=seconds,
         steps=STEPS,
     )

@@ -64,6 +64,7 @@ def test_clip(measure, contest, pipeline):
         make=lambda randn: (randn(*shape, dtype=torch.float32),),
         definition=sampled(step.definition),
         contenders=contenders,
+        times_launch=True,
         preset=None,
     )
     rounded = deepcopy(model)

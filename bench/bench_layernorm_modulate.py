@@ -7,7 +7,9 @@ import importlib.util
 import math
 
 import pytest
+import torch
 import torch.nn.functional as F
+from bench_step import plain_chain
 from contest import DTYPES, OURS, PRESET_NAMES, Contender, absent
 
 from gentron_fast import PRESETS
@@ -102,5 +104,51 @@ def test_residual_layernorm_modulate(measure, contest, clip, preset, dtype, back
         nbytes=tensors * math.prod(shape) * dtype.itemsize,
         flops=flops * math.prod(shape),
         backward=backward,
+        preset=preset,
+    )
+
+
+# What a block gives the chain behind its self-attention, its cross-attention and its MLP.
+FORMS = {
+    "gate": ("gate",),
+    "positions": ("positions", "frame"),
+    "gate, shift and scale": ("gate", "shift", "scale"),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chain(measure, contest, clip, dtype, form):
+    """The chain in the forms in which a video block calls it, beside plain torch and a copy."""
+    preset, names = "G/2-T2V", FORMS[form]
+    shape = *clip, PRESETS[preset].width
+
+    def make(randn):
+        frame = torch.arange(clip.frames, device=contest.device).repeat(clip.batch)
+        sizes = dict.fromkeys(names, clip.batch) | {"positions": clip.frames}
+        rows = (frame if name == "frame" else randn(sizes[name], shape[-1]) for name in names)
+        return randn(*shape), randn(*shape), *rows
+
+    def form_of(chain):
+        def run(x, y, *rows):
+            if "positions" in names:
+                return chain(x, y, shift=rows)
+            return chain(x, y, **dict(zip(names, rows, strict=True)))
+
+        return run
+
+    measure(
+        f"chain, {form}",
+        shape,
+        dtype,
+        make=make,
+        definition=form_of(residual_layernorm_modulate_ref),
+        contenders=[
+            Contender(OURS, form_of(residual_layernorm_modulate)),
+            Contender("eager", form_of(plain_chain)),
+        ],
+        nbytes=4 * math.prod(shape) * dtype.itemsize,  # I/O: read x, y + write x', h
+        flops=10 * math.prod(shape),  # as above
         preset=preset,
     )

@@ -18,7 +18,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_step import latte_depths, latte_model, plain_operators, random_model, text_of
+from bench_step import (
+    latte_depths,
+    latte_model,
+    plain_operators,
+    plainly,
+    random_model,
+    text_of,
+)
 from contest import DTYPES, OURS, Contender, absent, memory_bytes
 
 from gentron_fast import PRESETS
@@ -187,8 +194,14 @@ def compete(measure, contest, name, config, shape, dtype, modes=(), compiles=Fal
         contenders.append(Contender("plain AdamW loop, torch.compile", step.compiled()))
     depth, latte_flops = nearest_latte(config, shape, flops)
     latte = f"Latte, {latte_flops / flops:.2f} × the FLOPs"
-    contenders.append(replace(step.latte(max(depth, 1)), name=latte))
-    roof = peak_flops(torch.device(contest.device), dtype) / 1e12
+    latte = replace(step.latte(max(depth, 1)), name=latte, flops=latte_flops or None)
+    row_of(measure, name, step, [*contenders, latte], flops, peak, latte_flops=latte_flops)
+
+
+def row_of(measure, name, step: TrainingStep, contenders, flops, peak: float, **extra):
+    """Measure the contenders of a step; tell samples a second and MFU of each."""
+    shape, dtype = step.shape, step.dtype
+    roof = peak_flops(torch.device(step.device), dtype) / 1e12
     row = measure(
         name,
         shape,
@@ -196,18 +209,19 @@ def compete(measure, contest, name, config, shape, dtype, modes=(), compiles=Fal
         make=lambda randn: tuple(randn(*shape, dtype=torch.float32) for _ in range(2)),
         definition=step.definition,
         contenders=contenders,
+        times_launch=True,
         flops=flops,
         direction="training step",
-        latte_flops=latte_flops,
         peak_tflops=roof,
         peak_memory_gib=peak,
+        **extra,
     )
     for contender, entry in row["contenders"].items():
         if "ms" in entry:
-            own = latte_flops if contender == latte else flops
+            own = entry["flops"] or flops
             rate, mfu = 1e3 * shape[0] / entry["ms"], own / entry["ms"] / 1e9 / roof
             print(f"{name}: {contender:<32}{rate:9.2f} samples/s  {mfu:6.1%} MFU")
-    print(f"{name}: {flops / 1e9:.1f} GFLOP, Latte {latte_flops / 1e9:.1f}; ours {peak:.2f} GiB")
+    print(f"{name}: {flops / 1e9:.1f} GFLOP; ours {peak:.2f} GiB")
 
 
 def ours_that_fits(step: TrainingStep, modes, empty: float) -> tuple[Contender, float]:
@@ -296,3 +310,20 @@ def test_whole_model(measure, contest, preset, shape):
     """The paper's sizes in bf16, in micro-batches that one GPU holds."""
     name, modes = f"training step, {preset}", ("attention", "full")
     compete(measure, contest, name, PRESETS[preset], shape, torch.bfloat16, modes, compiles=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_checkpointed(measure, contest):
+    """G/2-T2V in bf16, every block computed again, beside plain torch that does the same."""
+    config, shape, dtype = PRESETS["G/2-T2V"], (2, 4, 8, 64, 64), torch.bfloat16
+    empty = memory_in_use(contest.device)
+    step = TrainingStep(config, shape, dtype, contest.device)
+    ours = step.checkpointed("full")
+    peak = peak_memory(contest.device, ours, step) - empty
+    contenders = [
+        Contender(OURS, ours, "plain AdamW step"),
+        Contender("plain AdamW loop", plainly(ours)),
+    ]
+    flops = shape[0] * training_flops(config, shape[1:], TOKENS)
+    name = "training step, G/2-T2V, blocks computed again"
+    row_of(measure, name, step, contenders, flops, peak)

@@ -29,6 +29,7 @@ class Clip(NamedTuple):
 def pytest_addoption(parser):
     group = parser.getgroup("gentron_fast")
     group.addoption("--full", action="store_true", help="every row, without a budget")
+    group.addoption("--brief", action="store_true", help="few rounds, and fewer peers")
     group.addoption(
         "--budget",
         type=float,
@@ -39,7 +40,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: measured under --full only")
     command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
-    config.stash[_CONTEST] = Contest(DEVICE, config.getoption("benchmark_disable"), command)
+    smoke, brief = config.getoption("benchmark_disable"), config.getoption("brief")
+    config.stash[_CONTEST] = Contest(DEVICE, smoke, brief, command)
     config.stash[_ROWS] = []
     config.stash[_START] = time.monotonic()
 

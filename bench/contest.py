@@ -33,7 +33,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 COMPILE_MODES = {"cpu": ["default"], "cuda": ["default", "max-autotune-no-cudagraphs"]}
 
 SECONDS = 3.0  # of measuring a row, within
-ROUNDS = (9, 100)
+ROUNDS, BRIEF_ROUNDS = (9, 100), (5, 50)
 PRODUCT_SIDE = {"cpu": 1024, "cuda": 8192}
 SLEEP_HZ = 2e9  # at least the GPU's clock, so that a sleep is never shorter than meant
 
@@ -76,10 +76,12 @@ class Contest:
     """Measures rows on one device.
 
     smoke: no figures; every contender runs once on few tokens, uncompiled, and is checked.
+    brief: few rounds, torch.compile in one mode; whole models have fewer peers.
     """
 
     device: str
     smoke: bool = False
+    brief: bool = False
     command: str = ""
     _product_rates: dict = field(default_factory=dict)
 
@@ -91,7 +93,7 @@ class Contest:
             return [absent(name, "not compiled in a dry run")]
         return [
             Contender(name, torch.compile(function, dynamic=False, mode=mode), mode)
-            for mode in modes or COMPILE_MODES[self.device]
+            for mode in modes or COMPILE_MODES[self.device][: 1 if self.brief else None]
         ]
 
     def measure(
@@ -106,6 +108,7 @@ class Contest:
         nbytes: int | None = None,
         flops: int | None = None,
         backward: bool = False,
+        times_launch: bool = False,
         preset: str | None = None,
         direction: str | None = None,
         **extra: Any,
@@ -115,8 +118,9 @@ class Contest:
         make(randn) builds one input set, a tuple of tensors, from randn(*shape, dtype=dtype);
         definition is the operator in plain torch, called on wider inputs; nbytes and flops: what
         one call must move and compute. backward: the gradient of all floating-point inputs is
-        timed, its forward is not. direction: what the row says it is where it is neither forward
-        nor backward. extra: what else the row is to hold.
+        timed, its forward is not. times_launch: the host's work counts where the GPU waits for it,
+        as it does for a user; of an operator alone it does not. direction: what the row says it is
+        where it is neither forward nor backward. extra: what else the row is to hold.
 
         Raises AssertionError where ours differs from the definition; another contender that
         differs or fails is absent, with the reason.
@@ -137,7 +141,7 @@ class Contest:
             copies = self._copies(nbytes, len(sets))
             calls[Contender(COPY, None)] = lambda: copies
         timed: dict[str, dict] = {}
-        for contender, seconds in self._take_turns(calls).items():
+        for contender, seconds in self._take_turns(calls, times_launch).items():
             entry = _summary(seconds) | {"note": contender.note, "error": errors.get(contender)}
             entry["flops"] = contender.flops
             best = timed.setdefault(contender.name, entry)
@@ -233,7 +237,9 @@ class Contest:
 
         return [partial(buffer().copy_, buffer()) for _ in range(count)]
 
-    def _take_turns(self, calls: dict[Contender, Callable]) -> dict[Contender, list[float]]:
+    def _take_turns(
+        self, calls: dict[Contender, Callable], times_launch: bool = False
+    ) -> dict[Contender, list[float]]:
         """Seconds a call, one sample a round and contender, the order moving on every round."""
         if self.device == "cpu":
             keep_freed_memory()  # as the CUDA allocator does: no page fault is timed
@@ -244,12 +250,13 @@ class Contest:
             for contender in order:
                 launch[contender] = self._pass(calls[contender])[1]
             elapsed = time.perf_counter() - start
-        low, high = ROUNDS
+        low, high = BRIEF_ROUNDS if self.brief else ROUNDS
         rounds = 1 if self.smoke else min(high, max(low, int(SECONDS / elapsed)))
         samples: dict[Contender, list[float]] = {contender: [] for contender in order}
         for _ in range(rounds):
             for contender in order:
-                samples[contender].append(self._pass(calls[contender], launch[contender])[0])
+                lead = 0.0 if times_launch else launch[contender]
+                samples[contender].append(self._pass(calls[contender], lead)[0])
             order = order[1:] + order[:1]
         return samples
 

@@ -13,6 +13,13 @@ from gentron_fast import EncodedText, GenTron, GenTronConfig, TextCondition
 TINY = GenTronConfig(depth=2, width=48, heads=4, clip_width=128, t5_width=128, temporal=True)
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> GenTronConfig:
     return TINY

@@ -16,7 +16,10 @@ import records
 import report
 import torch
 import work
+from bench_step import Step
 from contest import OURS, Contender, Contest, absent
+
+from gentron_fast import PRESETS, GenTron
 
 ROOT = Path(__file__).parents[1]
 
@@ -306,6 +309,27 @@ def test_part_test_needs_no_package_that_may_be_absent():
             elif isinstance(node, ast.ImportFrom):
                 names.add(node.module.partition(".")[0])
         assert not names & absent_there, file
+
+
+def test_copies_of_a_model_are_made_where_it_runs(monkeypatch):
+    devices = []
+    monkeypatch.setattr(
+        GenTron, "_initialise", lambda self: devices.append(self.patch_embed.weight.device.type)
+    )
+    step = Step(PRESETS["small-T2V"], (1, 4, 2, 4, 4), torch.bfloat16, "meta")
+    wide, compiled = step.copy(torch.float32), step.batched_blocks_compiled().keywords["forward"]
+    assert wide.patch_embed.weight.dtype == torch.float32
+    assert compiled.blocks[0]._compiled_call_impl is not None
+    assert devices == ["meta"] * 3
+
+
+def test_a_brief_contest_compiles_in_one_mode_and_takes_few_rounds(contest, monkeypatch):
+    monkeypatch.setattr(measuring, "BRIEF_ROUNDS", (2, 2))
+    monkeypatch.setitem(measuring.COMPILE_MODES, "cpu", ["default", "max-autotune"])
+    assert [c.note for c in contest.compiled(double)] == ["default", "max-autotune"]
+    contest.brief = True
+    assert [c.note for c in contest.compiled(double)] == ["default"]
+    assert measure(contest, [Contender(OURS, double)])["contenders"][OURS]["samples"] == 2
 
 
 def test_work_is_counted_by_source():

@@ -393,7 +393,7 @@ def test_reused_differences(case, rescale):
         GuidedDenoiser(*inputs, reuse=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("frames", [1, 3])
 def test_the_cuda_graph_is_the_forward(tiny_config, make_model, make_text, frames):
     model = make_model(tiny_config, torch.float32).cuda()

@@ -18,7 +18,7 @@ from gentron_kernels import launch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["cuda"] if INTERPRETED else ["ref", "cpu"]
 if torch.cuda.is_available() and not INTERPRETED:
-    BACKENDS.append("cuda")
+    BACKENDS.append(pytest.param("cuda", marks=pytest.mark.gpu))
 
 
 def pytest_generate_tests(metafunc):
