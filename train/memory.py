@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from gentron_fast.config import PRESETS, GenTronConfig
+from gentron_fast.config import GenTronConfig
 from gentron_fast.model import CONFIG_NAME, GenTron
 from gentron_fast.text import MAX_TOKENS
 from gentron_train.flops import meta_text, parameter_count
@@ -161,7 +161,7 @@ def model_config(settings: Settings, stage: str) -> GenTronConfig:
     if settings.init is not None and (path := settings.init / "transformer" / CONFIG_NAME).exists():
         config = stored_config(path.parent)
     else:
-        config = PRESETS[settings.preset]
+        config = settings.fresh_model()
     return replace(config, temporal=config.temporal or stage == "t2v")
 
 
@@ -196,6 +196,7 @@ def report(settings: Settings, stage: str) -> list[str]:
     frozen = frozen_files(settings, config.encoders)
     room, where = _room(settings)
     title = f"{settings.preset}{'-T2V' if stage == 't2v' else ''}"
+    title += f" with {settings.model}" if settings.model else ""
     lines = [
         f"{title}: {parameter_count(config) / 1e6:.1f} M parameters, latents {latents}, "
         f"{samples} samples a micro-step, texts at their longest; GiB of one GPU",

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import reprlib
 import sys
 import types
@@ -61,6 +62,9 @@ class Settings(DataOptions):
     init: Path | None = option(None, "pipeline to start from; its parts count over a file's")
     fresh_temporal: bool = option(False, "T2V takes --init's shared layers, no temporal one")
     preset: str = option("small", "model size", choices=[n for n in PRESETS if "T2V" not in n])
+    model: str | None = option(
+        None, "the preset's fields otherwise: depth=4 heads=4 encoders=clip …", nargs="+"
+    )
     vae: Path = option(Path("runs/vae"), "autoencoder folder; the small one is trained if missing")
     clip: str | None = option(None, "pretrained CLIP, frozen: folder or hub name")
     t5: str | None = option(None, "pretrained T5, frozen: folder or hub name")
@@ -140,6 +144,15 @@ class Settings(DataOptions):
             raise ValueError("--dtype fp32 needs --parameters fp32")
         choices = [i.name for i in dataclasses.fields(self) if "choices" in i.metadata]
         check_choices(self, *choices)
+        self.fresh_model()
+
+    def fresh_model(self) -> GenTronConfig:
+        """The preset with the fields of --model, for images. ValueError for one that is none."""
+        fields = {} if self.model is None else parse_fields(self.model)
+        try:
+            return replace(PRESETS[self.preset], **fields)
+        except ValueError as error:
+            raise ValueError(f"--model {self.model}: {error}") from None
 
     def on(self, ranks: int) -> "Settings":
         """The same with the accumulation that makes the global batch on so many ranks.
@@ -233,6 +246,27 @@ class Settings(DataOptions):
     def from_dict(cls, values: dict) -> "Settings":
         """The inverse of `to_dict`; unknown fields, and values of another type: ValueError."""
         return cls(**converted(values, "these settings"))
+
+
+def parse_fields(text: str) -> dict[str, object]:
+    """Fields of a GenTronConfig from words like "width=128 encoders=clip,t5 cross_attention=false".
+
+    ValueError that names --model.
+    """
+    known = {item.name: item.type for item in dataclasses.fields(GenTronConfig)}
+    del known["temporal"]  # the stage says it
+    result = {}
+    for word in text.split() or [""]:
+        name, equals, value = word.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"--model takes NAME=VALUE of {', '.join(known)}; got {word!r}")
+        if name in result:
+            raise ValueError(f"--model names {name} twice: {text}")
+        if name == "encoders":
+            result[name] = () if value == "none" else tuple(value.split(","))
+            continue
+        result[name] = yaml.safe_load(value) if re.fullmatch(r"[-+.\w]+", value) else value
+    return result
 
 
 def stored_config(transformer: Path) -> GenTronConfig:
@@ -366,6 +400,8 @@ def parse_settings(stage: str, description: str, argv: list[str] | None = None) 
         # argparse sets a default where there is no value yet: what stays a mark was not given.
         marks = {item.name: parser for item in dataclasses.fields(Settings)}
         values = vars(parser.parse_args(argv, argparse.Namespace(**marks)))
+        if isinstance(words := values["model"], list):
+            values["model"] = None if words == [None] else " ".join(str(word) for word in words)
         given = {name: values[name] for name in marks if values[name] is not parser}
         return _combined(defaults, given)
     except (ValueError, OSError) as error:
@@ -406,9 +442,26 @@ def _combined(defaults: Settings, given: dict) -> Settings:
         if given.get(name) is not None:
             found[other] = None
     settings = _with_shipped_parts(replace(defaults, **found | given), given)
+    _check_stored_model(settings)
     if settings.size is not None and settings.buckets is not None:
         raise ValueError(f"--size {settings.size} and --buckets {settings.buckets}: give one")
     return settings
+
+
+def _check_stored_model(settings: Settings) -> None:
+    """ValueError where the model of --init has other fields than --model names."""
+    if settings.model is None or settings.init is None:
+        return
+    if not (settings.init / "transformer" / CONFIG_NAME).is_file():
+        return
+    stored = stored_config(settings.init / "transformer").to_dict()
+    wanted = settings.fresh_model().to_dict()
+    for name in parse_fields(settings.model):
+        if wanted[name] != stored[name]:
+            raise ValueError(
+                f"--model {settings.model}: {settings.init} holds a model of {name} "
+                f"{stored[name]}; take --model none"
+            )
 
 
 def _with_shipped_parts(settings: Settings, given: dict) -> Settings:

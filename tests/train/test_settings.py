@@ -220,6 +220,14 @@ def test_wrong_files(tmp_path, capsys, text, message):
         (["--cache-gib", "inf"], "--cache-gib is inf, must be above 0 and finite"),
         (["--config"], "argument --config: expected one argument"),
         (["--ema-decay", "1"], "--ema-decay is 1.0, must be at least 0 and below 1"),
+        (["--model", "depth"], "--model takes NAME=VALUE of depth, width, heads, mlp_ratio, "),
+        (["--model", "temporal=true"], "got 'temporal=true'"),
+        (["--model", "depth=4", "none"], "got 'None'"),
+        (["--model", ""], "got ''"),
+        (["--model", "depth=4", "depth=4"], "--model names depth twice"),
+        (["--model", "depth=:["], "--model depth=:[: depth is ':[', wanted a whole number from 1"),
+        (["--model", "width=110"], "--model width=110: width 110 is not divisible by 4 heads"),
+        (["--model", "encoders=bert"], "encoders must be some of ('clip', 't5'), got ('bert',)"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -290,6 +298,25 @@ def test_parts_of_the_init_folder_count_over_the_file(tmp_path, tiny_t2i_folder,
     error = refused(capsys, "t2v", init, "--preset=XL/2")
     assert "--preset XL/2 is of depth, width, heads, patch_size [28, 1152, 16, 2]" in error
     assert f"{tiny_t2i_folder} holds [2, 48, 4, 2]" in error
+
+
+def test_fields_of_a_preset_otherwise(tmp_path, tiny_t2i_folder, capsys):
+    """On the command line and in a file, in what a run records, and held against --init."""
+    words = ["depth=4", "width=112", "encoders=clip", "cross_attention=false", "mlp_ratio=6"]
+    config = written(tmp_path, f"t2i: {{model: {' '.join(words)}}}\n")
+    given = {"depth": 4, "width": 112, "encoders": ("clip",), "cross_attention": False}
+    wanted = replace(PRESETS["small"], mlp_ratio=6.0, **given)
+    for argv in ([config], ["--model", *words]):
+        settings = parse_settings("t2i", "", argv)
+        assert model_config(settings, "t2i") == wanted
+        assert Settings.from_dict(settings.to_dict()) == settings
+    assert parse_settings("t2i", "", [config, "--model", "none"]).model is None
+    assert model_config(parse_settings("t2v", "", [config]), "t2v").depth == 6
+    init = f"--init={tiny_t2i_folder}"
+    stored = parse_settings("t2v", "", [init, "--model", "depth=2", "encoders=clip,t5"])
+    assert model_config(stored, "t2v").width == 48
+    error = refused(capsys, "t2v", init, "--model", "depth=4")
+    assert f"--model depth=4: {tiny_t2i_folder} holds a model of depth 2" in error
 
 
 def test_none_and_sizes_on_the_command_line(tmp_path, capsys):
