@@ -22,6 +22,7 @@ from gentron_kernels.launch import tl
 
 EPS = 1e-6
 Rows = Tensor | tuple[Tensor, Tensor]
+REDUCED = 128  # columns of a program that adds row gradients
 MAX_WIDTH = 8192  # of the Triton kernels, which hold a token in registers
 
 
@@ -145,25 +146,37 @@ def _forward_kernel(
             token, gate_span, gate_index_ptr, gate_stride, gate_table, GATE
         )
 
-    stream = ()
-    total = tl.zeros((TOKENS, CHUNK), tl.float32)
+    # Every load of the token before the first store: a store, which may alias, holds loads back.
+    stream, updates, gates = (), (), ()
     for c in tl.static_range(CHUNKS):
         column = columns + c * CHUNK
         inside = column < D
-        value = tl.load(x_ptr + start + column, mask=inside, other=0)
+        stream = stream + (tl.load(x_ptr + start + column, mask=inside, other=0),)  # noqa: RUF005
         if HAS_Y:
-            update = tl.load(y_ptr + y_start + column, mask=inside, other=0).to(tl.float32)
-            if GATE > 0:
-                gate = tl.load(
-                    gate_ptr + gate_start + column, mask=inside & gate_valid, other=float("nan")
-                )
-                update *= gate.to(tl.float32)
-            summed = (value.to(tl.float32) + update).to(x_ptr.dtype.element_ty)
-            value = tl.where(inside, summed, 0).to(x_ptr.dtype.element_ty)
-            tl.store(residual_ptr + start + column, value, mask=inside)
-        total += value.to(tl.float32)
-        stream = stream + (value,)  # noqa: RUF005
+            update = tl.load(y_ptr + y_start + column, mask=inside, other=0)
+            updates = updates + (update,)  # noqa: RUF005
+        if GATE > 0:
+            gate = tl.load(
+                gate_ptr + gate_start + column, mask=inside & gate_valid, other=float("nan")
+            )
+            gates = gates + (gate,)  # noqa: RUF005
 
+    if HAS_Y:
+        summed = ()
+        for c in tl.static_range(CHUNKS):
+            update = updates[c].to(tl.float32)
+            if GATE > 0:
+                update *= gates[c].to(tl.float32)
+            value = (stream[c].to(tl.float32) + update).to(x_ptr.dtype.element_ty)
+            column = columns + c * CHUNK
+            value = tl.where(column < D, value, 0).to(x_ptr.dtype.element_ty)
+            summed = summed + (value,)  # noqa: RUF005
+            tl.store(residual_ptr + start + column, value, mask=column < D)
+        stream = summed
+
+    total = tl.zeros((TOKENS, CHUNK), tl.float32)
+    for c in tl.static_range(CHUNKS):
+        total += stream[c].to(tl.float32)
     mean = tl.sum(total, 1, keep_dims=True) / D
     # Two passes: E[x²] - E[x]² cancels.
     square = tl.zeros((TOKENS, CHUNK), tl.float32)
@@ -180,31 +193,43 @@ def _forward_kernel(
         scale_start, scale_valid = _row_start(
             token, scale_span, scale_index_ptr, scale_stride, scale_table, SCALE
         )
+    shifts, scales = (), ()
     for c in tl.static_range(CHUNKS):
         column = columns + c * CHUNK
-        inside = column < D
+        if SCALE > 0:
+            valid = (column < D) & scale_valid
+            scale = tl.load(scale_ptr + scale_start + column, mask=valid, other=float("nan"))
+            scales = scales + (scale,)  # noqa: RUF005
+        if SHIFT > 0:
+            valid = (column < D) & shift_valid
+            shift = tl.load(shift_ptr + shift_start + column, mask=valid, other=float("nan"))
+            shifts = shifts + (shift,)  # noqa: RUF005
+    for c in tl.static_range(CHUNKS):
+        column = columns + c * CHUNK
         out = (stream[c].to(tl.float32) - mean) * rstd
         if SCALE > 0:
-            scale = tl.load(
-                scale_ptr + scale_start + column, mask=inside & scale_valid, other=float("nan")
-            )
-            out *= 1 + scale.to(tl.float32)
+            out *= 1 + scales[c].to(tl.float32)
         if SHIFT > 0:
-            shift = tl.load(
-                shift_ptr + shift_start + column, mask=inside & shift_valid, other=float("nan")
-            )
-            out += shift.to(tl.float32)
-        tl.store(out_ptr + start + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+            out += shifts[c].to(tl.float32)
+        tl.store(out_ptr + start + column, out.to(out_ptr.dtype.element_ty), mask=column < D)
 
 
-# The backward gives a program a chunk of consecutive tokens that the same rows serve. It holds
-# those rows and the sums of the row gradients in registers, and stores the sums once a chunk.
+# The backward gives a program some consecutive tokens that the same rows serve, and launches as
+# many programs as run at once. Each holds those rows and the sums of the row gradients in
+# registers, has the next tokens fetched while it computes, and stores its sums once;
+# `_reduce_kernel` adds them.
 
 
 @launch.jit
 def _sums(a, b):
     """The sums of two blocks, in one trip through shared memory."""
     return tl.split(tl.sum(tl.join(a, b), 0))
+
+
+@launch.jit
+def _added(sums, place: tl.constexpr, value):
+    """The tuple with a value added at one place."""
+    return sums[:place] + (sums[place] + value,) + sums[place + 1 :]  # noqa: RUF005
 
 
 @launch.jit
@@ -219,14 +244,12 @@ def _backward_kernel(
     scale_index_ptr,
     dx_ptr,
     dy_ptr,
-    dy_sum_ptr,
-    dgate_ptr,
-    dshift_ptr,
-    dscale_ptr,
+    sums_ptr,
     span,
     length,
     per_row,
     y_span,
+    y_step,
     gate_span,
     gate_stride,
     gate_table,
@@ -244,72 +267,159 @@ def _backward_kernel(
     DGATE: tl.constexpr,
     DSHIFT: tl.constexpr,
     DSCALE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    chunk = tl.program_id(0)
-    first = chunk % per_row * length
-    token0 = chunk // per_row * span + first
+    CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
+    program = tl.program_id(0)
+    first = program % per_row * length
+    token0 = program // per_row * span + first
     count = tl.minimum(length, span - first)
-    column = tl.arange(0, BLOCK)
-    inside = column < D
+    columns = tl.arange(0, CHUNK)
+    y_start = (token0 // y_span).to(tl.int64) * D - y_step
+    gates, scales, sums = (), (), ()
     if GATE > 0:
-        start, valid = _row_start(token0, gate_span, gate_index_ptr, gate_stride, gate_table, GATE)
-        gate = tl.load(gate_ptr + start + column, mask=inside & valid, other=float("nan"))
-        gate = tl.where(inside, gate.to(tl.float32), 0)
+        gate_start, gate_valid = _row_start(
+            token0, gate_span, gate_index_ptr, gate_stride, gate_table, GATE
+        )
     if SCALE > 0:
-        start, valid = _row_start(
+        scale_start, scale_valid = _row_start(
             token0, scale_span, scale_index_ptr, scale_stride, scale_table, SCALE
         )
-        scale = tl.load(scale_ptr + start + column, mask=inside & valid, other=float("nan"))
-        scale = tl.where(inside, 1 + scale.to(tl.float32), 0)
-    dy_sum = tl.zeros((BLOCK,), tl.float32)
-    dgate = tl.zeros((BLOCK,), tl.float32)
-    dshift = tl.zeros((BLOCK,), tl.float32)
-    dscale = tl.zeros((BLOCK,), tl.float32)
+    for c in tl.static_range(CHUNKS):
+        column = columns + c * CHUNK
+        inside = column < D
+        if GATE > 0:
+            gate = tl.load(gate_ptr + gate_start + column, inside & gate_valid, float("nan"))
+            gates = gates + (tl.where(inside, gate.to(tl.float32), 0),)  # noqa: RUF005
+        if SCALE > 0:
+            scale = tl.load(scale_ptr + scale_start + column, inside & scale_valid, float("nan"))
+            scales = scales + (tl.where(inside, 1 + scale.to(tl.float32), 0),)  # noqa: RUF005
+        sums = sums + (tl.zeros((CHUNK,), tl.float32),)  # noqa: RUF005
+    dy_sums, dgates, dshifts, dscales = sums, sums, sums, sums
 
     for i in tl.range(0, count, num_stages=STAGES):
         token = (token0 + i).to(tl.int64)
-        at = token * D + column
-        value = tl.load(residual_ptr + at, mask=inside, other=0).to(tl.float32)
-        d_out = tl.load(d_out_ptr + at, mask=inside, other=0).to(tl.float32)
-        if HAS_D_RESIDUAL:
-            d_residual = tl.load(d_residual_ptr + at, mask=inside, other=0).to(tl.float32)
-        if DGATE:
-            y = tl.load(y_ptr + token // y_span * D + column, mask=inside, other=0)
-        d_normed = d_out * scale if SCALE > 0 else d_out
-        total, d_total = _sums(value, d_normed)
-        centred = tl.where(inside, value - total / D, 0)
-        square, product = _sums(centred * centred, centred * d_normed)
-        rstd = tl.rsqrt(square / D + tl.cast(eps, tl.float32))
-        normed = centred * rstd
-        d_stream = rstd * (d_normed - d_total / D - normed * (product * rstd / D))
-        if HAS_D_RESIDUAL:
-            d_stream += d_residual
-        if DX:
-            tl.store(dx_ptr + at, d_stream.to(dx_ptr.dtype.element_ty), mask=inside)
-        if DGATE:
-            dgate += d_stream * y.to(tl.float32)
-        if DSHIFT:
-            dshift += d_out
-        if DSCALE:
-            dscale += d_out * normed
-        if DY or DY_SUM:
-            d_update = d_stream * gate if GATE > 0 else d_stream
-            if DY:
-                tl.store(dy_ptr + at, d_update.to(dy_ptr.dtype.element_ty), mask=inside)
-            if DY_SUM:
-                dy_sum += d_update
+        start = token * D
+        y_start += y_step
+        values, d_outs, d_residuals, ys = (), (), (), ()
+        total = tl.zeros((CHUNK,), tl.float32)
+        d_total = tl.zeros((CHUNK,), tl.float32)
+        for c in tl.static_range(CHUNKS):
+            column = columns + c * CHUNK
+            inside = column < D
+            value = tl.load(residual_ptr + start + column, inside, 0).to(tl.float32)
+            d_out = tl.load(d_out_ptr + start + column, inside, 0).to(tl.float32)
+            if HAS_D_RESIDUAL:
+                d_residual = tl.load(d_residual_ptr + start + column, inside, 0)
+                d_residuals = d_residuals + (d_residual,)  # noqa: RUF005
+            if DGATE:
+                y = tl.load(y_ptr + y_start + column, inside, 0)
+                ys = ys + (y,)  # noqa: RUF005
+            values = values + (value,)  # noqa: RUF005
+            d_outs = d_outs + (d_out,)  # noqa: RUF005
+            total += value
+            d_total += d_out * scales[c] if SCALE > 0 else d_out
+        sum_value, sum_d = _sums(total, d_total)
+        square = tl.zeros((CHUNK,), tl.float32)
+        product = tl.zeros((CHUNK,), tl.float32)
+        for c in tl.static_range(CHUNKS):
+            centred = tl.where(columns + c * CHUNK < D, values[c] - sum_value / D, 0)
+            square += centred * centred
+            product += centred * (d_outs[c] * scales[c] if SCALE > 0 else d_outs[c])
+        sum_square, sum_product = _sums(square, product)
+        rstd = tl.rsqrt(sum_square / D + tl.cast(eps, tl.float32))
+        for c in tl.static_range(CHUNKS):
+            column = columns + c * CHUNK
+            inside = column < D
+            normed = (values[c] - sum_value / D) * rstd
+            d_normed = d_outs[c] * scales[c] if SCALE > 0 else d_outs[c]
+            d_stream = rstd * (d_normed - sum_d / D - normed * (sum_product * rstd / D))
+            if HAS_D_RESIDUAL:
+                d_stream += d_residuals[c]
+            if DX:
+                d_x = d_stream.to(dx_ptr.dtype.element_ty)
+                tl.store(dx_ptr + start + column, d_x, inside)
+            if DGATE:
+                dgates = _added(dgates, c, d_stream * ys[c].to(tl.float32))
+            if DSHIFT:
+                dshifts = _added(dshifts, c, d_outs[c])
+            if DSCALE:
+                dscales = _added(dscales, c, d_outs[c] * normed)
+            if DY or DY_SUM:
+                d_update = d_stream * gates[c] if GATE > 0 else d_stream
+                if DY:
+                    d_y = d_update.to(dy_ptr.dtype.element_ty)
+                    tl.store(dy_ptr + start + column, d_y, inside)
+                if DY_SUM:
+                    dy_sums = _added(dy_sums, c, d_update)
 
-    sums = chunk.to(tl.int64) * D + column
+    # The program's rows of dy, gate, shift and scale, those that are wanted, one below another.
+    start = program.to(tl.int64) * D * (DY_SUM + DGATE + DSHIFT + DSCALE)
+    for c in tl.static_range(CHUNKS):
+        column = columns + c * CHUNK
+        at = sums_ptr + start + column
+        inside = column < D
+        if DY_SUM:
+            tl.store(at, dy_sums[c], inside)
+        if DGATE:
+            tl.store(at + DY_SUM * D, dgates[c], inside)
+        if DSHIFT:
+            tl.store(at + (DY_SUM + DGATE) * D, dshifts[c], inside)
+        if DSCALE:
+            tl.store(at + (DY_SUM + DGATE + DSHIFT) * D, dscales[c], inside)
+
+
+@launch.jit
+def _reduce(mine, sums_ptr, out_ptr, programs, group, stride, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Row r of the result: the sum of the rows r · group, ..., r · group + group - 1."""
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (column < D)[None, :]
+    total = tl.zeros((16, BLOCK), tl.float32)
+    if mine & (row * group < programs):
+        for first in range(0, group, 16):
+            place = first + tl.arange(0, 16)[:, None]
+            at = (row * group + place).to(tl.int64) * stride + column[None, :]
+            total += tl.load(sums_ptr + at, inside & (place < group), 0)
+        out = tl.sum(total, 0).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row.to(tl.int64) * D + column, out, column < D)
+
+
+# I/O: read the sums of every program, which the L2 cache still holds; write the row gradients.
+@launch.jit
+def _reduce_kernel(
+    sums_ptr,
+    dy_ptr,
+    dgate_ptr,
+    dshift_ptr,
+    dscale_ptr,
+    programs,
+    dy_group,
+    dgate_group,
+    dshift_group,
+    dscale_group,
+    D: tl.constexpr,
+    DY_SUM: tl.constexpr,
+    DGATE: tl.constexpr,
+    DSHIFT: tl.constexpr,
+    DSCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    stride = D * (DY_SUM + DGATE + DSHIFT + DSCALE)
+    place = tl.program_id(2)
+    sums_ptr += place * D
     if DY_SUM:
-        tl.store(dy_sum_ptr + sums, dy_sum, mask=inside)
+        _reduce(place == 0, sums_ptr, dy_ptr, programs, dy_group, stride, D, BLOCK)
     if DGATE:
-        tl.store(dgate_ptr + sums, dgate, mask=inside)
+        mine = place == DY_SUM
+        _reduce(mine, sums_ptr, dgate_ptr, programs, dgate_group, stride, D, BLOCK)
     if DSHIFT:
-        tl.store(dshift_ptr + sums, dshift, mask=inside)
+        mine = place == DY_SUM + DGATE
+        _reduce(mine, sums_ptr, dshift_ptr, programs, dshift_group, stride, D, BLOCK)
     if DSCALE:
-        tl.store(dscale_ptr + sums, dscale, mask=inside)
+        mine = place == DY_SUM + DGATE + DSHIFT
+        _reduce(mine, sums_ptr, dscale_ptr, programs, dscale_group, stride, D, BLOCK)
 
 
 def _forward_shape(width: int, itemsize: int) -> dict[str, int]:
@@ -322,10 +432,23 @@ def _forward_shape(width: int, itemsize: int) -> dict[str, int]:
 
 
 def _backward_shape(width: int, itemsize: int) -> dict[str, int]:
-    block = _power_of_2(width)
+    warps = 1  # of a program: no lane holds more than 16 columns, of the widest 8
+    while width > 512 * warps:
+        warps *= 2
+    warps = 32 if warps > 8 else warps
+    widest = 32 * warps * 16 // itemsize  # 16 bytes a lane
+    # The chunk that pads the width least, of those the largest.
+    chunk = min((widest, widest // 2), key=lambda chunk: -(-width // chunk) * chunk)
     # A stage ahead holds four rows in shared memory, of which the smallest GPU has 163 KiB a block.
-    stages = 3 if 2 * 4 * block * itemsize <= 160 << 10 else 2
-    return {"BLOCK": block, "STAGES": stages, "num_warps": min(32, max(1, block // 256))}
+    stages = 3 if 2 * 4 * width * itemsize <= 160 << 10 else 2
+    return {"CHUNK": chunk, "STAGES": stages, "num_warps": warps}
+
+
+def _backward_programs(shape: dict[str, int], width: int) -> int:
+    """How many of a backward's programs a multiprocessor runs at once: by their registers."""
+    lanes = 32 * shape["num_warps"]
+    columns = -(-width // shape["CHUNK"]) * shape["CHUNK"] // lanes
+    return max(1, min(8, 65536 // ((8 + 10 * columns) * lanes)))
 
 
 def _power_of_2(n: int) -> int:
@@ -422,52 +545,61 @@ def _residual_layernorm_modulate_backward_cuda(
     dgate_rows: int,
     dshift_rows: int,
     dscale_rows: int,
+    narrow_gate: bool,
+    narrow_shift: bool,
+    narrow_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, y, gate, shift and scale, each empty where its flag or count is 0.
 
-    dx is in the residual's dtype, and so is dy where it has a row a token; the others are fp32, a
-    row for each of an operand's R, to be summed over an index by the caller.
+    dx and dy are in the residual's dtype; the others are fp32, or in the residual's dtype where
+    narrow: a row for each of an operand's R, to be summed over an index by the caller.
     """
     tokens, width = _tokens(residual), int(residual.shape[-1])
     dy_tokenwise = dy_rows == tokens
     sums = 0 if dy_tokenwise else dy_rows, dgate_rows, dshift_rows, dscale_rows
+    narrow = True, narrow_gate, narrow_shift, narrow_scale
     d_x = residual.new_empty(residual.shape if dx else (0,))
-    d_y = residual.new_empty(residual.shape if dy_tokenwise else (0,))
+    d_rows = [
+        residual.new_empty(count, width, dtype=residual.dtype if is_narrow else torch.float32)
+        for count, is_narrow in zip(sums, narrow, strict=True)
+    ]
+    d_y = torch.empty_like(residual) if dy_tokenwise else d_rows[0]
     if residual.numel() == 0:
-        zeros = [residual.new_zeros(rows, width, dtype=torch.float32) for rows in sums]
-        return d_x, d_y if dy_tokenwise else zeros[0], *zeros[1:]
+        return d_x, d_y, *(rows.zero_() for rows in d_rows[1:])
 
-    # A chunk is of tokens that the same rows serve; four programs a multiprocessor if there are as
-    # many tokens.
-    y_rows = 1 if y is None or y.numel() == residual.numel() else y.shape[0]
-    rows = y_rows
+    # A program's tokens are served by the same rows. All programs run at once, if there are as many
+    # tokens.
+    shape = _backward_shape(width, residual.element_size())
+    y_tokenwise = y is None or y.numel() == residual.numel()
+    rows = 1 if y_tokenwise else y.shape[0]
     for count in (_count(gate, gate_index), _count(scale, scale_index), *sums):
         rows = torch.sym_max(rows, count)
     span = tokens // rows
-    wanted = -(-tokens // (4 * launch.multiprocessors(residual.device)))
+    at_once = _backward_programs(shape, width) * launch.multiprocessors(residual.device)
+    wanted = -(-tokens // at_once)
     per_row = -(-span // torch.sym_min(span, wanted))
     length = -(-span // per_row)
-    chunks = rows * per_row
-    partials = [
-        residual.new_empty((chunks, width) if count != 0 else (0,), dtype=torch.float32)
-        for count in sums
-    ]
+    programs = rows * per_row
+    kinds = sum(count != 0 for count in sums)
+    partial = residual.new_empty((programs, kinds, width), dtype=torch.float32)
+    flags = {
+        name: count != 0
+        for name, count in zip(("DY_SUM", "DGATE", "DSHIFT", "DSCALE"), sums, strict=True)
+    }
     with launch.device_of(residual):
-        launch.launcher(_backward_kernel)[(chunks,)](
+        launch.launcher(_backward_kernel)[(programs,)](
             d_residual_ptr=residual if d_residual is None else d_residual,
             d_out_ptr=d_out,
             residual_ptr=residual,
             y_ptr=residual if y is None else y,
             dx_ptr=d_x,
             dy_ptr=d_y,
-            dy_sum_ptr=partials[0],
-            dgate_ptr=partials[1],
-            dshift_ptr=partials[2],
-            dscale_ptr=partials[3],
+            sums_ptr=partial,
             span=span,
             length=length,
             per_row=per_row,
             y_span=1 if y is None else residual.numel() // y.numel(),
+            y_step=width if y_tokenwise else 0,
             **_kernel_rows("gate", gate, gate_index, residual),
             **_kernel_rows("scale", scale, scale_index, residual),
             eps=eps,
@@ -475,17 +607,23 @@ def _residual_layernorm_modulate_backward_cuda(
             HAS_D_RESIDUAL=d_residual is not None,
             DX=dx,
             DY=dy_tokenwise,
-            DY_SUM=sums[0] != 0,
-            DGATE=dgate_rows != 0,
-            DSHIFT=dshift_rows != 0,
-            DSCALE=dscale_rows != 0,
-            **_backward_shape(width, residual.element_size()),
+            **flags,
+            **shape,
         )
-    dy_sum, d_gate, d_shift, d_scale = (
-        partial if count == 0 else partial.view(count, chunks // count, width).sum(1)
-        for partial, count in zip(partials, sums, strict=True)
-    )
-    return d_x, d_y if dy_tokenwise else dy_sum, d_gate, d_shift, d_scale
+        if kinds:
+            names = "dy", "dgate", "dshift", "dscale"
+            counts = [torch.sym_max(count, 1) for count in sums]
+            launch.launcher(_reduce_kernel)[(rows, -(-width // REDUCED), kinds)](
+                sums_ptr=partial,
+                **{f"{name}_ptr": out for name, out in zip(names, d_rows, strict=True)},
+                programs=programs,
+                **{f"{n}_group": programs // count for n, count in zip(names, counts, strict=True)},
+                D=width,
+                **flags,
+                BLOCK=REDUCED,
+                num_warps=4,
+            )
+    return d_x, d_y, *d_rows[1:]
 
 
 def compile_cases():
@@ -493,7 +631,9 @@ def compile_cases():
     for preset, width in ("XL/2", 1152), ("G/2", 1664), ("widest", MAX_WIDTH):
         for dtype, itemsize in ("bf16", 2), ("fp32", 4):
             forward, backward = _forward_shape(width, itemsize), _backward_shape(width, itemsize)
+            reduced = {"BLOCK": REDUCED, "num_warps": 4}
             cases = [(_forward_kernel, forward, ()), (_backward_kernel, backward, ("DY_SUM",))]
+            cases.append((_reduce_kernel, reduced, ("DY_SUM",)))
             if preset != "widest":
                 cases.append((_forward_kernel, forward, ("HAS_Y", "GATE")))
                 without = "DY_SUM", "HAS_D_RESIDUAL", "GATE"
@@ -503,10 +643,10 @@ def compile_cases():
                 signature = {
                     name: f"*{dtype}" if name.endswith("_ptr") else "i32" for name in integers
                 }
-                strides = (name for name in integers if name.endswith("_stride"))
+                strides = (name for name in integers if name.endswith(("_stride", "_step")))
                 signature |= dict.fromkeys(strides, "i32:16")
-                sums = "dy_sum_ptr", "dgate_ptr", "dshift_ptr", "dscale_ptr"
-                fp32 = (name for name in sums if name in signature)
+                signature.pop("y_span", None)
+                fp32 = (name for name in ("sums_ptr",) if name in signature)
                 indices = (name for name in integers if name.endswith("index_ptr"))
                 signature |= dict.fromkeys(fp32, "*fp32") | dict.fromkeys(indices, "*i64")
                 signature["eps"] = "fp32"
@@ -516,6 +656,7 @@ def compile_cases():
                 constants = {name: int(name not in absent) for name in flags} | shape
                 # An indexed table beside plain rows: the temporal position beside the gate.
                 constants |= {"D": width} | ({"SHIFT": 2} if "SHIFT" in flags else {})
+                constants |= {"y_span": 1} if "y_span" in integers else {}
                 what = " ".join(absent).lower()
                 name = f"{preset} {dtype}" + (f" without {what}" if absent else "")
                 yield name, kernel, signature, constants, num_warps
@@ -538,13 +679,14 @@ def _setup_chain(ctx, inputs, output) -> None:
     ctx.eps = eps
 
 
-def _layernorm_gradients(operator, ctx, d_out):
+def _layernorm_gradients(operator, casts, ctx, d_out):
     x, shift, shift_index, scale, scale_index = ctx.saved_tensors
     needs_x, needs_shift, _, needs_scale, _, _ = ctx.needs_input_grad
     d_x, _, _, d_shift, d_scale = operator(
         None, d_out.contiguous(), x, None, None, None, scale, scale_index, ctx.eps, needs_x, 0, 0,
         _count(shift, shift_index) if needs_shift else 0,
         _count(scale, scale_index) if needs_scale else 0,
+        *(_narrow(x, (None, None), (shift, shift_index), (scale, scale_index)) if casts else ()),
     )  # fmt: skip
     return (
         d_x if needs_x else None,
@@ -556,7 +698,7 @@ def _layernorm_gradients(operator, ctx, d_out):
     )
 
 
-def _chain_gradients(operator, ctx, d_residual, d_out):
+def _chain_gradients(operator, casts, ctx, d_residual, d_out):
     residual, y, gate, gate_index, shift, shift_index, scale, scale_index = ctx.saved_tensors
     needs_x, needs_y, needs_gate, _, needs_shift, _, needs_scale, _, _ = ctx.needs_input_grad
     # Without a gate an update of its own for every token has x's gradient.
@@ -569,6 +711,10 @@ def _chain_gradients(operator, ctx, d_residual, d_out):
         _count(gate, gate_index) if needs_gate else 0,
         _count(shift, shift_index) if needs_shift else 0,
         _count(scale, scale_index) if needs_scale else 0,
+        *(
+            _narrow(residual, (gate, gate_index), (shift, shift_index), (scale, scale_index))
+            if casts else ()
+        ),
     )  # fmt: skip
     if needs_y:
         d_y = (d_x if shared else d_y).view(ctx.y_shape).to(residual.dtype)
@@ -583,6 +729,12 @@ def _chain_gradients(operator, ctx, d_residual, d_out):
         None,
         None,
     )
+
+
+def _narrow(x: Tensor, *operands: tuple[Tensor | None, Tensor | None]) -> list[bool]:
+    """Of each (table, index): whether its rows' gradient is wanted in x's dtype. Over an index it
+    is summed first."""
+    return [t is not None and index is None and t.dtype == x.dtype for t, index in operands]
 
 
 def _table_gradient(d_rows: Tensor, table: Tensor, index: Tensor | None) -> Tensor:
@@ -602,7 +754,7 @@ def _register(device: str) -> None:
     ):
         torch.library.register_autograd(
             f"gentron::{name}_{device}",
-            functools.partial(gradients, backward),
+            functools.partial(gradients, backward, device == "cuda"),
             setup_context=setup,
         )
 
