@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 FOLDERS = {"gentron_kernels": "kernels", "gentron_train": "train"}
 ROOMS = [
     *("gentron_fast.compiled", "gentron_fast.convert", "gentron_fast.evaluation"),
-    "gentron_fast.guidance",
+    *("gentron_fast.guidance", "gentron_fast.serving"),
     *("gentron_train.data", "gentron_train.small_world"),
 ]
 PACKAGES = ["gentron_fast", *FOLDERS, *ROOMS]
@@ -119,7 +119,7 @@ class BuildTorch(build_ext):
 setup(
     packages=PACKAGES,
     package_dir=FOLDERS,
-    package_data={"gentron_fast": ["assets/**/*", "assets/*", "evaluation/page.html"]},
+    package_data={"gentron_fast": ["assets/**/*", "assets/*", "*/page.html"]},
     ext_modules=[OPERATORS, RUNTIME],
     cmdclass={"build_ext": BuildTorch},
 )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -173,6 +174,15 @@ def _as_array(frames: Frames) -> np.ndarray:
             f"frames must be uint8 (T, H, W, 3), not {array.dtype} {tuple(array.shape)}"
         )
     return np.ascontiguousarray(array)
+
+
+def encode_image(frame: Frames, kind: str, quality: int = 90) -> bytes:
+    """A picture, uint8 (H, W, 3), as the bytes of a "png", "jpeg" or "webp"; quality 0 … 100."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(frame)).save(file, kind, quality=quality)
+    return file.getvalue()
 
 
 def _write_png(name: str, frame: np.ndarray) -> None:

@@ -37,6 +37,26 @@ def real(low: float, high: float) -> Kind:
     )
 
 
+def text(least: int, most: int) -> Kind:
+    """Text of so many characters that UTF-8 can hold."""
+
+    def fits(value) -> bool:
+        if not isinstance(value, str) or not least <= len(value) <= most:
+            return False
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return False
+        return True
+
+    return Kind(f"text of {least} to {most} characters", fits)
+
+
+def one_of(*words: str) -> Kind:
+    """One of some words."""
+    return Kind(f"one of {', '.join(words)}", lambda value: value in words)
+
+
 def optional(kind: Kind) -> Kind:
     """The same, or null."""
     return Kind(f"{kind.words}, or null", lambda value: value is None or kind.fits(value))
@@ -69,3 +89,10 @@ def check(values: Mapping, schema: Schema, where: str = "") -> None:
         if name in values and not kind.fits(values[name]):
             of = where and f" of {where}"
             raise ValueError(f"{name}{of} is {reprlib.repr(values[name])}, wanted {kind.words}")
+
+
+def check_fields(values: Mapping, schema: Schema, where: str) -> None:
+    """The same where every field of the schema must be there, and no other may."""
+    if values.keys() != schema.keys():
+        raise ValueError(f"{where} has {', '.join(sorted(values))}; wanted {', '.join(schema)}")
+    check(values, schema, where)

@@ -15,7 +15,7 @@ from pathlib import Path
 from gentron_fast.commandline import check_writable, refuse, run, utf8_text, whole_number
 from gentron_fast.evaluation.votes import Votes
 from gentron_fast.files import read_json, write_json
-from gentron_fast.schema import OBJECT, TEXT, check, optional, several, whole
+from gentron_fast.schema import OBJECT, TEXT, check_fields, optional, several, whole
 from gentron_fast.web import LOOPBACK, choose_token
 
 NAME = "gentron_fast.study"
@@ -94,11 +94,10 @@ class Study:
     def read(cls, folder: Path) -> "Study":
         """The study in a folder. ValueError, FileNotFoundError where it is none, or not whole."""
         path = folder / STUDY_NAME
-        values = read_json(path, STUDY_SCHEMA)
-        _check_fields(values, STUDY_SCHEMA, str(path))
+        values = read_json(path)
+        check_fields(values, STUDY_SCHEMA, str(path))
         for pair in values["pairs"]:
-            _check_fields(pair, PAIR_SCHEMA, f"a pair in {path}")
-            check(pair, PAIR_SCHEMA, f"a pair in {path}")
+            check_fields(pair, PAIR_SCHEMA, f"a pair in {path}")
             for name in pair["media"]:
                 if Path(name).name != name or not (folder / MEDIA_NAME / name).is_file():
                     raise ValueError(f"{path} names {name!r}, which {MEDIA_NAME}/ does not hold")
@@ -113,11 +112,6 @@ class Study:
         pairs = list(self.pairs)
         random.Random(f"{self.seed} {rater}").shuffle(pairs)
         return pairs
-
-
-def _check_fields(values: dict, schema: dict, where: str) -> None:
-    if values.keys() != schema.keys():
-        raise ValueError(f"{where} has {', '.join(sorted(values))}; wanted {', '.join(schema)}")
 
 
 def make_study(

@@ -1,0 +1,343 @@
+"""The server's addresses, by OpenAI's own client and by hand, above a stand-in of the scheduler."""
+
+import base64
+import io
+import json
+import socket
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+
+import openai
+from prometheus_client.parser import text_string_to_metric_families
+from serving import MODEL, StandIn, call, make_service, served
+
+from gentron_fast.media import read_video
+from gentron_fast.serving import DeadlinePassed
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Sora API")  # openai's own, of its own models
+KEY = "a-key-for-tests"
+
+
+@pytest.fixture(scope="module")
+def scheduler():
+    return StandIn()
+
+
+@pytest.fixture(scope="module")
+def address(scheduler, tmp_path_factory):
+    with served(make_service(tmp_path_factory.mktemp("clips"), scheduler)) as address:
+        yield address
+
+
+@pytest.fixture
+def slow(scheduler):
+    """The scheduler while nothing gets done unless the test says so."""
+    scheduler.is_quick = False
+    scheduler.jobs.clear()
+    yield scheduler
+    for job in scheduler.waiting():
+        scheduler.end(job)
+    scheduler.is_quick = True
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    return openai.OpenAI(base_url=f"{address}v1", api_key="none", max_retries=0)
+
+
+def wait(condition, seconds=20):
+    until = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < until, "it did not come"
+        time.sleep(0.01)
+    return found
+
+
+def test_a_clip_by_openais_client(client, tmp_path):
+    clip = client.videos.create_and_poll(
+        prompt="a red circle",
+        seconds="2",
+        size="32x64",
+        extra_body={"seed": 7, "steps": 5, "lambda_t": 2.5, "negative_prompt": "blue"},
+        poll_interval_ms=20,
+    )
+    assert (clip.status, clip.progress, clip.model, clip.error) == ("completed", 100, "tiny", None)
+    assert (clip.seconds, clip.size, clip.prompt) == ("2", "32x64", "a red circle")
+    assert clip.expires_at == clip.completed_at + 3600 and clip.created_at <= clip.completed_at
+    assert clip.settings == {
+        **{"seed": 7, "steps": 5, "solver": "dpm++", "lambda_t": 2.5, "lambda_m": 1.2},
+        **{"rescale": 0.0, "frames": 8, "negative_prompt": "blue", "size": "32x64"},
+    }
+    client.videos.download_content(clip.id).write_to_file(tmp_path / "clip.mp4")
+    frames, fps = read_video(tmp_path / "clip.mp4")
+    assert frames.shape == (8, 64, 32, 3) and fps == 4
+    assert np.abs(frames[:, 0, 0, 0] - (np.arange(8) * 8.0 + 7)).max() <= 2
+    thumbnail = client.videos.download_content(clip.id, variant="thumbnail").read()
+    assert Image.open(io.BytesIO(thumbnail)).size == (32, 64)
+    sheet = client.videos.download_content(clip.id, variant="spritesheet").read()
+    assert Image.open(io.BytesIO(sheet)).size[0] > 8 * 32
+    # What it was made with makes the same again.
+    again = client.videos.create(prompt=clip.prompt, extra_body=clip.settings)
+    assert again.settings == clip.settings
+    assert client.videos.delete(clip.id).deleted
+    with pytest.raises(openai.NotFoundError, match="there is no video"):
+        client.videos.retrieve(clip.id)
+
+
+def test_clips_are_listed_by_pages(client):
+    made = [client.videos.create(prompt=f"number {number}").id for number in range(5)]
+    newest = [clip.id for clip in client.videos.list(limit=2)]  # the client asks for every page
+    assert newest[:5] == made[::-1]
+    page = client.videos.list(limit=2, after=made[3])
+    assert [clip.id for clip in page.data] == [made[2], made[1]] and page.has_more
+    oldest = [clip.id for clip in client.videos.list(order="asc", limit=100)]
+    assert oldest == newest[::-1]
+    assert len({clip.settings["seed"] for clip in client.videos.list().data}) > 1  # drawn
+
+
+def test_images_by_openais_client(client, address):
+    made = client.images.generate(prompt="a circle", n=2, size="64x32", extra_body={"seed": 3})
+    for number, image in enumerate(made.data):
+        picture = Image.open(io.BytesIO(base64.b64decode(image.b64_json)))
+        assert picture.size == (64, 32) and picture.getpixel((0, 0)) == (3 + number,) * 3
+        assert image.seed == 3 + number
+    asked = {"output_format": "webp", "response_format": "url", "quality": "high", "user": "me"}
+    image = client.images.generate(prompt="a circle", size="auto", **asked).data[0]
+    assert image.url.startswith(address)
+    status, headers, data = call(image.url)
+    assert status == 200 and headers["Content-Type"] == "image/webp"
+    assert Image.open(io.BytesIO(data)).size == (48, 64)
+    assert call(image.url[:-8] + "000.webp")[0] == 404
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_progress_and_cancelling(client, slow):
+    clip = client.videos.create(prompt="a circle")
+    assert client.videos.retrieve(clip.id).status == "queued"
+    (job,) = slow.jobs
+    slow.advance(job, 4)
+    now = client.videos.retrieve(clip.id)
+    assert (now.status, now.progress) == ("in_progress", 40)
+    with pytest.raises(openai.NotFoundError, match="the video is in_progress"):
+        client.videos.download_content(clip.id)
+    client.videos.delete(clip.id)
+    assert job.state == "cancelled"
+    with pytest.raises(openai.NotFoundError):
+        client.videos.retrieve(clip.id)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "message"),
+    [
+        (ValueError("the latents of step 3\nare not finite"), "generation_failed", "step 3 are"),
+        (DeadlinePassed("the deadline of 2 s passed"), "deadline_passed", "of 2 s"),
+    ],
+)
+def test_a_failure_is_told(client, slow, outcome, code, message, caplog):
+    clip = client.videos.create(prompt="a circle", extra_body={"deadline": 2})
+    assert slow.jobs[0].request.deadline == 2
+    slow.end(slow.jobs[0], outcome)
+    clip = client.videos.poll(clip.id, poll_interval_ms=20)
+    assert (clip.status, clip.error.code) == ("failed", code) and message in clip.error.message
+
+
+def test_who_no_longer_waits_for_images_frees_their_place(address, slow):
+    body = json.dumps({"prompt": "a circle", "n": 2}).encode()
+    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+    with socket.create_connection(("127.0.0.1", int(address[:-1].rpartition(":")[2]))) as gone:
+        gone.sendall(f"{head}\r\n\r\n".encode() + body)
+        wait(lambda: len(slow.jobs) == 2)
+    wait(lambda: {job.state for job in slow.jobs} == {"cancelled"})
+
+
+def test_a_full_queue_is_429_and_takes_no_part_of_a_request(client, address, slow):
+    for _ in range(3):
+        client.videos.create(prompt="a circle")
+    with pytest.raises(openai.RateLimitError, match="the queue is full") as caught:
+        client.images.generate(prompt="a circle", n=2)
+    assert caught.value.code == "queue_full"
+    assert caught.value.response.headers["Retry-After"] == "7"  # of 6.2 seconds
+    assert len(slow.waiting()) == 3
+    # Its own client comes again by itself.
+    patient = openai.OpenAI(base_url=f"{address}v1", api_key="none", max_retries=1)
+    client.videos.create(prompt="a circle")
+    patient._calculate_retry_timeout = lambda *_: slow.end(slow.jobs[0]) or 0
+    assert patient.videos.create(prompt="a circle").status == "queued"
+
+
+WRONG = [
+    ({}, "prompt", "a prompt is needed"),
+    ({"prompt": "  "}, "prompt", "a prompt is needed"),
+    ({"prompt": 3}, "prompt", "wanted text of 1 to 100 characters"),
+    ({"prompt": "x" * 101}, "prompt", "wanted text of 1 to 100 characters"),
+    ({"prompt": "\ud800"}, "prompt", "wanted text of 1 to 100 characters"),
+    ({"negative_prompt": "x" * 101}, "negative_prompt", "0 to 100 characters"),
+    ({"steps": 21}, "steps", "steps is 21, wanted a whole number from 1 to 20"),
+    ({"steps": 2.0}, "steps", "whole number"),
+    ({"steps": True}, "steps", "whole number"),
+    ({"frames": 17}, "frames", "from 1 to 16"),
+    ({"frames": "many"}, "frames", "'many', wanted a whole number"),
+    ({"seconds": "12"}, "seconds", "wanted at most 4, 16 frames at 4 a second"),
+    ({"seconds": "1", "frames": 5}, "seconds", "1 seconds are not 5 frames"),
+    ({"seconds": "soon"}, "seconds", "wanted a number of seconds"),
+    ({"size": "97x64"}, "size", "each at most 96"),
+    ({"size": "64"}, "size", "wanted WIDTHxHEIGHT"),
+    ({"size": "33x64"}, "size", "even sides"),
+    ({"size": "40x64"}, None, "multiples of 16"),
+    ({"seed": -1}, "seed", "from 0 to 18446744073709551615"),
+    ({"seed": 2**64}, "seed", "from 0 to"),
+    ({"lambda_t": float("nan")}, "lambda_t", "wanted a number"),
+    ({"lambda_m": 1e300}, "lambda_m", "wanted a number"),
+    ({"rescale": 1.5}, "rescale", "wanted a number from 0 to 1"),
+    ({"solver": "euler"}, "solver", "wanted one of ddpm, ddim, dpm++"),
+    ({"lamda_t": 3}, "lamda_t", "there is no field 'lamda_t' here; wanted some of lambda_t"),
+    ({"model": "sora-2"}, "model", "there is no model 'sora-2', only tiny"),
+    ({"input_reference": {"image_url": "x"}}, "input_reference", "no clip starts from a picture"),
+]
+WRONG_IMAGES = [
+    ({"n": 11}, "n", "from 1 to 10"),
+    ({"frames": 2}, "frames", "there is no field"),
+    ({"stream": True}, "stream", "images are not streamed"),
+    ({"output_format": "gif"}, "output_format", "one of png, jpeg, webp"),
+    ({"background": "transparent"}, "background", "one of auto, opaque"),
+    ({"seed": 2**64 - 1, "n": 2}, "seed", "goes beyond 2**64 - 1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "name", "message"),
+    [("videos", *row) for row in WRONG] + [("images/generations", *row) for row in WRONG_IMAGES],
+)
+def test_wrong_input_is_one_line_that_names_it(address, scheduler, path, fields, name, message):
+    before = len(scheduler.jobs)
+    body = ({"prompt": "a circle"} if fields else {}) | fields
+    status, _, answer = call(f"{address}v1/{path}", body)
+    error = answer["error"]
+    assert status == (404 if name == "model" else 400)
+    assert (error["param"], error["type"]) == (name, "invalid_request_error")
+    assert message in error["message"] and "\n" not in error["message"]
+    assert len(scheduler.jobs) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "message"),
+    [
+        ("POST", "v1/videos", b"{", 400, "the body is not JSON"),
+        ("POST", "v1/videos", b"[" * 1900, 400, "the body is not JSON"),
+        ("POST", "v1/videos", b"[1]", 400, "must be a JSON object, it is a list"),
+        ("POST", "v1/videos", b"x" * 2001, 413, "larger than 2000 bytes"),
+        ("GET", "v1/videos?limit=0", None, 400, "limit is '0'"),
+        ("GET", "v1/videos?order=up", None, 400, "order is 'up'"),
+        ("GET", "v1/videos?after=video_0", None, 400, "there is no video 'video_0'"),
+        ("GET", "v1/videos/..%2f..%2fetc", None, 404, "Not Found"),
+        ("GET", "v1/videos/video_0", None, 404, "there is no video"),
+        ("DELETE", "v1/videos/video_0", None, 404, "there is no video"),
+        ("GET", "v1/images/..%2fpasswd", None, 404, "Not Found"),
+        ("GET", "v1/images/.lock", None, 404, "there is no image"),
+        ("GET", "docs", None, 404, "Not Found: GET /docs"),
+        ("PUT", "v1/videos", b"{}", 405, "Method Not Allowed"),
+    ],
+)
+def test_wrong_requests_are_one_line(address, method, path, body, status, message):
+    kind = {"Content_Type": "application/json"} if body else {}
+    found, headers, answer = call(f"{address}{path}", body, method, **kind)
+    assert found == status and message in answer["error"]["message"]
+    assert headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_a_body_without_an_end_is_cut_off(address):
+    port = int(address[:-1].rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as endless:
+        head = "POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        endless.sendall(head.encode() + b"400\r\n" + b"x" * 1024 + b"\r\n")
+        endless.sendall(b"400\r\n" + b"x" * 1024 + b"\r\n")
+        assert endless.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_only_this_machines_pages_may_ask_without_a_key(address):
+    port = address[:-1].rpartition(":")[2]
+    for host in (f"127.0.0.1:{port}", "localhost"):
+        assert call(f"{address}health", Host=host)[0] == 200
+    status, _, answer = call(f"{address}v1/videos", Host=f"elsewhere.example:{port}")
+    assert status == 403 and "not 'elsewhere.example" in answer["error"]["message"]
+    form = b"prompt=a+circle"
+    kind = "application/x-www-form-urlencoded"
+    url = f"{address}v1/videos"
+    elsewhere = call(url, form, Content_Type=kind, Origin="https://elsewhere.example")
+    assert elsewhere[0] == 403 and "may not ask" in elsewhere[2]["error"]["message"]
+    assert call(url, form, Content_Type=kind, Origin=address[:-1])[0] == 200
+
+
+def test_a_key_is_asked_for(tmp_path):
+    service = make_service(tmp_path)
+    with served(service, KEY) as address:
+        for path in ("v1/videos", "v1/models", "metrics", "v1/videos/video_0/content"):
+            for headers in ({}, {"Authorization": "Bearer guess"}, {"Authorization": KEY}):
+                status, _, answer = call(f"{address}{path}", **headers)
+                assert status == 401 and answer["error"]["code"] == "invalid_api_key"
+        assert call(f"{address}health")[0] == 200
+        page = call(address)
+        assert page[0] == 200 and "default-src 'none'" in page[1]["Content-Security-Policy"]
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{address}v1", api_key="wrong").videos.create(prompt="x")
+        client = openai.OpenAI(base_url=f"{address}v1", api_key=KEY)
+        assert client.videos.create(prompt="a circle").status == "queued"
+        assert call(f"{address}metrics", Authorization=f"Bearer {KEY}")[0] == 200
+
+
+def test_a_model_of_images_makes_no_clips(tmp_path):
+    with served(make_service(tmp_path, model=replace(MODEL, makes_video=False))) as address:
+        client = openai.OpenAI(base_url=f"{address}v1", api_key="none")
+        with pytest.raises(openai.NotFoundError, match="tiny makes images: ask /v1/images"):
+            client.videos.create(prompt="a circle")
+        assert len(client.images.generate(prompt="a circle").data) == 1
+
+
+def test_what_prometheus_reads(client, address, slow):
+    clip = client.videos.create(prompt="a circle")
+    slow.advance(slow.jobs[0], 4)
+    client.videos.create(prompt="a circle")
+
+    def figures():
+        families = text_string_to_metric_families(call(f"{address}metrics")[2].decode())
+        return {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in families
+            for sample in family.samples
+        }
+
+    found = figures()
+    assert found["gentron_queue_length",] == found["gentron_batch",] == 1
+    assert found["gentron_steps_total",] == 4 and found["gentron_memory_bytes",] == 2**20
+    assert found["process_resident_memory_bytes",] > 2**20
+    assert found["gentron_http_responses_total", "200"] >= 2
+    before = found.get(("gentron_latency_seconds_count", "video"), 0)
+    slow.end(slow.jobs[0])
+    client.videos.poll(clip.id, poll_interval_ms=20)
+    wait(lambda: figures().get(("gentron_latency_seconds_count", "video")) == before + 1)
+
+
+def test_while_it_stops_what_is_there_is_given_out_and_nothing_taken(tmp_path):
+    scheduler = StandIn(is_quick=False)
+    service = make_service(tmp_path, scheduler)
+    with served(service) as address:
+        client = openai.OpenAI(base_url=f"{address}v1", api_key="none", max_retries=0)
+        done, begun = (client.videos.create(prompt=name) for name in ("done", "begun"))
+        scheduler.end(scheduler.jobs[0])
+        client.videos.poll(done.id, poll_interval_ms=20)
+        service.is_stopping = scheduler.is_closed = True  # in the middle of its grace
+        with pytest.raises(openai.InternalServerError, match="the server was stopped") as caught:
+            client.videos.create(prompt="late")
+        assert caught.value.response.headers["Retry-After"]
+        assert call(f"{address}health")[::2] == (503, {"status": "stopping"})
+        assert client.videos.download_content(done.id).read()
+        service.stop(0)
+        wait(lambda: service.is_stopped)
+    assert service.video(begun.id)["error"]["code"] == "server_stopped"
