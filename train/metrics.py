@@ -24,23 +24,26 @@ class Metrics:
         self, settings: Settings, config: GenTronConfig, log: RunLog, device: torch.device
     ):
         self.settings, self.config, self.run_log, self.device = settings, config, log, device
-        self._flops = 0  # of one sample's step
+        self._flops: dict[tuple[int, ...], int] = {}  # of a sample's step, by its latents' shape
         self.start(0)
 
     def start(self, step: int) -> None:
         """The next line covers the steps after `step`, from now on."""
         self._since, self._since_step = time.monotonic(), step
         self._losses: list[Tensor] = []
+        self._computed = 0  # FLOPs of this rank
 
     def add(self, loss: Tensor) -> None:
         """This rank's loss of a step that was applied; it is read when it is logged."""
         self._losses.append(loss)
 
     def count_flops(self, latents: Tensor, text: Tokens | TextCondition) -> None:
-        """What one sample costs, counted on the first batch."""
-        if not self._flops:
-            shape, lengths = latents.shape[1:], _lengths(text)
-            self._flops = training_flops(self.config, shape, lengths, self.settings.draws)
+        """Add what a batch costs; what a sample costs is counted on the first one of its shape."""
+        shape = tuple(latents.shape[1:])
+        if shape not in self._flops:
+            own = training_flops(self.config, shape, _lengths(text), self.settings.draws)
+            self._flops[shape] = own
+        self._computed += len(latents) * self._flops[shape]
 
     def log(self, state: RunState, rate: float, grad_norm: float) -> str:
         """Keep the figures of the steps since `start`; their line, empty on all ranks but the
@@ -49,7 +52,7 @@ class Metrics:
         seconds = (time.monotonic() - self._since) / (state.step - self._since_step)
         captions = settings.batch * settings.accumulation * ranks
         samples = captions * settings.draws
-        peak = ranks * peak_flops(self.device, DTYPES[settings.dtype])
+        peak = peak_flops(self.device, DTYPES[settings.dtype])
         left = (settings.steps - state.step) * seconds
         if settings.minutes:
             left = min(left, 60 * settings.minutes - state.seconds)
@@ -61,7 +64,7 @@ class Metrics:
             "lr": rate,
             "grad_norm": round(grad_norm, 4) if math.isfinite(grad_norm) else None,
             unit: round(samples / seconds, 2),
-            "mfu": round(samples / seconds * self._flops / peak, 4),
+            "mfu": round(self._computed / (state.step - self._since_step) / seconds / peak, 4),
             "memory_gib": round(memory_gib(self.device), 3),
             "captions": state.step * captions,
             "skipped": state.skipped,

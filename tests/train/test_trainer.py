@@ -338,6 +338,33 @@ def test_a_whole_motion_free_batch(ranks, world, tiny_t2i_folder, tmp_path, mode
         assert all(map(math.isfinite, losses))
 
 
+def images_beside_clips(settings: Settings) -> list[tuple[int, float]]:
+    trainer = trainer_of(settings, "t2v")
+    steps = [float(trainer.train_step(1e-3)) for _ in range(4)]
+    return [(trainer._batch.latents.shape[2], loss) for loss in steps]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_images_of_one_frame_train_a_clip_model(
+    ranks, world, tiny_t2i_folder, tmp_path, monkeypatch, whole
+):
+    """Held whole, and with every weight shared out between uses."""
+    if not whole:
+        monkeypatch.setattr(assembly, "WHOLE_MODEL", 0)
+        made = assembly.deepspeed_config
+
+        def nothing_stays(*args, **kwargs) -> dict:
+            config = made(*args, **kwargs)
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+            return config
+
+        monkeypatch.setattr(assembly, "deepspeed_config", nothing_stays)
+    shares = {"p_motion_free": 0.0, "p_image": 1.0, "draws": 1}
+    settings = settings_of(world, tiny_t2i_folder, tmp_path, "t2v", **shares)
+    for steps in ranks.call(2, images_beside_clips, settings):
+        assert all(frames == 1 and math.isfinite(loss) for frames, loss in steps)
+
+
 def too_many_broken(settings: Settings) -> None:
     """A run whose last rank meets too many broken samples in its third step."""
     following, calls = Loader.__next__, iter(range(10**6))

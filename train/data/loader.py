@@ -176,18 +176,23 @@ class Position:
 class Order:
     """Where number g of the endless order lies: its kind, shard and place.
 
-    The fraction p_image of the numbers is images, spread evenly. Each kind runs through epochs that
+    The fraction p_motion_free + p_image of the numbers is images, spread evenly; of these as evenly
+    the share of p_image is of one frame, the rest motion-free. Each kind runs through epochs that
     see each sample once: the shards are shuffled, then the samples of 64 shards at a time, so that
     no more are open at once.
     """
 
-    def __init__(self, counts: dict[str, list[int]], p_image: float, seed: int):
+    def __init__(
+        self, counts: dict[str, list[int]], p_motion_free: float, seed: int, p_image: float = 0.0
+    ):
         self.counts, self.seed = counts, seed
         self.totals = {kind: sum(lengths) for kind, lengths in counts.items()}
         for kind, total in self.totals.items():
             if not total:
                 raise ValueError(f"the shards of {kind} hold no samples")
-        self.p_image = 1.0 if "clips" not in counts else p_image if "images" in counts else 0.0
+        both = "clips" in counts and "images" in counts
+        self.p_images = p_motion_free + p_image if both else float("clips" not in counts)
+        self.p_single = p_image / self.p_images if both and p_image else 0.0
         self.locate = functools.lru_cache(maxsize=4096)(self._locate)
         self._epoch = functools.lru_cache(maxsize=4)(self._shuffle_shards)
         self._group = functools.lru_cache(maxsize=4)(self._shuffle_samples)
@@ -195,8 +200,8 @@ class Order:
     def _locate(self, number: int) -> tuple[str, int, int]:
         """Kind, shard and place in the shard of sample `number`."""
         # Of the first n samples exactly floor(p · n) are images.
-        images = int(self.p_image * number)
-        if int(self.p_image * (number + 1)) > images:
+        images = int(self.p_images * number)
+        if int(self.p_images * (number + 1)) > images:
             kind, nth = "images", images
         else:
             kind, nth = "clips", number - images
@@ -206,6 +211,12 @@ class Order:
         shards, places = self._group(kind, epoch, group)
         nth = place - (ends[group - 1] if group else 0)
         return kind, int(shards[nth]), int(places[nth])
+
+    def is_single(self, number: int) -> bool:
+        """Whether sample `number` is an image among clips that stays one frame."""
+        images = int(self.p_images * number)
+        is_image = int(self.p_images * (number + 1)) > images
+        return is_image and int(self.p_single * (images + 1)) > int(self.p_single * images)
 
     def _shuffle_shards(self, kind: str, epoch: int) -> tuple[list[int], list[list[int]]]:
         """After how many samples each group of shards ends, and the shards of each."""
@@ -259,8 +270,9 @@ class Loader:
     """Endless micro-batches of one rank.
 
     Texts are dropped with probability p_null. Each sample comes with `draws` pairs of timestep and
-    noise, and as many draws of its posterior; with clips, images are repeated to T frames. Samples
-    of one size make a batch: until there are enough, they wait; without `size` and `buckets` all
+    noise, and as many draws of its posterior; with clips, images are repeated to T frames, or are
+    the batches of one frame that p_image asks for. Samples of one size and length make a batch:
+    until there are enough, they wait; without `size` and `buckets` all
     must be of one, and any other is broken. Broken ones are skipped, counted
     and logged; more than the share max_broken raise TooManyBroken. Timesteps come from min_timestep
     … max_timestep, and once `narrow` is False from all.
@@ -275,11 +287,13 @@ class Loader:
         ranks: int = 1,
     ):
         self.data, self.source = data, source
-        self.reader = Reader(source, Order(counts, data.p_motion_free, data.seed), data)
+        order = Order(counts, data.p_motion_free, data.seed, data.p_image)
+        self.reader = Reader(source, order, data)
         self.position = Position(data.batch, rank, ranks)
         samples = sum(self.reader.order.totals.values())
         self.log = BrokenLog(data.log, data.max_broken, samples, rank)
-        self._buckets: dict[tuple[int, int], list[tuple[int, Sample]]] = {}
+        # By size, and whether they are single images among clips.
+        self._buckets: dict[tuple[tuple[int, int], bool], list[tuple[int, Sample]]] = {}
         self._incoming: Iterator | None = None
         self.narrow = True
 
@@ -299,7 +313,8 @@ class Loader:
             if isinstance(sample, Broken):
                 self.log.add(sample)
                 continue
-            bucket = self._buckets.setdefault(sample.size, [])
+            key = sample.size, self.reader.order.is_single(number)
+            bucket = self._buckets.setdefault(key, [])
             bucket.append((number, sample))
             if len(bucket) == self.data.batch:
                 batch = self._batch(bucket)
@@ -355,9 +370,13 @@ class Loader:
 
         Other ranks, or another batch, may go on: no sample of the epoch is lost or seen twice.
         """
+        # Checkpoints of earlier versions have no p_image.
+        given = {"p_image": 0.0} | states[0]["order"]
         for name, value in self._fingerprint().items():
-            if (given := states[0]["order"][name]) != value:
-                raise ValueError(f"{name} was {given} when the checkpoint was written, now {value}")
+            if given[name] != value:
+                raise ValueError(
+                    f"{name} was {given[name]} when the checkpoint was written, now {value}"
+                )
         self.position.load_state_dict([state["position"] for state in states])
         # This rank's share of the counts; checkpoints of earlier versions have none.
         mine = states[self.position.rank :: self.position.ranks]
@@ -374,7 +393,13 @@ class Loader:
     def _fingerprint(self) -> dict:
         """What the order of samples depends on."""
         order = self.reader.order
-        return {"samples": order.totals, "seed": order.seed, "p_motion_free": order.p_image}
+        single = order.p_images * order.p_single
+        return {
+            "samples": order.totals,
+            "seed": order.seed,
+            "p_motion_free": order.p_images - single,
+            "p_image": single,
+        }
 
     def _read_ahead(self) -> Iterator[tuple[int, Sample | Broken, bool]]:
         """Samples in this rank's order, those that wait first; decoded in the background."""
@@ -405,7 +430,8 @@ class Loader:
             noise = torch.randn(shape, generator=generator).to(mean.device)
             drawn = mean.float() + std.float() * noise
             still = self.reader.order.locate(number)[0] == "images"
-            if still and "clips" in self.data.kinds:  # each draw, repeated to T frames
+            single = self.reader.order.is_single(number)
+            if still and not single and "clips" in self.data.kinds:  # each draw, to T frames
                 drawn = drawn.expand(-1, -1, self.data.frames, -1, -1)
             latents.append(drawn)
             noises.append(torch.randn(drawn.shape, generator=generator))

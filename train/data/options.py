@@ -37,7 +37,12 @@ class DataOptions:
     cache_gib: float | None = option(None, "GiB of them to keep (all); 64 shards are read at once")
     max_broken: float = option(0.05, "share of broken samples that ends the run")
     p_null: float = option(0.1, "probability of the empty caption")
-    p_motion_free: float = option(0.2, "share of image-text pairs in T2V training")
+    p_motion_free: float = option(
+        0.2, "share of image-text pairs in T2V training, repeated to the clip's frames, motion-free"
+    )
+    p_image: float = option(
+        0.0, "share of images of one frame in T2V training, in their own batches"
+    )
     batch: int = option(32, "samples per rank and micro-step")
     draws: int = option(1, "noises and timesteps per sample; they share its text encoding")
     min_timestep: int = option(0, "smallest timestep drawn")
@@ -47,7 +52,12 @@ class DataOptions:
     def __post_init__(self):
         check_least(self, 1, "frames", "batch", "draws")
         check_least(self, 0, "windows_per_clip", "workers")
-        check_share(self, "p_null", "p_motion_free", "max_broken")
+        check_share(self, "p_null", "p_motion_free", "p_image", "max_broken")
+        if self.p_motion_free + self.p_image > 1:
+            raise ValueError(
+                f"--p-motion-free {self.p_motion_free} and --p-image {self.p_image} are shares of "
+                "one run, must be at most 1 together"
+            )
         check_positive(self, "fps", "cache_gib")
         check_choices(self, "crop")
         if not 0 <= self.min_timestep <= self.max_timestep < TIMESTEPS:

@@ -163,6 +163,29 @@ def test_shares(share):
     assert abs(float(torch.cat([batch.noise for batch in batches]).mean())) < 0.02
 
 
+@pytest.mark.parametrize("motion_free, single", [(0.0, 0.2), (0.2, 0.2), (0.1, 0.3)])
+def test_single_images_are_batches_of_one_frame(motion_free, single):
+    """As many as asked for, the rest repeated; a resumed run goes on with the same batches."""
+    settings = replace(BOTH, p_motion_free=motion_free, p_image=single, batch=10)
+    loader = in_memory(settings)
+    batches = [next(loader) for _ in range(99)]
+    place = json.loads(json.dumps(loader.state_dict()))
+    batches.append(next(loader))
+    images = [batch for batch in batches if batch.latents.shape[2] == 1]
+    clips = [batch for batch in batches if batch.latents.shape[2] != 1]
+    assert len(images) == pytest.approx(single * 100, abs=1.5)
+    assert all(batch.motion_free.all() and len(batch.latents) == 10 for batch in images)
+    repeated = sum(int(batch.motion_free.sum()) for batch in clips)
+    assert repeated == pytest.approx(motion_free * 1000, abs=10)
+    again = in_memory(settings)
+    again.load_state_dict([place])
+    assert equal(rows([next(again)]), rows(batches[-1:]))
+    with pytest.raises(ValueError, match="when the checkpoint was written"):
+        in_memory(
+            replace(settings, p_image=0.0, p_motion_free=motion_free + single)
+        ).load_state_dict([place])
+
+
 def test_images_alone_have_no_mask():
     loader = in_memory(DataSettings(batch=4))
     batch = next(loader)
@@ -602,6 +625,7 @@ def test_windows_of_a_run_without_starts_are_new_at_every_reading(
         ({"kinds": ("pictures",)}, "kinds is"),
         ({"batch": 0}, "--batch is 0, must be at least 1"),
         ({"workers": -1}, "--workers is -1, must be at least 0"),
+        ({"p_motion_free": 0.6, "p_image": 0.5}, "must be at most 1 together"),
         ({"p_motion_free": 1.5}, "--p-motion-free is 1.5, must be in 0 … 1"),
         ({"crop": "left"}, "--crop is 'left', must be one of center, random"),
         ({"size": (32, 0)}, "a size is"),
