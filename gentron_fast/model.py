@@ -24,6 +24,7 @@ from gentron_fast.layers import (
     TimestepEmbedder,
     patch_positions,
 )
+from gentron_fast.transfer import on_device
 from gentron_fast.weights import find_weights
 
 CONFIG_NAME = "config.json"
@@ -82,7 +83,12 @@ class TextCondition(NamedTuple):
 
     def to(self, device=None, dtype=None) -> "TextCondition":
         """Move, and cast what is floating point; the masks stay bool."""
-        return self.map(lambda t: t.to(device, dtype if t.is_floating_point() else None))
+
+        def move(tensor: Tensor) -> Tensor:
+            kind = dtype if tensor.is_floating_point() else None
+            return tensor.to(kind) if device is None else on_device(tensor, device, kind)
+
+        return self.map(move)
 
     def repeat(self, times: int) -> "TextCondition":
         """Each prompt `times` times in a row."""
@@ -213,8 +219,12 @@ class GenTron(nn.Module):
 
     def pixel_size(self, latents: Tensor, device=None) -> Tensor:
         """Pixel height and width of every sample of latents (B, ..., H, W): (B, 2)."""
-        pixels = torch.tensor(latents.shape[-2:], device=device or latents.device)
-        return (pixels * self.config.pixels_per_latent).expand(len(latents), 2)
+        # Filled there, not copied there.
+        sides = [side * self.config.pixels_per_latent for side in latents.shape[-2:]]
+        device = device or latents.device
+        return torch.stack(
+            [torch.full(latents.shape[:1], side, device=device) for side in sides], 1
+        )
 
     def condition(
         self, timestep: Tensor, text: TextCondition, size: Tensor | None = None

@@ -29,6 +29,7 @@ from gentron_fast.model import GenTron, TextCondition
 from gentron_fast.schema import MOST_TIMESTEPS, several, whole
 from gentron_fast.solvers import SolverTable, make_table
 from gentron_fast.text import SUBFOLDERS, TextEncoder
+from gentron_fast.transfer import on_device
 from gentron_fast.vae import REASONS, VideoVAE, check_finite, to_frames
 
 ASSETS = Path(__file__).parent / "assets"
@@ -330,10 +331,12 @@ class GenTronPipeline:
     def _denoise(self, denoiser: GuidedDenoiser, seeds, step_done) -> Tensor:
         """Noise of the seeds → latents (N, C, T, h, w) fp32, one guided step a row of the table."""
         shape = denoiser.latent_shape
-        latents, x0 = portable_noise(shape, seeds, 0).to(self.device), None
+        latents, x0 = on_device(portable_noise(shape, seeds, 0), self.device), None
         finite = []  # on the device: read once, behind the last step
         for step, draws in enumerate((denoiser.table.rows[:, -1] != 0).tolist()):
-            noise = portable_noise(shape, seeds, step + 1).to(self.device) if draws else None
+            noise = (
+                on_device(portable_noise(shape, seeds, step + 1), self.device) if draws else None
+            )
             latents, x0 = denoiser.step(latents, step, x0, noise)
             finite.append(latents.isfinite().all())
             step_done(step, latents)

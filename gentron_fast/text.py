@@ -29,6 +29,7 @@ from gentron_fast.schema import (
     real,
     whole,
 )
+from gentron_fast.transfer import on_device
 from gentron_fast.weights import variant
 
 MAX_TOKENS = {"clip": 77, "t5": 256}  # CLIP's positions; of T5 where its tokenizer says nothing
@@ -225,7 +226,7 @@ class TextEncoder(nn.Module):
 
     def _encode_with(self, name: str, ids: Tensor, mask: Tensor) -> EncodedText:
         encoder = self.encoders[name]
-        ids, mask = ids.to(encoder.device), mask.to(encoder.device)
+        ids, mask = on_device(ids, encoder.device), on_device(mask, encoder.device)
         output = encoder(input_ids=ids, attention_mask=mask.long())
         tokens = output.last_hidden_state.masked_fill(~mask[..., None], 0)
         if name == "clip":

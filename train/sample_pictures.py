@@ -55,10 +55,10 @@ class SamplePictures:
         table = make_table("dpm++", SCHEDULER_CONFIG, SAMPLE_STEPS)
         seeds = [settings.seed + row for row in range(count)]
         x, x0 = portable_noise(self.shape, seeds, 0).to(self.device), None
-        for row, timestep in zip(table.rows, table.timesteps, strict=True):
-            timestep = timestep.to(self.device).expand(count)
+        timesteps = table.timesteps.to(self.device)
+        for row, timestep in zip(table.rows, timesteps, strict=True):
             noise = guided_prediction(
-                *(engine.module, x, timestep, *texts),
+                *(engine.module, x, timestep.expand(count), *texts),
                 *(DEFAULTS.lambda_t, DEFAULTS.lambda_m, DEFAULTS.rescale),
             )
             x, x0 = solver_step(row, x, noise[:, : self.shape[0]], x0)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
 
+from gentron_fast.transfer import on_device
 from gentron_train.assembly import (
     Parts,
     build_loader,
@@ -47,13 +48,6 @@ def learning_rate(settings: Settings, step: int, progress: float) -> float:
     if settings.decay_ratio:
         rate *= min(1.0, max(0.0, (1 - progress) / settings.decay_ratio))
     return rate
-
-
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor there. To a GPU it is copied from pinned memory, beside what the CPU does next."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 class Agreed(NamedTuple):

@@ -266,7 +266,7 @@ def _condition(model: GenTron, timesteps: Tensor, *pooled: Tensor, pixels: tuple
     text = {name: EncodedText(None, None, own) for name, own in zip(encoders, pooled, strict=True)}
     size = None
     if model.config.size_embedding:
-        size = torch.tensor(pixels, device=timesteps.device).expand(timesteps.shape[0], 2)
+        size = torch.stack([torch.full_like(timesteps, side) for side in pixels], 1)
     c, time = model.condition(timesteps, TextCondition(**text), size)
     return c, model.final.modulation(c, time)
 

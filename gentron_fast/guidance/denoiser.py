@@ -35,6 +35,7 @@ from gentron_fast.guidance.work import step_flops
 from gentron_fast.layers import CrossContext
 from gentron_fast.model import EncodedText, GenTron, TextCondition
 from gentron_fast.solvers import SolverTable
+from gentron_fast.transfer import on_device
 from gentron_kernels.guided_step import rescaled_noise
 
 
@@ -97,10 +98,12 @@ class GuidedDenoiser:
         weights = torch.stack([torch.as_tensor(w).expand_as(scales[0]) for w in weights], -1)
         shares = check_rescale(_per_step(rescale, table, self.batch))
         self._active = active_branches(weights, shares)
-        self._rescale = shares.to(self.device) if shares.any() else None
-        self._weights, self._solver_rows = weights.to(self.device), table.rows.to(self.device)
+        self._rescale = on_device(shares, self.device) if shares.any() else None
+        self._weights, self._solver_rows, self._timesteps = (
+            on_device(tensor, self.device) for tensor in (weights, table.rows, table.timesteps)
+        )
         learns_range = table.log_variance is not None and model.config.learned_range
-        self._bounds = table.log_variance.to(self.device) if learns_range else None
+        self._bounds = on_device(table.log_variance, self.device) if learns_range else None
 
         null_text, text = (TextCondition(*map(_trimmed, part)) for part in (null_text, text))
         self._nulls, self._texts = null_text.batch, text.batch
@@ -233,13 +236,13 @@ class GuidedDenoiser:
             else None
             for merged in self._merged
         ]
-        return _Plan(branches, conditions.to(self.device), contexts, motion_free)
+        return _Plan(branches, on_device(conditions, self.device), contexts, motion_free)
 
     def _modulation(self, step: int) -> tuple[Tensor, Tensor]:
         """Rows of a step, of every condition: the blocks' (P, depth, 6, D), the final layer's."""
         start = step - step % self._chunk
         if self._chunk_start != start:
-            timesteps = self.table.timesteps[start : start + self._chunk].to(self.device)
+            timesteps = self._timesteps[start : start + self._chunk]
             steps, conditions = len(timesteps), self._pooled.batch
             text = self._pooled.map(lambda t: t.repeat(steps, *(1,) * (t.ndim - 1)))
             size = None if self._size is None else self._size.repeat(steps, 1)

@@ -80,7 +80,7 @@ def _guard() -> str:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch, library.name)
-            paths = f"-I{torch_folder}/include", f"-L{torch_folder}/lib", "-lc10"
+            paths = f"-I{torch_folder}/include", f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10"
             command = [
                 "g++",
                 "-shared",
@@ -105,7 +105,7 @@ def _replacements() -> dict[object, dict[str, object]]:
     seeds = {name: constant() for name in ("set_rng_state", "manual_seed", "manual_seed_all")}
     seeds["get_rng_state"] = lambda *_: torch.zeros(16, dtype=torch.uint8)
     memory = "memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"
-    make = torch.tensor
+    make, tolist = torch.tensor, FakeTensor.tolist
 
     def tensor(data, *, dtype=None, device=None, requires_grad=False, pin_memory=False):
         """PyTorch's own would make a tensor on the device even where fake ones are asked for."""
@@ -116,8 +116,19 @@ def _replacements() -> dict[object, dict[str, object]]:
             made = made.to(device)
         return made.requires_grad_(requires_grad)
 
+    def pin_memory(self, *_):
+        """A copy that is marked."""
+        pinned = self.clone()
+        pinned.pinned = True
+        return pinned
+
     return {
         torch: {"tensor": tensor},
+        FakeTensor: {"tolist": lambda self: tolist(self.cpu())},  # one copy, not one an element
+        torch.Tensor: {
+            "pin_memory": pin_memory,
+            "is_pinned": lambda self, *_: getattr(self, "pinned", False),
+        },
         torch._C: {
             "_cuda_getDeviceCount": constant(1),
             "_cuda_getDevice": constant(0),

@@ -1,6 +1,6 @@
 """What the host does for the device: it sends tensors, and waits for results."""
 
-import traceback
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,11 +26,16 @@ INDEXED = {"aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_
 
 
 class Event(NamedTuple):
-    """kind: "wait", "copy to the device" or "copy to the host"; the operator; who asked for it, as
-    file:line of this project, the innermost first."""
+    """Something that crosses between the host and the device.
+
+    kind: "wait", "pageable copy" or "pinned copy" (to the device, the second beside what the host
+    does next), or "copy to the host"; operator: its name; function and place: who asked for it, a
+    function of this project and file:line.
+    """
 
     kind: str
     operator: str
+    function: str
     place: str
 
 
@@ -55,7 +60,7 @@ class Host(TorchDispatchMode):
         self._note("wait", name)
 
     def _note(self, kind: str, operator: str) -> None:
-        self.events.append(Event(kind, operator, _place()))
+        self.events.append(Event(kind, operator, *_caller()))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -64,7 +69,8 @@ class Host(TorchDispatchMode):
         if not on_device and not any(_is_cuda(leaf) for leaf in leaves):
             return function(*args, **kwargs)
         name = function.name()
-        if name in READ_BY_HOST or (name in INDEXED and _has_mask(args[1])):
+        is_read = name in READ_BY_HOST or (name in INDEXED and _has_mask(args[1]))
+        if is_read and args[0].device.type == "cuda":
             self._note("wait", name)
         if name == "aten::_local_scalar_dense":  # some number, so that the caller goes on
             return torch.ones((), dtype=args[0].dtype).item()
@@ -74,16 +80,20 @@ class Host(TorchDispatchMode):
             return function(*args, **kwargs)
 
     def _note_copies(self, name: str, args: tuple, kwargs: dict) -> None:
-        source = target = None
         if name == "aten::_to_copy":
-            source, target = args[0].device, torch.device(kwargs.get("device") or args[0].device)
+            source, target = args[0], torch.device(kwargs.get("device") or args[0].device)
+            beside = kwargs.get("non_blocking", False)
         elif name == "aten::copy_":
-            source, target = args[1].device, args[0].device
-        if source is not None and source.type != target.type:
-            if target.type == "cuda":
-                self._note("copy to the device", name)
-            else:
-                self._note("copy to the host", name)
+            source, target, beside = args[1], args[0].device, bool(args[2:] and args[2])
+        else:
+            return
+        if source.device.type == target.type:
+            return
+        if target.type == "cuda":
+            from_pinned = beside and source.is_pinned()
+            self._note("pinned copy" if from_pinned else "pageable copy", name)
+        else:
+            self._note("copy to the host", name)
 
     def _faked(self, leaf):
         if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor):
@@ -99,7 +109,12 @@ def _has_mask(indices) -> bool:
     return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
 
 
-def _place() -> str:
-    frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(OURS)]
-    places = [f"{Path(frame.filename).relative_to(ROOT)}:{frame.lineno}" for frame in frames]
-    return " < ".join(reversed(places[-2:]))
+def _caller() -> tuple[str, str]:
+    """The innermost function of this project that is no helper of transfers, and its place."""
+    frame = sys._getframe()
+    while frame is not None:
+        file, name = frame.f_code.co_filename, frame.f_code.co_qualname
+        if file.startswith(OURS) and not (file.endswith("/transfer.py") or "<" in name):
+            return name, f"{Path(file).relative_to(ROOT)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "", ""
