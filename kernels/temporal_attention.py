@@ -120,12 +120,14 @@ def _program(
     DH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The program's tile, and whether its sample is motion-free."""
+    """The program's tile, whether its sample is motion-free, and the rows that are read if not."""
     sample, sequence, frame, rows, out_rows, inside = _tile(tokens, T, H, DH, ROWS)
     motion_free = 0
+    attended = inside
     if HAS_FLAGS:
         motion_free = tl.load(motion_free_ptr + sample)
-    return sequence, frame, rows, out_rows, inside, motion_free
+        attended = inside & (motion_free == 0)
+    return sequence, frame, rows, out_rows, inside, motion_free, attended
 
 
 @launch.jit
@@ -176,23 +178,24 @@ def _temporal_attention_fwd_kernel(
     REST: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    sequence, frame, rows, out_rows, inside, motion_free = _program(
+    sequence, frame, rows, out_rows, inside, motion_free, attended = _program(
         motion_free_ptr, tokens, HAS_FLAGS, T, H, DH, ROWS
     )
     k_ptr, v_ptr = qkv_ptr + H * DH, qkv_ptr + 2 * H * DH
     v = _load(v_ptr, rows, inside, 0, BLOCK, DH)
     if REST:
         v_rest = _load(v_ptr, rows, inside, BLOCK, REST, DH)
+    # Under a mask and not in the branch: every load is under way before the first is used.
+    q = _load(qkv_ptr, rows, attended, 0, BLOCK, DH)
+    k = _load(k_ptr, rows, attended, 0, BLOCK, DH)
+    if REST:
+        q_rest = _load(qkv_ptr, rows, attended, BLOCK, REST, DH)
+        k_rest = _load(k_ptr, rows, attended, BLOCK, REST, DH)
     if motion_free != 0:
         _store(out_ptr, out_rows, inside, v, 0, BLOCK, DH)
         if REST:
             _store(out_ptr, out_rows, inside, v_rest, BLOCK, REST, DH)
     else:
-        q = _load(qkv_ptr, rows, inside, 0, BLOCK, DH)
-        k = _load(k_ptr, rows, inside, 0, BLOCK, DH)
-        if REST:  # every load before the first product, which is a barrier to them
-            q_rest = _load(qkv_ptr, rows, inside, BLOCK, REST, DH)
-            k_rest = _load(k_ptr, rows, inside, BLOCK, REST, DH)
         scores = _dot(q, tl.trans(k))
         if REST:
             scores = _dot(q_rest, tl.trans(k_rest), scores)
@@ -219,7 +222,7 @@ def _temporal_attention_bwd_kernel(
     REST: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    sequence, frame, rows, out_rows, inside, motion_free = _program(
+    sequence, frame, rows, out_rows, inside, motion_free, attended = _program(
         motion_free_ptr, tokens, HAS_FLAGS, T, H, DH, ROWS
     )
     k_ptr, v_ptr = qkv_ptr + H * DH, qkv_ptr + 2 * H * DH
@@ -227,6 +230,13 @@ def _temporal_attention_bwd_kernel(
     d_out = _load(d_out_ptr, out_rows, inside, 0, BLOCK, DH)
     if REST:
         d_rest = _load(d_out_ptr, out_rows, inside, BLOCK, REST, DH)
+    q = _load(qkv_ptr, rows, attended, 0, BLOCK, DH)
+    k = _load(k_ptr, rows, attended, 0, BLOCK, DH)
+    v = _load(v_ptr, rows, attended, 0, BLOCK, DH)
+    if REST:
+        q_rest = _load(qkv_ptr, rows, attended, BLOCK, REST, DH)
+        k_rest = _load(k_ptr, rows, attended, BLOCK, REST, DH)
+        v_rest = _load(v_ptr, rows, attended, BLOCK, REST, DH)
     if motion_free != 0:
         zeros = tl.zeros((ROWS, BLOCK), tl.float32)
         _store(d_qkv_ptr, rows, inside, zeros, 0, BLOCK, DH)
@@ -238,13 +248,6 @@ def _temporal_attention_bwd_kernel(
             _store(dk_ptr, rows, inside, zeros, BLOCK, REST, DH)
             _store(dv_ptr, rows, inside, d_rest, BLOCK, REST, DH)
     else:
-        q = _load(qkv_ptr, rows, inside, 0, BLOCK, DH)
-        k = _load(k_ptr, rows, inside, 0, BLOCK, DH)
-        v = _load(v_ptr, rows, inside, 0, BLOCK, DH)
-        if REST:
-            q_rest = _load(qkv_ptr, rows, inside, BLOCK, REST, DH)
-            k_rest = _load(k_ptr, rows, inside, BLOCK, REST, DH)
-            v_rest = _load(v_ptr, rows, inside, BLOCK, REST, DH)
         scores = _dot(q, tl.trans(k))
         dp = _dot(d_out, tl.trans(v))
         if REST:
@@ -328,7 +331,7 @@ def _num_warps(constants: dict[str, int], itemsize: int, backward: bool) -> int:
         return 8 if (backward and is_wide) or spills_on_sm_80 else 4
     if constants["ROWS"] == 16:
         return 4
-    return 16 if backward and is_wide else 8
+    return 16 if is_wide else 8
 
 
 def compile_cases():
