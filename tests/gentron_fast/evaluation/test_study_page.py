@@ -1,48 +1,20 @@
 """The page of a study in a real Chromium, driven by selenium. Skipped where there is none."""
 
-import shutil
-
 import pytest
 from studies import clips, served, small_study
 
 pytest.importorskip("bottle")
 pytest.importorskip("selenium")
 
-from selenium import webdriver
-from selenium.webdriver.common.by import By
+from browser import NEEDED, PHONE, Browser
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.wait import WebDriverWait
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER),
-    reason="no chromium and chromedriver: apt-get install chromium-driver",
-)
-# Nothing leaves the machine.
-SWITCHES = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    "--window-size=1200,800",
-]
+pytestmark = NEEDED
 SIDES = {"left": Keys.ARROW_LEFT, "equal": Keys.ARROW_DOWN, "right": Keys.ARROW_RIGHT}
 
 
-class Rater:
+class Rater(Browser):
     """One person at one browser."""
-
-    def __init__(self, profile):
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        for switch in [*SWITCHES, f"--user-data-dir={profile}"]:
-            options.add_argument(switch)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        self.driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-
-    def wait(self, condition, seconds=20):
-        return WebDriverWait(self.driver, seconds, 0.02).until(lambda _: condition())
-
-    def one(self, selector):
-        return self.driver.find_element(By.CSS_SELECTOR, selector)
 
     def begin(self, address, name):
         self.driver.get(address)
@@ -66,7 +38,7 @@ class Rater:
             self.one("body").send_keys(SIDES.get(key, key))
 
     def answers(self):
-        pressed = self.driver.find_elements(By.CSS_SELECTOR, "button[aria-pressed=true]")
+        pressed = self.all("button[aria-pressed=true]")
         return [button.get_attribute("data-answer") for button in pressed]
 
     def prompt(self):
@@ -180,8 +152,7 @@ def test_two_raters_at_once(ada, make_rater, address, study):
 
 
 def test_a_phone(ada, address, study):
-    phone = {"width": 375, "height": 667, "deviceScaleFactor": 2, "mobile": True}
-    ada.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    ada.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
     try:
         ada.begin(address, "Ada")
         page = ada.one("html")
@@ -189,7 +160,7 @@ def test_a_phone(ada, address, study):
         assert int(page.get_property("scrollHeight")) <= 667  # nothing to scroll
         boxes = [ada.one(f"#{side} img").rect for side in ("left", "right")]
         assert boxes[0]["y"] == boxes[1]["y"] and min(box["width"] for box in boxes) > 170
-        for button in ada.driver.find_elements(By.CSS_SELECTOR, "[data-answer]"):
+        for button in ada.all("[data-answer]"):
             assert button.rect["height"] >= 44 and button.rect["width"] >= 44
         ada.button("quality", "left").click()
         ada.button("text", "left").click()
@@ -202,9 +173,7 @@ def test_what_is_whose_is_hidden_and_nothing_comes_from_elsewhere(ada, address, 
     ada.begin(address, "Ada")
     source = ada.driver.page_source
     assert not any(word in source for word in ("ours $_$", "theirs", "_000000"))
-    asked = ada.driver.execute_script(
-        "return performance.getEntriesByType('resource').map(entry => entry.name)"
-    )
+    asked = ada.asked()
     assert asked and all(name.startswith((address, "blob:")) for name in asked)
     shades = [
         ada.driver.execute_script(
@@ -216,7 +185,7 @@ def test_what_is_whose_is_hidden_and_nothing_comes_from_elsewhere(ada, address, 
     ]
     pair = next(pair for pair in study.pairs if pair.prompt == ada.prompt())
     assert shades == [[60, 200], [200, 60]][pair.left]  # A is the darker one
-    assert not [line for line in ada.driver.get_log("browser") if line["level"] == "SEVERE"]
+    assert not ada.faults()
 
 
 def test_clips_loop_together(ada, tmp_path):
