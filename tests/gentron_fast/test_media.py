@@ -28,6 +28,16 @@ def test_mp4_round_trip(tmp_path, fps):
     assert np.abs(read.astype(int) - frames).mean() < 5
 
 
+def test_the_same_frames_become_the_same_file(tmp_path):
+    frames, noise, found = make_frames(height=64, width=64), np.random.default_rng(0), set()
+    kept = []
+    for _ in range(40):
+        kept.append(noise.bytes(int(noise.integers(1_000, 300_000))))  # other memory each time
+        write_media(tmp_path / "clip.mp4", frames, 4)
+        found.add((tmp_path / "clip.mp4").read_bytes())
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("fps", [4, 24, 30])
 def test_gif_keeps_frames_and_total_time(tmp_path, fps):
     frames = make_frames(count=6)
