@@ -7,6 +7,7 @@
 # make api      docs/api.md, from the docstrings          make picture   docs/clips.png
 # make study    people judge the model that ships at two guidance values: docs/study.md
 # make sanitize   the C++ operators and runtime under AddressSanitizer and UndefinedBehaviorSanitizer
+# make ray    200 clips on a Ray cluster of two nodes here, one of them killed: equal to one process, to the byte
 # make fuzz   100,000 hostile files for the runtime under both, 6 minutes; FUZZ=another number
 # make kernels  registers, spills and shared memory of every Triton kernel, compiled without a GPU
 
@@ -14,7 +15,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test faults lint train kernels gpu large report api picture study sanitize fuzz clean
+.PHONY: demo test faults lint train kernels gpu large report api picture study sanitize fuzz ray clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -36,6 +37,9 @@ train: .venv/dev
 
 gpu:
 	@$(PYTHON) bench/gpu.py $(PART) $(RESULTS)
+
+ray: .venv/dev
+	RAY_PROMPTS=200 $(BIN)/pytest -s tests/train/data/test_on_ray.py -k dies
 
 large: .venv/dev
 	$(BIN)/python bench/large.py

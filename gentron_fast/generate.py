@@ -7,6 +7,7 @@ import sys
 import time
 import zlib
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ FIXED = (
     "--fp8",
     "--offload",
 )  # in a compiled sampler
+SEEN_AFTER = 60  # seconds after which a file that a node wrote must be seen on the others
 NAME_LENGTH = 48  # letters of the prompt in a file name: 4 bytes each stay below the usual 255
 
 HELP = f"""\
@@ -64,9 +66,9 @@ PROMPT...               one or many prompts, each in quotes
 --device D --dtype T    cpu, cuda, cuda:1; float32, bfloat16, float16
 --compile --fp8         torch.compile; fp8 products, by torchao on a GPU
 --offload               encode first; each part on the device while it runs
---out PATH              a folder (outputs/), or one .mp4, .gif or .png file
---grid                  also one .png of all frames
+--out PATH --grid       a folder (outputs/), or one file; also a .png of all frames
 --fps N --verbose       frames a second (4); tell the work shared, each file
+--ray ADDRESS --cores N   of --prompts on Ray: auto, local, HOST:PORT; cores each
 """
 
 
@@ -103,6 +105,10 @@ def generate(args: argparse.Namespace) -> None:
     clips = plan_clips(args, prompts, is_image=frames == 1)
     take_defaults(args, folder)
     check_solver(args, folder)
+    if args.ray is not None:
+        if clips := clips_to_make(args, clips):
+            make_on_ray(args, clips, frames)
+        return
     device = choose_device(args.device)
     clips = clips_to_make(args, clips)
     if clips:
@@ -120,6 +126,69 @@ def load_and_make(args, folder: Path, device, clips: list[Clip], frames: int | N
         pipeline.encode_ahead([args.negative_prompt or "", *(clip.prompt for clip in clips)])
     clip_seconds = make_clips(pipeline, args, clips, frames)
     report(clips, load_seconds, clip_seconds, peak_memory(device))
+
+
+class RayWorker:
+    """An actor on a Ray cluster: a pipeline, and the clips (prompt, seed, paths) it makes, those
+    that are written left out. Tells of each whether it was made."""
+
+    def __init__(self, args: argparse.Namespace, frames: int | None, device: str):
+        import torch
+
+        silence_libraries()
+        from gentron_fast.pipeline import ASSETS
+
+        self.args, self.frames = args, frames
+        self.pipeline = load_pipeline(args, args.model or ASSETS, torch.device(device))
+
+    def __call__(self, pieces: list) -> list:
+        clips = [Clip(prompt, seed, [Path(p) for p in paths]) for prompt, seed, paths in pieces]
+        missing = [clip for clip in clips if not clip.is_written]
+        if missing:
+            make_clips(self.pipeline, self.args, missing, self.frames)
+        return [clip in missing for clip in clips]
+
+
+def make_on_ray(args: argparse.Namespace, clips: list[Clip], frames: int | None) -> None:
+    """Make and write the clips by a Ray cluster, --batch of them at a time on each GPU or set of
+    cores, and report. ValueError where what a node writes is not seen here."""
+    from tqdm import tqdm
+
+    from gentron_fast.generate import RayWorker  # not of __main__, which other nodes do not have
+    from gentron_fast.on_ray import cluster, on_all
+
+    start, is_seen = time.perf_counter(), False
+    where = argparse.Namespace(**vars(args))
+    where.model = args.model and args.model.absolute()
+    pieces = [[c.prompt, c.seed, [str(path.absolute()) for path in c.paths]] for c in clips]
+    gpus = None if args.device is None else args.device == "cuda"
+    work = partial(RayWorker, where, frames)
+    with cluster(args.ray), tqdm(total=len(clips), unit="clip", leave=False, disable=None) as bar:
+        for (_, _, paths), _ in on_all(
+            work, pieces, gpus=gpus, cores=args.cores, at_once=args.batch
+        ):
+            if not is_seen:
+                wait_for([Path(path) for path in paths])
+                is_seen = True
+            bar.update()
+        wait_for([path for clip in clips for path in clip.paths])
+    seconds = time.perf_counter() - start
+    print(f"{f'{len(clips)} clips':<12} {common_folder(clips)}")
+    print(f"on Ray       {seconds:.2f} s, {seconds / len(clips):.2f} s a clip")
+
+
+def wait_for(paths: list[Path]) -> None:
+    """Wait until files that another node wrote are seen here, as a network's file system may take
+    its time; ValueError where they are not."""
+    for path in paths:
+        end = time.monotonic() + SEEN_AFTER
+        while not path.exists():
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"{path} was written by a node and is not seen here: --out must lie on a file "
+                    "system that all nodes share"
+                )
+            time.sleep(0.2)
 
 
 def generate_compiled(args: argparse.Namespace, prompts: list[str], folder: Path) -> None:
@@ -170,6 +239,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--sha256")
     parser.add_argument("--out", default="outputs/")
     parser.add_argument("--grid", action="store_true")
+    parser.add_argument("--ray")
+    parser.add_argument("--cores", type=whole_number(1))
     add_sampling_options(parser)
     args = parser.parse_intermixed_args(argv)
     if args.image and args.frames not in (None, 1):
@@ -178,6 +249,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if args.compiled is None and args.sha256 is not None:
         raise ValueError("--sha256 is for the file of --compiled, and there is none")
     check_precision(args)
+    check_ray(args)
     if args.compiled is not None and (fixed := sorted(given & set(FIXED))):
         raise ValueError(f"{fixed[0]} is fixed in a compiled sampler: leave it out")
     return args
@@ -205,6 +277,21 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--fps", type=whole_number(1, 100), default=4)
     parser.add_argument("--verbose", action="store_true")
+
+
+def check_ray(args: argparse.Namespace) -> None:
+    """ValueError where --ray stands beside what it does not go with."""
+    if args.ray is None:
+        if args.cores is not None:
+            raise ValueError("--cores is for --ray, and there is none")
+        return
+    if args.prompts is None:
+        raise ValueError("--ray makes the clips of a file: --prompts FILE")
+    for name in ("compiled", "offload"):
+        if getattr(args, name):
+            raise ValueError(f"--ray does not go with --{name}")
+    if args.device not in (None, "cpu", "cuda"):
+        raise ValueError(f"--ray goes with --device cpu or cuda, got {args.device!r}")
 
 
 def check_precision(args: argparse.Namespace) -> None:

@@ -32,6 +32,7 @@ ONLY_IN = {
     "prometheus_client": {"gentron_fast/serving/metrics.py"},
     "deepspeed": {"train/assembly.py", "train/ema.py", "train/process.py", "train/sharding.py"},
     "webdataset": {"train/data/shards.py", "train/small_world/autoencoder.py"},
+    "ray": {"gentron_fast/on_ray.py"},
     "av": {"gentron_fast/media.py", "train/data/decode.py", "train/small_world/renderer.py"},
 }
 # The room of evaluation serves commands alone: nothing that samples or trains needs it.
@@ -101,7 +102,7 @@ def test_core_imports_with_torch_einops_and_safetensors_alone():
 import importlib, sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {OPTIONAL!r}:
+        if name.partition(".")[0] in {[*OPTIONAL, "ray"]!r}:
             raise ImportError(name + " is blocked")
 sys.meta_path.insert(0, Block())
 for name in {CORE_MODULES!r}:

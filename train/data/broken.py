@@ -50,6 +50,19 @@ def in_words(causes: Counter[str]) -> str:
     return ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
 
 
+def check_share(
+    causes: Counter[str], samples: int, max_share: float, path: Path, more: str = ""
+) -> None:
+    """TooManyBroken where these are more than a share of the samples; path: of the log."""
+    total = causes.total()
+    among = max(samples, total)
+    if total > max_share * among:
+        raise TooManyBroken(
+            f"{total} of {among} samples are broken, more than {max_share:.1%}: "
+            f"{in_words(causes)}; {path} names them{more}"
+        )
+
+
 class BrokenLog:
     """Counts broken samples by cause and names them in a file, a line of JSON each.
 
@@ -66,16 +79,29 @@ class BrokenLog:
     def add(self, broken: Broken) -> None:
         """Note one more; TooManyBroken if that makes too many."""
         self.causes[broken.cause] += 1
+        self.write(json.dumps(asdict(broken) | {"rank": self.rank}, ensure_ascii=False) + "\n")
+        last = f"{broken.sample or 'all'} of {broken.shard} ({broken.detail or broken.cause})"
+        among = max(self.seen, self._at_least)
+        check_share(self.causes, among, self.max_share, self.path, f", the last one is {last}")
+
+    def write(self, lines: str) -> None:
+        """Add to the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(asdict(broken) | {"rank": self.rank}, ensure_ascii=False) + "\n"
         # One write: ranks share the file. A name in a tar may be no text.
         with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(line)
-        total = self.causes.total()
-        among = max(self.seen, self._at_least, total)
-        if total > self.max_share * among:
-            raise TooManyBroken(
-                f"{total} of {among} samples are broken, more than {self.max_share:.1%}: "
-                f"{in_words(self.causes)}; {self.path} names them, the last one is "
-                f"{broken.sample or 'all'} of {broken.shard} ({broken.detail or broken.cause})"
-            )
+            file.write(lines)
+
+
+class HeldLog(BrokenLog):
+    """A BrokenLog whose lines wait for `release`: work that dies and is done again is told once."""
+
+    held = ""
+
+    def write(self, lines: str) -> None:
+        self.held += lines
+
+    def release(self) -> None:
+        """Write what was held."""
+        lines, self.held = self.held, ""
+        if lines:
+            super().write(lines)

@@ -4,7 +4,7 @@ Each shard of images or clips becomes one of the same name in OUT: mean and stan
 the latents, and of each text encoder the tokens' embeddings, their mask and the pooled vector, in
 safetensors. Shards that are there are kept: the same command goes on where it was cut off, and two
 at a time share the work. Under torchrun, deepspeed or srun each process makes its part of the
-shards.
+shards; with --ray each GPU of a cluster, or set of cores, makes one shard after another.
 
     python -m gentron_train.precompute "raw/clips-*.tar" latents/ --pipeline runs/t2i/pipeline
 """
@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
@@ -34,12 +35,23 @@ from gentron_fast.commandline import (
     refuse,
     run,
     usable_device,
+    whole_number,
 )
 from gentron_fast.files import claim, whole_file
 from gentron_fast.model import TextCondition
+from gentron_fast.on_ray import cluster, on_all
 from gentron_fast.text import SUBFOLDERS, TextEncoder
 from gentron_fast.vae import VideoVAE, check_finite
-from gentron_train.data.broken import Broken, BrokenLog, BrokenSample, in_words
+from gentron_train.data.broken import (
+    FEW_SAMPLES,
+    Broken,
+    BrokenLog,
+    BrokenSample,
+    HeldLog,
+    TooManyBroken,
+    check_share,
+    in_words,
+)
 from gentron_train.data.decode import Sampling
 from gentron_train.data.loader import DataSettings, background
 from gentron_train.data.options import DTYPES, parse_sizes
@@ -51,6 +63,7 @@ from gentron_train.data.shards import (
     digest,
     find_shards,
     index,
+    read,
     read_facts,
 )
 from gentron_train.data.sources import (
@@ -175,6 +188,10 @@ class Job:
     facts: Facts
     null: TextCondition | None
 
+    def cut_cause(self) -> str | None:
+        """What the counts call a shard that breaks off."""
+        return self.cut and ("shard cut off" if self.samples else "unreadable shard")
+
     def content(self) -> bytes:
         """Of the new shard's member PRECOMPUTED."""
         return pack_facts(replace(self.facts, source=digest(self.shard)), self.null)
@@ -205,6 +222,54 @@ def new_paths(shards: list[Shard], out: Path) -> list[Path]:
     return paths
 
 
+class ShardEncoder:
+    """Models that are loaded once, and the new shards that they make."""
+
+    def __init__(
+        self,
+        vae_folder: Path,
+        text_encoder: TextEncoder | None,
+        sampling: Sampling,
+        *,
+        workers: int = 2,
+        device: str | torch.device = "cpu",
+    ):
+        vae = VideoVAE.from_pretrained(vae_folder).to(device)
+        for size in sampling.buckets or ([sampling.size] if sampling.size else []):
+            vae.check_size(*size, patch=1)
+        if text_encoder is not None:
+            text_encoder = text_encoder.to(device).eval()
+        self.encoder, self.models = Encoder(vae, text_encoder, device), folder_digest(vae_folder)
+        self.sampling, self.workers, self.vae = sampling, workers, vae
+
+    def job(self, shard: Shard, path: Path) -> Job:
+        """Of a new shard at `path`; makes the index of its source."""
+        sampling = relevant_sampling(self.sampling, shard)
+        facts = Facts(sampling, self.vae.latent_channels, self.vae.factor, self.models)
+        return Job(shard, path, *count(shard), facts, self.encoder.null)
+
+    def make(self, jobs: list[Job], log: BrokenLog, bar: tqdm) -> None:
+        """Make what is missing; ValueError where what is there was made otherwise."""
+
+        def decoded(places: Iterator[tuple[Shard, int]]) -> Iterator[Record]:
+            decoder = Decoder(self.sampling, self.vae.factor)
+            for record, broken in background(decoder, places, self.workers, ahead=4):
+                log.seen += 1
+                if broken:
+                    log.add(broken)
+                    bar.set_postfix(broken=log.causes.total())
+                bar.update()
+                yield record
+
+        def encoded(places: Iterator[tuple[Shard, int]]) -> Iterator[Record]:
+            return encode_in_order(decoded(places), self.encoder)
+
+        begun = _make(jobs, encoded, log)
+        for job in begun:  # one by one: who waits holds nothing that others wait for
+            tqdm.write(f"waiting for {job.path}, which another process makes", file=sys.stderr)
+            _make([job], encoded, log, wait=True)
+
+
 def precompute(
     shards: list[Shard],
     out: Path,
@@ -226,23 +291,9 @@ def precompute(
     holds other shards, TooManyBroken as training does.
     """
     paths = new_paths(shards, out)
-    vae = VideoVAE.from_pretrained(vae_folder).to(device)
-    for size in sampling.buckets or ([sampling.size] if sampling.size else []):
-        vae.check_size(*size, patch=1)
-    if text_encoder is not None:
-        text_encoder = text_encoder.to(device).eval()
-    encoder, models = Encoder(vae, text_encoder, device), folder_digest(vae_folder)
+    encoder = ShardEncoder(vae_folder, text_encoder, sampling, workers=workers, device=device)
     # Shared out before looking what is missing: ranks may look at different times.
-    jobs = [
-        Job(
-            shard,
-            path,
-            *count(shard),
-            Facts(relevant_sampling(sampling, shard), vae.latent_channels, vae.factor, models),
-            encoder.null,
-        )
-        for shard, path in list(zip(shards, paths, strict=True))[rank::ranks]
-    ]
+    jobs = [encoder.job(*pair) for pair in list(zip(shards, paths, strict=True))[rank::ranks]]
     if not any(job.samples for job in jobs):
         check_any_sample(shards)
     for job in jobs:
@@ -252,25 +303,77 @@ def precompute(
     total = sum(job.samples for job in jobs)
     log = BrokenLog(out / "broken.jsonl", max_broken, total, rank)
     with tqdm(total=total, unit="sample", disable=rank != 0) as bar:
-
-        def decoded(places: Iterator[tuple[Shard, int]]) -> Iterator[Record]:
-            decoder = Decoder(sampling, vae.factor)
-            for record, broken in background(decoder, places, workers, ahead=4):
-                log.seen += 1
-                if broken:
-                    log.add(broken)
-                    bar.set_postfix(broken=log.causes.total())
-                bar.update()
-                yield record
-
-        def encoded(places: Iterator[tuple[Shard, int]]) -> Iterator[Record]:
-            return encode_in_order(decoded(places), encoder)
-
-        begun = _make(jobs, encoded, log)
-        for job in begun:  # one by one: who waits holds nothing that others wait for
-            tqdm.write(f"waiting for {job.path}, which another process makes", file=sys.stderr)
-            _make([job], encoded, log, wait=True)
+        encoder.make(jobs, log, bar)
     return dict(log.causes)
+
+
+class RayWorker:
+    """An actor on a Ray cluster: makes new shards of (url, path, room, new path), and tells their
+    samples, and the broken ones by cause, as the new shard has them."""
+
+    def __init__(self, args: argparse.Namespace, sampling: Sampling, device: str):
+        models = load_models(args)
+        workers = torch.get_num_threads() if args.workers is None else args.workers
+        self.encoder = ShardEncoder(*models, sampling, workers=workers, device=device)
+        self.log = HeldLog(args.out / "broken.jsonl", args.max_broken, FEW_SAMPLES)
+
+    def __call__(self, pieces: list) -> list:
+        results = []
+        for url, path, room, new in pieces:
+            job = self.encoder.job(Shard(url, Path(path), room), Path(new))
+            if job.path.exists():
+                job.check_made()
+            try:
+                with tqdm(disable=True) as bar:
+                    self.encoder.make([job], self.log, bar)
+            except TooManyBroken:
+                self.log.release()
+                raise
+            self.log.release()
+            results.append([job.samples, _broken_in(job)])
+        return results
+
+
+def _broken_in(job: Job) -> Counter[str]:
+    """The broken samples of a shard that is made, by cause."""
+    made = Shard(str(job.path), job.path)
+    marked = [n for n, (_, files) in enumerate(index(made).samples) if "broken.json" in files]
+    causes = [json.loads(read(made, number)[1]["broken.json"])[0] for number in marked]
+    return Counter(causes + ([cause] if (cause := job.cut_cause()) else []))
+
+
+def precompute_on_ray(
+    shards: list[Shard], args: argparse.Namespace, sampling: Sampling
+) -> dict[str, int]:
+    """`precompute` by a Ray cluster, one shard after another on each GPU or set of cores.
+
+    args: of the command line. Returns the broken samples by cause, those of shards that are there
+    already among them. Raises as `precompute` does; TooManyBroken also at the end, by the samples
+    of all shards.
+    """
+    args = argparse.Namespace(**vars(args))
+    for name in ("pipeline", "vae", "out"):
+        path = getattr(args, name)
+        setattr(args, name, path and path.absolute())
+    pieces = []
+    for shard, new in zip(shards, new_paths(shards, args.out), strict=True):
+        path = shard.path.absolute()
+        pieces.append(
+            [shard.url if shard.is_remote else str(path), str(path), shard.room, str(new)]
+        )
+    causes, seen, log = Counter(), 0, args.out / "broken.jsonl"
+    gpus = None if args.device is None else args.device.type == "cuda"
+    make = partial(RayWorker, args, sampling)
+    with cluster(args.ray), tqdm(total=len(pieces), unit="shard") as bar:
+        for _, (samples, broken) in on_all(make, pieces, gpus=gpus, cores=args.cores):
+            seen, causes = seen + samples, causes + Counter(broken)
+            bar.set_postfix(samples=seen, broken=causes.total())
+            bar.update()
+            check_share(causes, max(seen, FEW_SAMPLES), args.max_broken, log)
+    if not seen:
+        check_any_sample(shards)
+    check_share(causes, seen, args.max_broken, log)
+    return dict(causes)
 
 
 def _make(
@@ -294,8 +397,7 @@ def _make(
             if job.path.exists():
                 job.check_made()
                 continue
-            if job.cut:
-                cause = "shard cut off" if job.samples else "unreadable shard"
+            if cause := job.cut_cause():
                 log.add(Broken(cause, "", job.shard.url, job.cut))
             yield from ((job.shard, number) for number in range(job.samples))
 
@@ -372,9 +474,10 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--fps", type=float, default=4.0, help="frames a second that are taken")
     add("--windows-per-clip", "--starts", type=int, default=2, help="random ones, that are encoded")
     add("--crop", default="center", choices=["center", "random"], help="which part is cut out")
-    add("--workers", type=int, default=os.cpu_count(), help="processes that decode")
-    best = choose_device(None)
-    add("--device", type=usable_device, default=best, help="that encodes: cpu, cuda or cuda:N")
+    add("--workers", type=int, help="processes that decode, one a core without it")
+    add("--device", type=usable_device, help="that encodes: cpu, cuda or cuda:N; a GPU if any")
+    add("--ray", metavar="ADDRESS", help="on a Ray cluster: auto, local or HOST:PORT")
+    add("--cores", type=whole_number(1), help="of each process on Ray, without GPUs a node's")
     add("--allow-pipes", action="store_true", help="URLs pipe:COMMAND, which run in a shell")
     add("--max-broken", type=float, default=0.05, help="share of broken samples that stops it")
     return parser.parse_args(argv)
@@ -383,6 +486,9 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
 def _precompute(args: argparse.Namespace) -> None:
     """Check the arguments, encode what is missing, and tell what there is."""
     sizes = () if args.size is None else parse_sizes("--size", args.size)
+    if args.cores is not None and args.ray is None:
+        raise ValueError("--cores is for --ray, and there is none")
+    workers = os.cpu_count() if args.workers is None else args.workers
     settings = DataSettings(  # checks the values
         size=sizes[0] if len(sizes) == 1 else None,
         buckets=sizes if len(sizes) > 1 else (),
@@ -390,7 +496,7 @@ def _precompute(args: argparse.Namespace) -> None:
         fps=args.fps,
         windows_per_clip=args.windows_per_clip,
         crop=args.crop,
-        workers=args.workers,
+        workers=workers,
         max_broken=args.max_broken,
     )
     rank, ranks = rank_and_world()
@@ -399,17 +505,19 @@ def _precompute(args: argparse.Namespace) -> None:
     pipes = args.allow_pipes
     shards = [s for pattern in args.shards for s in find_shards(pattern, allow_pipes=pipes)]
     check_writable(new_paths(shards, args.out))
-    models = load_models(args)
-    broken = precompute(
-        shards,
-        args.out,
-        *models,
-        settings.sampling,
-        workers=args.workers,
-        device=args.device,
-        max_broken=args.max_broken,
-        rank=rank,
-        ranks=ranks,
-    )
+    if args.ray is not None:
+        broken = precompute_on_ray(shards[rank::ranks], args, settings.sampling)
+    else:
+        broken = precompute(
+            shards,
+            args.out,
+            *load_models(args),
+            settings.sampling,
+            workers=workers,
+            device=args.device or choose_device(None),
+            max_broken=args.max_broken,
+            rank=rank,
+            ranks=ranks,
+        )
     causes = in_words(Counter(broken))
     print(f"{len(shards)} shards in {args.out}" + (f"; broken: {causes}" if causes else ""))

@@ -1,0 +1,173 @@
+"""Clips and latents on a Ray cluster of two nodes: what dies is made again, and nothing is there
+that one process would not have made, to the byte.
+
+RAY_PROMPTS=200 makes as many clips by the model that ships (`make ray`).
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from gentron_fast.generate import main as generate
+from gentron_train.data.precompute import main as precompute
+from gentron_train.small_world.renderer import seen_prompts
+
+PROMPTS = int(os.environ.get("RAY_PROMPTS", 14))
+STORE = 100 * 2**20  # bytes
+
+
+class TwoNodes:
+    """A cluster on this machine: two nodes of one core each."""
+
+    def __init__(self):
+        from ray.cluster_utils import Cluster
+
+        node = {"num_cpus": 1, "object_store_memory": STORE}
+        self.cluster = Cluster(True, head_node_args=node | {"include_dashboard": False})
+        self.second = self.cluster.add_node(**node)
+        self.address = self.cluster.address
+
+    def kill_node(self) -> bool:
+        """The second one: its raylet and its workers, by SIGKILL."""
+        self.cluster.remove_node(self.second, allow_graceful=False)
+        return True
+
+    def kill_worker(self) -> bool:
+        """An actor's process; False while there is none."""
+        for process in psutil.Process().children(recursive=True):
+            if "MapWorker" in "".join(process.cmdline()):
+                process.send_signal(signal.SIGKILL)
+                return True
+        return False
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    nodes = TwoNodes()
+    yield nodes
+    nodes.cluster.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Bit for bit the same takes as many threads here as an actor has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@contextmanager
+def killed_after(folder: Path, pattern: str, count: int, kill):
+    """Call `kill`, which tells whether it did, once so many files are there."""
+    killed = []
+
+    def watch():
+        while not killed:
+            if len(list(folder.glob(pattern))) >= count and kill():
+                killed.append(len(list(folder.glob(pattern))))
+            time.sleep(0.02)
+
+    threading.Thread(target=watch, daemon=True).start()
+    yield killed
+    assert killed, "all was made before anything was killed"
+
+
+def contents(folder: Path, pattern: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob(pattern)}
+
+
+def test_a_worker_that_dies_loses_no_shard(nodes, shards, models, tmp_path, capsys):
+    options = [f"--pipeline={models}", "--size=32x32", "--workers=0", "--max-broken=1"]
+    command = [f"{shards}/{{images,clips}}-*.tar"]
+    assert precompute([*command, str(tmp_path / "one"), *options]) == 0
+    alone = capsys.readouterr().out
+    out = tmp_path / "ray"
+    with killed_after(out, "*.tar", 1, nodes.kill_worker):
+        assert precompute([*command, str(out), *options, f"--ray={nodes.address}"]) == 0
+    assert contents(out, "*.tar") == contents(tmp_path / "one", "*.tar")
+    broken = [
+        (folder / "broken.jsonl").read_text().splitlines() for folder in (out, tmp_path / "one")
+    ]
+    names = [sorted(json.loads(line)["sample"] for line in lines) for lines in broken]
+    assert names[0] == names[1]
+    told = [set(re.findall(r"\d [a-z ]+", text)) for text in (alone, capsys.readouterr().out)]
+    assert told[0] == told[1] and "1 shard cut off" in told[0]
+
+
+def test_a_node_that_dies_loses_no_clip(nodes, tiny_pipeline_folder, tmp_path, capsys):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "ray"
+    prompts.write_text("".join(f"{prompt}\n" for prompt, _ in seen_prompts(PROMPTS)))
+    count = len(set(prompts.read_text().splitlines()))
+    model = [] if "RAY_PROMPTS" in os.environ else [f"--model={tiny_pipeline_folder}", "--steps=20"]
+    options = [f"--prompts={prompts}", "--device=cpu", "--grid", *model]
+    assert generate([*options, f"--out={tmp_path / 'one'}/"]) == 0
+    capsys.readouterr()
+    with killed_after(out, "*.png", count // 3, nodes.kill_node):
+        assert generate([*options, f"--out={out}/", f"--ray={nodes.address}"]) == 0
+    told = capsys.readouterr()
+    assert told.out.splitlines()[0].split() == [str(count), "clips", str(out)]
+    assert "lost with their actors: once more" in told.err
+    assert contents(out, "[!.]*") == contents(tmp_path / "one", "[!.]*")
+    assert len(contents(out, "[!.]*")) == 3 * count
+
+
+def test_what_a_worker_raises_is_told_in_one_line(nodes, tiny_pipeline_folder, tmp_path, capsys):
+    prompts, model = tmp_path / "prompts.txt", tmp_path / "model"
+    prompts.write_text("a red circle\n")
+    os.system(f"cp -r {tiny_pipeline_folder} {model}")
+    (model / "transformer/diffusion_pytorch_model.safetensors").write_bytes(b"no safetensors")
+    options = [f"--prompts={prompts}", f"--model={model}", "--steps=2", f"--out={tmp_path}/out/"]
+    assert generate([*options, f"--ray={nodes.address}"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"cannot load {model}" in err and "(node " in err
+    for wrong, words in (("--cores=99", "has 99 cores"), ("--device=cuda", "cluster has no GPU")):
+        assert generate([*options, f"--ray={nodes.address}", wrong]) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["a red circle", "--ray", "auto"], "--prompts FILE"),
+        (["a red circle", "--cores", "2"], "--cores is for --ray"),
+        (["--prompts", "FILE", "--ray", "auto", "--offload"], "--ray does not go with --offload"),
+        (["--prompts", "FILE", "--ray", "auto", "--device", "cuda:1"], "cpu or cuda, got 'cuda:1'"),
+        (["--prompts", "FILE", "--ray", "127.0.0.1:1"], "no Ray cluster at '127.0.0.1:1'"),
+        (["--prompts", "FILE", "--ray", "here"], "no Ray cluster at 'here': wanted auto, local"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_commands(arguments, words, tiny_pipeline_folder, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    given = [str(tmp_path / "prompts.txt") if word == "FILE" else word for word in arguments]
+    assert generate([*given, f"--model={tiny_pipeline_folder}", f"--out={tmp_path}/out/"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and words in err
+
+
+def test_without_ray_it_is_told_what_to_install(
+    shards, models, tiny_pipeline_folder, tmp_path, capsys, monkeypatch
+):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "ray"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    model = ["--model", str(tiny_pipeline_folder), "--out", f"{tmp_path}/out/"]
+    assert generate(["--prompts", str(tmp_path / "prompts.txt"), "--ray", "auto", *model]) == 2
+    command = [f"{shards}/clips-0.tar", str(tmp_path / "new"), f"--pipeline={models}"]
+    assert precompute([*command, "--ray=auto"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all("--ray needs Ray: pip install 'gentron_fast[ray]'" in line for line in lines)
