@@ -66,9 +66,9 @@ PROMPT...               one or many prompts, each in quotes
 --device D --dtype T    cpu, cuda, cuda:1; float32, bfloat16, float16
 --compile --fp8         torch.compile; fp8 products, by torchao on a GPU
 --offload               encode first; each part on the device while it runs
---out PATH --grid       a folder (outputs/), or one file; also a .png of all frames
+--out PATH --grid       a folder (outputs/) or one file; also a .png of frames
 --fps N --verbose       frames a second (4); tell the work shared, each file
---ray ADDRESS --cores N   of --prompts on Ray: auto, local, HOST:PORT; cores each
+--ray ADDRESS --cores N  on Ray: auto, local or HOST:PORT; cores a process
 """
 
 
