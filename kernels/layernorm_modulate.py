@@ -456,10 +456,8 @@ def _power_of_2(n: int) -> int:
 
 
 def _kernel_rows(name: str, table: Tensor | None, index: Tensor | None, x: Tensor) -> dict:
-    """What the kernels take for one operand; x stands in for pointers that are not followed."""
+    """What the kernels take for one operand, but for its pointers."""
     arguments = {
-        "ptr": x if table is None else table,
-        "index_ptr": x if index is None else index,
         "span": _tokens(x) // _count(table, index),
         "stride": 0 if table is None else table.stride(0),
         "table": 0 if table is None else table.shape[0],
@@ -475,31 +473,39 @@ def _count(table: Tensor | None, index: Tensor | None) -> int:
     return table.shape[0] if index is None else index.shape[0]
 
 
-def _forward_cuda(x, y, gate, gate_index, shift, shift_index, scale, scale_index, eps):
-    """(residual, out); the residual is x itself without y."""
-    residual = x if y is None else torch.empty_like(x)
+def _forward_cuda(x, *operands):
+    """(residual, out) of `_forward_launch`'s arguments; the residual is x itself without y."""
+    residual, out, pointers = _forward_pointers(x, *operands[:-1])
+    if x.numel() != 0:
+        grid, constants = _forward_launch(x, *operands)
+        with launch.device_of(x):
+            launch.launcher(_forward_kernel)[grid](*pointers, **constants)
+    return residual, out
+
+
+def _forward_pointers(x, *operands):
+    """(residual, out, the forward's pointers); x stands in for those that are not followed."""
+    residual = x if operands[0] is None else torch.empty_like(x)
     out = torch.empty_like(x)
-    if x.numel() == 0:
-        return residual, out
+    return residual, out, (x, *[x if t is None else t for t in operands], residual, out)
+
+
+def _forward_launch(x, y, gate, gate_index, shift, shift_index, scale, scale_index, eps):
+    """(grid, constants) of the forward."""
     width = int(x.shape[-1])  # a constant of the kernel
     shape = _forward_shape(width, x.element_size())
-    with launch.device_of(x):
-        launch.launcher(_forward_kernel)[(-(-_tokens(x) // shape["TOKENS"]),)](
-            x_ptr=x,
-            y_ptr=x if y is None else y,
-            residual_ptr=residual,
-            out_ptr=out,
-            tokens=_tokens(x),
-            y_span=1 if y is None else x.numel() // y.numel(),
-            **_kernel_rows("gate", gate, gate_index, x),
-            **_kernel_rows("shift", shift, shift_index, x),
-            **_kernel_rows("scale", scale, scale_index, x),
-            eps=eps,
-            D=width,
-            HAS_Y=y is not None,
-            **shape,
-        )
-    return residual, out
+    constants = {
+        "tokens": _tokens(x),
+        "y_span": 1 if y is None else x.numel() // y.numel(),
+        **_kernel_rows("gate", gate, gate_index, x),
+        **_kernel_rows("shift", shift, shift_index, x),
+        **_kernel_rows("scale", scale, scale_index, x),
+        "eps": eps,
+        "D": width,
+        "HAS_Y": y is not None,
+        **shape,
+    }
+    return (-(-_tokens(x) // shape["TOKENS"]),), constants
 
 
 @launch.triton_op("gentron::layernorm_modulate_cuda")
@@ -600,6 +606,10 @@ def _residual_layernorm_modulate_backward_cuda(
             per_row=per_row,
             y_span=1 if y is None else residual.numel() // y.numel(),
             y_step=width if y_tokenwise else 0,
+            gate_ptr=residual if gate is None else gate,
+            gate_index_ptr=residual if gate_index is None else gate_index,
+            scale_ptr=residual if scale is None else scale,
+            scale_index_ptr=residual if scale_index is None else scale_index,
             **_kernel_rows("gate", gate, gate_index, residual),
             **_kernel_rows("scale", scale, scale_index, residual),
             eps=eps,
@@ -681,7 +691,7 @@ def _setup_chain(ctx, inputs, output) -> None:
 
 def _layernorm_gradients(operator, casts, ctx, d_out):
     x, shift, shift_index, scale, scale_index = ctx.saved_tensors
-    needs_x, needs_shift, _, needs_scale, _, _ = ctx.needs_input_grad
+    needs_x, needs_shift, _, needs_scale, *_ = ctx.needs_input_grad
     d_x, _, _, d_shift, d_scale = operator(
         None, d_out.contiguous(), x, None, None, None, scale, scale_index, ctx.eps, needs_x, 0, 0,
         _count(shift, shift_index) if needs_shift else 0,
@@ -700,7 +710,7 @@ def _layernorm_gradients(operator, casts, ctx, d_out):
 
 def _chain_gradients(operator, casts, ctx, d_residual, d_out):
     residual, y, gate, gate_index, shift, shift_index, scale, scale_index = ctx.saved_tensors
-    needs_x, needs_y, needs_gate, _, needs_shift, _, needs_scale, _, _ = ctx.needs_input_grad
+    needs_x, needs_y, needs_gate, _, needs_shift, _, needs_scale, *_ = ctx.needs_input_grad
     # Without a gate an update of its own for every token has x's gradient.
     shared = needs_y and gate is None and math.prod(ctx.y_shape) == residual.numel()
     dy_rows = math.prod(ctx.y_shape[:-1]) if needs_y and not shared else 0
@@ -796,8 +806,16 @@ def layernorm_modulate(
     and dtype. Statistics and products are taken in fp32 (fp64 for fp64 input).
     ValueError for an operand that does not fit. Source: adaLN of DiT (arXiv 2212.09748).
     """
+    key, call = _LAYERNORM_CALLS.find(x, shift, scale, eps)
+    if call is not None:
+        return call(x, None, None, shift, scale)[1]
     _check(x, shift=shift, scale=scale)
     backend = _backend(x)
+    if key is not None and backend == "cuda":
+        call = _forward_call(x, None, None, shift, scale, eps)
+        if call is not None:
+            _LAYERNORM_CALLS.keep(key, call)
+            return call(x, None, None, shift, scale)[1]
     if backend == "ref":
         return layernorm_modulate_ref(x, shift, scale, eps)
     operator = torch.ops.gentron.layernorm_modulate_cuda
@@ -822,10 +840,18 @@ def residual_layernorm_modulate(
     x's shape and dtype; the sum is rounded to x's dtype first. Without y the sum is x itself.
     ValueError for an operand that does not fit, or a gate without y.
     """
-    _check(x, y, gate=gate, shift=shift, scale=scale)
-    if y is None:
+    if y is None and gate is None:
         return x, layernorm_modulate(x, shift, scale, eps)
+    key, call = _CHAIN_CALLS.find(x, y, gate, shift, scale, eps)
+    if call is not None:
+        return call(x, y, gate, shift, scale)
+    _check(x, y, gate=gate, shift=shift, scale=scale)
     backend = _backend(x)
+    if key is not None and backend == "cuda":
+        call = _forward_call(x, y, gate, shift, scale, eps)
+        if call is not None:
+            _CHAIN_CALLS.keep(key, call)
+            return call(x, y, gate, shift, scale)
     if backend == "ref":
         return residual_layernorm_modulate_ref(x, y, gate, shift, scale, eps)
     operator = torch.ops.gentron.residual_layernorm_modulate_cuda
@@ -836,6 +862,77 @@ def residual_layernorm_modulate(
     if _tokens(y) == _tokens(x):
         y = y.reshape(x.shape)
     return operator(x.contiguous(), y.contiguous(), *rows, eps)
+
+
+_LAYERNORM_CALLS, _CHAIN_CALLS = launch.Kept(), launch.Kept()
+
+
+def _forward_call(x, y, gate, shift, scale, eps):
+    """The forward on CUDA for tensors like these; None where one must be converted first."""
+    rows = gate, shift, scale
+    as_given = [tensor for operand in rows for tensor in _pair(operand)]
+    converted = [tensor for operand in rows for tensor in _operand(operand, x)]
+    is_ready = x.is_contiguous() and x.numel() != 0
+    if y is not None:
+        is_ready = is_ready and y.is_contiguous() and y.dtype == x.dtype
+    if not is_ready or any(a is not b for a, b in zip(as_given, converted, strict=True)):
+        return None
+    grid, constants = _forward_launch(x, y, *as_given, eps)
+    pointers = _forward_pointers(x, y, *as_given)[-1]
+    launch_again = launch.prepare(_forward_kernel, grid, pointers, constants)
+
+    def forward(*operands):
+        residual, out, pointers = _forward_pointers(*operands)
+        launch_again(pointers)
+        return residual, out
+
+    def call(x, y, gate, shift, scale):
+        operands = x, y, *_pair(gate), *_pair(shift), *_pair(scale)
+        if not launch.wants_gradient(*operands):
+            return forward(*operands)
+        if y is None:
+            return x, _Layernorm.apply(x, *operands[4:], eps, forward)
+        return _Chain.apply(*operands, eps, forward)
+
+    return call
+
+
+class _Layernorm(torch.autograd.Function):
+    """`layernorm_modulate_cuda` and its gradient, by a launch that was kept."""
+
+    @staticmethod
+    def forward(x, shift, shift_index, scale, scale_index, eps, forward):
+        return forward(x, None, None, None, shift, shift_index, scale, scale_index)[1]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _setup_layernorm(ctx, inputs[:-1], output)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        backward = torch.ops.gentron.residual_layernorm_modulate_backward_cuda
+        return *_layernorm_gradients(backward, True, ctx, *gradients), None
+
+
+class _Chain(torch.autograd.Function):
+    """`residual_layernorm_modulate_cuda` and its gradient, by a launch that was kept."""
+
+    @staticmethod
+    def forward(*operands):
+        return operands[-1](*operands[:-2])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _setup_chain(ctx, inputs[:-1], output)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        backward = torch.ops.gentron.residual_layernorm_modulate_backward_cuda
+        return *_chain_gradients(backward, True, ctx, *gradients), None
+
+
+def _pair(rows: Rows | None) -> tuple[Tensor | None, Tensor | None]:
+    return rows if isinstance(rows, tuple) else (rows, None)
 
 
 def _backend(x: Tensor) -> str:
@@ -849,7 +946,7 @@ def _operand(rows: Rows | None, x: Tensor) -> tuple[Tensor | None, Tensor | None
     """(table, index) as the operators take them: x's dtype or the one it is computed in."""
     if rows is None:
         return None, None
-    table, index = rows if isinstance(rows, tuple) else (rows, None)
+    table, index = _pair(rows)
     wide = torch.promote_types(x.dtype, torch.float32)
     if table.dtype not in (x.dtype, wide):
         table = table.to(wide)

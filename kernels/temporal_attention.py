@@ -29,6 +29,9 @@ def temporal_attention(qkv: Tensor, motion_free: Tensor | bool | None = None) ->
     Where the mask is the identity q and k are not read, and their gradient is zero.
     Source: GenTron (arXiv 2312.04557), section 3.3 and its motion-free guidance.
     """
+    key, call = _CALLS.find(qkv, motion_free)
+    if call is not None:
+        return call(qkv, motion_free)
     _check(qkv, motion_free)
     frames, size = qkv.shape[1], qkv.shape[5]
     if frames == 1 or motion_free is True:
@@ -38,6 +41,10 @@ def temporal_attention(qkv: Tensor, motion_free: Tensor | bool | None = None) ->
     if backend == "cpu":
         return torch.ops.gentron.temporal_attention_cpu(qkv, flags)
     if backend == "cuda" and frames <= TILE_ROWS and size <= MAX_SIZE and qkv.dtype in CUDA_DTYPES:
+        call = None if key is None else _forward_call(qkv, flags)
+        if call is not None:
+            _CALLS.keep(key, call)
+            return call(qkv, flags)
         return torch.ops.gentron.temporal_attention_cuda(qkv, flags)
     return temporal_attention_ref(qkv, flags)
 
@@ -276,12 +283,57 @@ def _temporal_attention_cuda(qkv: Tensor, motion_free: Tensor | None) -> Tensor:
     if qkv.numel() == 0:
         return out
     grid, options = _launch_options(qkv, motion_free)
-    flags = qkv if motion_free is None else motion_free.view(torch.uint8)
+    pointers = qkv.contiguous(), _flags(qkv, motion_free), out
     with launch.device_of(qkv):
-        launch.launcher(_temporal_attention_fwd_kernel)[grid](
-            qkv.contiguous(), flags, out, qkv.shape[2], **options
-        )
+        launch.launcher(_temporal_attention_fwd_kernel)[grid](*pointers, qkv.shape[2], **options)
     return out
+
+
+def _flags(qkv: Tensor, motion_free: Tensor | None) -> Tensor:
+    return qkv if motion_free is None else motion_free.view(torch.uint8)
+
+
+_CALLS = launch.Kept()
+
+
+def _forward_call(qkv: Tensor, motion_free: Tensor | None):
+    """The forward for tensors like these; None where they must be made contiguous first."""
+    if not qkv.is_contiguous() or qkv.numel() == 0:
+        return None
+    shape = *qkv.shape[:3], qkv.shape[4] * qkv.shape[5]
+    grid, options = _launch_options(qkv, motion_free)
+    pointers = qkv, _flags(qkv, motion_free), qkv.new_empty(shape)
+    constants = {"tokens": qkv.shape[2], **options}
+    launch_again = launch.prepare(_temporal_attention_fwd_kernel, grid, pointers, constants)
+
+    def forward(qkv: Tensor, flags: Tensor | None) -> Tensor:
+        out = qkv.new_empty(shape)
+        launch_again((qkv, _flags(qkv, flags), out))
+        return out
+
+    def call(qkv: Tensor, motion_free: Tensor | bool | None) -> Tensor:
+        flags = motion_free if isinstance(motion_free, Tensor) else None
+        if launch.wants_gradient(qkv):
+            return _Attention.apply(qkv, flags, forward)
+        return forward(qkv, flags)
+
+    return call
+
+
+class _Attention(torch.autograd.Function):
+    """`temporal_attention_cuda` and its gradient, by a launch that was kept."""
+
+    @staticmethod
+    def forward(qkv, flags, forward):
+        return forward(qkv, flags)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:-1])
+
+    @staticmethod
+    def backward(ctx, d_out):
+        return _temporal_attention_backward_cuda(d_out, *ctx.saved_tensors), None, None
 
 
 @launch.triton_op("gentron::temporal_attention_backward_cuda")
@@ -292,11 +344,9 @@ def _temporal_attention_backward_cuda(
     if qkv.numel() == 0:
         return d_qkv
     grid, options = _launch_options(qkv, motion_free, backward=True)
-    flags = qkv if motion_free is None else motion_free.view(torch.uint8)
+    pointers = d_out.contiguous(), qkv.contiguous(), _flags(qkv, motion_free), d_qkv
     with launch.device_of(qkv):
-        launch.launcher(_temporal_attention_bwd_kernel)[grid](
-            d_out.contiguous(), qkv.contiguous(), flags, d_qkv, qkv.shape[2], **options
-        )
+        launch.launcher(_temporal_attention_bwd_kernel)[grid](*pointers, qkv.shape[2], **options)
     return d_qkv
 
 
