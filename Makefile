@@ -9,13 +9,14 @@
 # make sanitize   the C++ operators and runtime under AddressSanitizer and UndefinedBehaviorSanitizer
 # make ray    200 clips on a Ray cluster of two nodes here, one of them killed: equal to one process, to the byte
 # make fuzz   100,000 hostile files for the runtime under both, 6 minutes; FUZZ=another number
+# make soak    a load test of the server, 10 minutes: nothing lost, nothing wrong, memory flat; MINUTES=another number
 # make kernels  registers, spills and shared memory of every Triton kernel, compiled without a GPU
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test faults lint train kernels gpu large report api picture study sanitize fuzz ray clean
+.PHONY: demo test faults lint train kernels gpu large soak report api picture study sanitize fuzz ray clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -43,6 +44,10 @@ ray: .venv/dev
 
 large: .venv/dev
 	$(BIN)/python bench/large.py
+
+MINUTES ?= 10
+soak: .venv/dev
+	$(BIN)/python bench/soak.py $(MINUTES)
 
 report: .venv/dev
 	$(BIN)/python bench/report.py

@@ -53,7 +53,7 @@ and /metrics for those who watch over it
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns 0 after SIGTERM or Ctrl-C, 2 after wrong input (told in one
-    line), 130 where it was stopped before it served."""
+    line), 130 where it was stopped before it served. RuntimeError where the scheduler failed."""
     argv = sys.argv[1:] if argv is None else argv
     return run(NAME, lambda: serve(parse_arguments(argv)), argv, "stopped", wrong=(ImportError,))
 
@@ -81,6 +81,8 @@ def serve(args: argparse.Namespace) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     Server(application(service, token), service, args.grace).run([listening])
     print("stopped", flush=True)
+    if service.is_broken:
+        raise RuntimeError("the scheduler ended by a fault of its own, told above")
 
 
 def check_extra() -> None:

@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from gentron_fast.media import encode_image
 from gentron_fast.serving import QueueFull, SchedulerClosed
@@ -91,7 +92,7 @@ def application(service: Service, token: str | None) -> FastAPI:
     @app.get("/health", dependencies=open_to_all)
     def show_health():
         status = "stopping" if service.is_stopping else "ok"
-        return JSONResponse({"status": status}, 503 if service.is_stopping else 200)
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics", dependencies=guarded)
     def show_metrics():
@@ -204,6 +205,7 @@ def application(service: Service, token: str | None) -> FastAPI:
     for kind in (Refused, WrongField, QueueFull, SchedulerClosed, RequestValidationError):
         app.add_exception_handler(kind, _answer)
     app.add_exception_handler(HTTPException, _answer)
+    app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=499))
     app.add_exception_handler(Exception, _answer)
     return app
 

@@ -87,7 +87,7 @@ def read_json_fields(body: bytes) -> dict:
 
 
 def read_form_fields(form: dict) -> dict:
-    """The fields of a form, in which numbers are text too."""
+    """The fields of a form, in which numbers are text too, and null is empty."""
 
     def value(name, given):
         if name not in NUMBERS or not isinstance(given, str):
@@ -97,7 +97,7 @@ def read_form_fields(form: dict) -> dict:
         except (ValueError, RecursionError):
             return given
 
-    return {name: value(name, given) for name, given in form.items()}
+    return {name: value(name, given) for name, given in form.items() if given != ""}
 
 
 NUMBERS = ("seed", "steps", "lambda_t", "lambda_m", "rescale", "frames", "deadline")

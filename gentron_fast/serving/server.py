@@ -13,7 +13,7 @@ class Server(uvicorn.Server):
 
     Within `grace` seconds of the signal, and the one step that then runs, every clip is finished or
     told as failed; meanwhile clients may ask for what is there, and get 503 for anything new. A
-    second signal ends the grace.
+    second signal ends the grace. It ends too where the scheduler has ended by itself, of a fault.
     """
 
     def __init__(self, app, service: Service, grace: float):
@@ -39,4 +39,6 @@ class Server(uvicorn.Server):
         while self._signals:
             self._signals -= 1
             self.service.stop(0 if self.service.is_stopping else self.grace)
+        if self.service.is_broken and not self.service.is_stopping:
+            self.service.stop(0)
         return await super().on_tick(counter) or self.service.is_stopped

@@ -34,6 +34,7 @@ class Service:
         self.metrics = Metrics(scheduler)
         self.started = int(time.time())
         self.is_stopping = self.is_stopped = False
+        self.is_broken = False  # the scheduler ended by itself, of a fault
         self._jobs: dict[str, Job] = {}
         # Encoding a clip takes milliseconds in which the scheduler's thread goes on.
         self._writer = ThreadPoolExecutor(1, "writer")
@@ -64,6 +65,9 @@ class Service:
             return self.scheduler.submit(request)
         except ValueError as error:
             raise WrongField(None, str(error)) from None
+        except SchedulerClosed:
+            self.is_broken |= not self.is_stopping
+            raise
 
     def _end(self, clip_id: str, job: Job) -> None:
         """Keep what became of a clip."""
@@ -74,7 +78,9 @@ class Service:
             except Exception as error:
                 self.store.fail(clip_id, *told(error))
                 raise
-        except (CancelledError, DeadlinePassed, SchedulerClosed):
+        except SchedulerClosed:
+            self.is_broken |= not self.is_stopping
+        except (CancelledError, DeadlinePassed):
             pass
         except Exception:
             logging.exception("the clip %s failed", clip_id)

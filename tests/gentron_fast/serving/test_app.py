@@ -83,9 +83,10 @@ def test_a_clip_by_openais_client(client, tmp_path):
     assert Image.open(io.BytesIO(thumbnail)).size == (32, 64)
     sheet = client.videos.download_content(clip.id, variant="spritesheet").read()
     assert Image.open(io.BytesIO(sheet)).size[0] > 8 * 32
-    # What it was made with makes the same again.
-    again = client.videos.create(prompt=clip.prompt, extra_body=clip.settings)
-    assert again.settings == clip.settings
+    # What it was made with makes the same again, what it was made without among it.
+    for settings in (clip.settings, clip.settings | {"negative_prompt": None}):
+        again = client.videos.create(prompt=clip.prompt, extra_body=settings)
+        assert again.settings == settings
     assert client.videos.delete(clip.id).deleted
     with pytest.raises(openai.NotFoundError, match="there is no video"):
         client.videos.retrieve(clip.id)
@@ -341,3 +342,14 @@ def test_while_it_stops_what_is_there_is_given_out_and_nothing_taken(tmp_path):
         service.stop(0)
         wait(lambda: service.is_stopped)
     assert service.video(begun.id)["error"]["code"] == "server_stopped"
+
+
+def test_a_scheduler_that_fails_ends_the_server(tmp_path):
+    scheduler = StandIn(is_quick=False)
+    service = make_service(tmp_path, scheduler)
+    with served(service) as address:
+        client = openai.OpenAI(base_url=f"{address}v1", api_key="none", max_retries=0)
+        begun = client.videos.create(prompt="a circle")
+        scheduler.close(0)
+        wait(lambda: service.is_stopped)
+    assert service.is_broken and service.video(begun.id)["error"]["code"] == "server_stopped"
