@@ -2,6 +2,7 @@
 # make lint   ruff                                  make train  the small model, from nothing: hours, resumed
 # make gpu PART=test|ops|step|train|export [RESULTS=DIR]   on a CUDA machine, by its own python
 # make faults   processes killed at random moments, two on one folder, thousands of damaged files: figures of each; then make fuzz
+# make findings [DEVICE=cuda]   the paper's findings in the small world: docs/findings.md; hours, resumed
 # make large    one step of the whole G/2-T2V on the CPU, plain against shared: 12 GB of memory
 # make report   docs/performance.md and README's headline table, from bench/results
 # make api      docs/api.md, from the docstrings          make picture   docs/clips.png
@@ -16,7 +17,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test faults lint train kernels gpu large soak report api picture study sanitize fuzz ray clean
+.PHONY: demo test faults lint train kernels gpu large soak report api picture study sanitize fuzz ray findings clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -35,6 +36,10 @@ lint: .venv/dev
 
 train: .venv/dev
 	$(BIN)/python -m gentron_train.shipped
+
+DEVICE ?= cpu
+findings: .venv/dev
+	$(BIN)/python -m gentron_train.findings --device $(DEVICE)
 
 gpu:
 	@$(PYTHON) bench/gpu.py $(PART) $(RESULTS)

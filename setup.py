@@ -16,7 +16,7 @@ FOLDERS = {"gentron_kernels": "kernels", "gentron_train": "train"}
 ROOMS = [
     *("gentron_fast.compiled", "gentron_fast.convert", "gentron_fast.evaluation"),
     *("gentron_fast.guidance", "gentron_fast.serving"),
-    *("gentron_train.data", "gentron_train.small_world"),
+    *("gentron_train.data", "gentron_train.findings", "gentron_train.small_world"),
 ]
 PACKAGES = ["gentron_fast", *FOLDERS, *ROOMS]
 

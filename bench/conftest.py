@@ -4,6 +4,7 @@ pytest bench/ --benchmark-only      measures          pytest bench/ --benchmark-
 RESULTS=DIR                         keeps the rows    --full, --budget                    see --help
 """
 
+import contextlib
 import os
 import shlex
 import time
@@ -15,6 +16,8 @@ import pytest
 import torch
 from contest import DEVICE, Contest, table
 from records import append_row
+
+from gentron_fast.cores import all_cores
 
 PARTS = ("step", "train", "export")  # parts of `make gpu` with a benchmark file each; others: ops
 DEFAULT_BUDGET = 540.0
@@ -64,6 +67,13 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section(f"contests on {rows[0]['device']}")
         for line in table(rows):
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def alone(request):
+    """No long run of ours that asks for the cores shares them with a measurement."""
+    with contextlib.nullcontext() if request.config.stash[_CONTEST].smoke else all_cores():
+        yield
 
 
 @pytest.fixture

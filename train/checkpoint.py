@@ -37,6 +37,7 @@ from gentron_fast.files import lock_folder, partial_path, read_json, write_json
 from gentron_fast.schema import MOST_TOKENS, OBJECT, TEXT, check, each, real, several, whole
 
 INFO_NAME = "checkpoint.json"
+EXPORTED = "pipeline"  # a run's folder beside its checkpoints
 FILES, OWN_DIGEST = "files", "sha256"  # in checkpoint.json
 _COUNT = whole(0, 2**62)
 SCHEMA = {

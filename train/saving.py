@@ -8,7 +8,7 @@ from torch import distributed as dist
 from gentron_fast.files import check_output_folder, whole_folder
 from gentron_fast.pipeline import PARTS
 from gentron_fast.text import TextEncoder
-from gentron_train.checkpoint import Checkpoints, Resumed, step_name
+from gentron_train.checkpoint import EXPORTED, Checkpoints, Resumed, step_name
 from gentron_train.data.loader import Loader
 from gentron_train.data.options import DTYPES
 from gentron_train.ema import ShardedEMA
@@ -16,8 +16,6 @@ from gentron_train.export_pipeline import export_pipeline
 from gentron_train.log import CURVE_NAME, LOG_NAME, check_log
 from gentron_train.process import say
 from gentron_train.settings import Settings, with_new_names
-
-EXPORTED = "pipeline"  # the folder in a run's
 
 
 def check_run(run: Path) -> None:

@@ -12,6 +12,7 @@ import argparse
 import reprlib
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -89,9 +90,7 @@ def run_stages(stages: dict[str, list[list[str]]], out: Path) -> None:
             continue
         print(f"stage        {number + 1} of {len(lines)}, {name}: {line}", flush=True)
         start = time.monotonic()
-        code = _call(program(words))
-        if code:
-            raise ValueError(f"stage {name} ended with exit code {code}: {line}")
+        run_command(words, f"stage {name}")
         seconds = round(time.monotonic() - start)
         done.append({"stage": name, "command": line, "seconds": seconds, "commit": commit()})
         write_json(path, {"done": done})
@@ -102,6 +101,12 @@ def _read_done(path: Path) -> list[dict]:
     if done is None:
         raise ValueError(f"{path} names no stage that is done; choose another folder")
     return done
+
+
+def run_command(words: list[str], name: str) -> None:
+    """Run a command of PROGRAMS in the checkout. ValueError that names it where it fails."""
+    if code := _call(program(words)):
+        raise ValueError(f"{name} ended with exit code {code}: {shlex.join(words)}")
 
 
 def _call(command: list[str]) -> int:
@@ -117,9 +122,17 @@ def _call(command: list[str]) -> int:
 def program(words: list[str]) -> list[str]:
     """A command of this Python's own environment; a training that was cut off is resumed."""
     command = [PROGRAMS[words[0]], *words[1:]]
+    if words[0] == "deepspeed":
+        command[1:1] = ["--master_port", str(_free_port())]  # two trainings may share a machine
     if "--run" in words and checkpoint_names(Path(words[words.index("--run") + 1]))[0]:
         command.append("--resume")
     return command
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def commit() -> str:

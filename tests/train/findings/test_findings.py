@@ -1,0 +1,83 @@
+"""The whole of `make findings` in miniature: two runs of two steps, scored, and their page."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from gentron_fast import cores
+from gentron_train.findings import __main__ as command
+from gentron_train.findings.scoring import read_records
+from gentron_train.findings.table import SETTINGS
+
+TINY = {"batch": 2, "draws": 1, "frames": 3, "warmup": 1, "dtype": "fp32", "windows_per_clip": 1}
+TINY |= {"log_every": 1, "steps": 2}
+RUNS = {
+    "clip": {"stage": "t2i", "model": "depth=1 width=16 heads=2 encoders=clip"},
+    "t2v-both": {"stage": "t2v", "from": "clip", "p_image": 0.2},
+}
+
+
+def test_two_steps_of_everything(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(cores, "CORES", tmp_path / "cores")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = yaml.safe_load(SETTINGS.read_text())
+    for stage in ("t2i", "t2v"):
+        settings[stage] |= TINY
+    (tmp_path / SETTINGS.name).write_text(yaml.safe_dump(settings))
+    table = {"seeds": [1], "pilot": [0], "again": [], "images": 8, "clips": 4, "prompts": 1}
+    table |= {"lambda_m": {"run": "t2v-both", "values": [1.0]}, "runs": RUNS}
+    (tmp_path / "runs.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
+    argv = ["--table", str(tmp_path / "runs.yaml"), "--out", str(tmp_path / "out")]
+    argv += ["--results", str(tmp_path / "results"), "--document", str(tmp_path / "page.md")]
+
+    assert command.main(argv) == 0, capfd.readouterr().err[-3000:]
+    image, clip = read_records(tmp_path / "results")
+    assert (image["run"], image["steps"], len(image["curve"])) == ("clip", 2, 2)
+    assert image["start"] < 1e-5 and clip["start"] is None
+    assert clip["model"]["temporal"] and clip["settings"]["p_image"] == 0.2
+    assert len(image["scores"]["psnr"]) == len(clip["scores"]["frame psnr"]) == 3
+    page = (tmp_path / "page.md").read_text()
+    assert "are equal to the bit" in page and "t2v-both-seed1.json" in page
+
+    # What is there is neither trained nor scored again.
+    capfd.readouterr()
+    assert command.main(argv) == 0
+    assert capfd.readouterr().out == f"wrote        {tmp_path / 'page.md'}\n"
+    assert (tmp_path / "page.md").read_text() == page
+
+
+def test_who_waits_for_the_cores_gets_them_next(tmp_path, capsys):
+    path, order = tmp_path / "cores", tmp_path / "order"
+    code = (
+        "import sys, time; from pathlib import Path; from gentron_fast.cores import all_cores\n"
+        f"with all_cores(Path({str(path)!r})):\n"
+        f"    print('mine', flush=True); time.sleep(1); open({str(order)!r}, 'a').write('1')"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "mine\n"
+    start = time.monotonic()
+    with cores.all_cores(path):
+        assert order.read_text() == "1" and time.monotonic() - start > 0.5
+    assert "waiting       for the cores" in capsys.readouterr().out
+    assert other.wait() == 0
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--pilot", "--plan"], "not allowed with argument"),
+        (["--score", "nobody"], "--score takes a run of adaln, clip"),
+        (["--score", "clip"], "and --seed"),
+        (["--table", "nowhere.yaml"], "no such configuration"),
+        (["--device", "gpu"], "unknown device 'gpu'"),
+        (["--document", "/dev/null/x"], "cannot write into"),
+    ],
+    ids=str,
+)
+def test_wrong_input_is_one_line(argv, message, capsys):
+    assert command.main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -1,0 +1,197 @@
+"""The page of the findings: verdicts of made-up results, and that the page here is its files'."""
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gentron_train.findings import claims, page, scoring
+from gentron_train.findings.claims import FAILS, HOLDS, OPEN, findings, sentence, verdict
+from gentron_train.findings.scoring import (
+    MEASURES,
+    SCHEMA,
+    read_records,
+    result_name,
+    write_record,
+)
+from gentron_train.findings.table import read_table
+from gentron_train.small_world.renderer import FPS, make_scene, render_clip
+
+ROOT = Path(__file__).parents[3]
+PROMPTS = 60
+# The means of made-up results: what is not named is like the others.
+MEANS = {
+    ("clip", "alignment"): 0.8,
+    ("adaln", "alignment"): 0.5,
+    ("clip", "psnr"): 21.0,
+    ("adaln", "psnr"): 24.0,
+    ("larger", "loss"): 0.1,
+    ("smaller", "loss"): 0.3,
+    ("t2v-clips", "frame psnr"): 15.0,
+}
+USUAL = {"psnr": 22.0, "frame psnr": 22.0, "travel": 12.0, "loss": 0.2}
+
+
+def made_up(table, seeds):
+    """Results of every run, from the means above."""
+    records = []
+    for run, seed in [(run, seed) for seed in seeds for run in table.runs.values()]:
+        rng = np.random.default_rng([seed, *run.name.encode()])
+
+        def mean(measure, name=run.name):
+            return MEANS.get((name, measure), USUAL.get(measure, 0.5))
+
+        clips = ("motion", "frame alignment", "frame psnr", "place jitter", "size jitter")
+        names = (*claims.IMAGES, *(clips if run.stage == "t2v" else ()), "colour jitter", "travel")
+        for scale in table.scales(run):
+            scores = {
+                name: (mean(name) + 0.02 * rng.standard_normal(PROMPTS)).round(3).tolist()
+                for name in names
+            }
+            scores["relation"][0] = None
+            records.append(
+                {name: "cpu" for name, kind in SCHEMA.items() if kind is SCHEMA["run"]}
+                | dict.fromkeys(("steps", "parameters", "flops"), 5)
+                | {"run": run.name, "stage": run.stage, "seed": seed, "lambda_m": scale}
+                | {"train_seconds": 600.0, "score_seconds": 60.0, "model": {}, "sampling": {}}
+                | {"loss": mean("loss") + 0.001 * seed, "curve": [[1, 2.0], [5, 1.0]]}
+                | {"start": 0.0 if run.stage == "t2i" else None, "scores": scores}
+                | {"settings": run.settings(table.config).on(1).to_dict() | {"seed": seed}}
+            )
+    return records
+
+
+@pytest.fixture(scope="module")
+def table():
+    return read_table()
+
+
+@pytest.fixture(scope="module")
+def records(table):
+    return made_up(table, (*table.seeds, table.pilot[0]))
+
+
+def test_the_page_is_what_its_files_say(table):
+    records = read_records(ROOT / "bench/results/findings")
+    page.check_records(records, table)
+    text = (ROOT / "docs/findings.md").read_text()
+    assert text == page.page(records, table, "findings"), "python -m gentron_train.findings --page"
+    for name in re.findall(r"!\[.*\]\((.*)\)", text):
+        assert (ROOT / "docs" / name).exists(), name
+
+
+def test_what_holds_what_fails_and_what_cannot_be_told(table, records):
+    (comparison,) = findings(table)[0].comparisons
+    said = {name: verdict(comparison, name, records, table.seeds) for name in comparison.measures}
+    assert said["alignment"].says == HOLDS and said["psnr"].says == FAILS
+    assert said["broken"].says == said["colour"].says == OPEN
+    assert said["alignment"].difference.mean == pytest.approx(30, abs=1)  # per cent
+    assert said["psnr"].means == pytest.approx((21, 24), abs=0.1)
+    assert said["psnr"].seeds == len(table.seeds)
+    text = sentence(list(said.values()), len(said))
+    assert text.startswith("It holds for cross-attention ahead of adaLN-zero in what was asked for")
+    assert re.search(r"it fails, the opposite is seen, for .* in PSNR \(-\d\.\d\d dB\)", text)
+    assert re.search(r"cannot be told for .* in colour \(less than \d\.\d % would not show\)", text)
+
+
+def test_less_loss_is_better_and_an_image_is_its_own_frame(table, records):
+    by_title = {finding.title: finding.comparisons for finding in findings(table)}
+    size = [verdict(c, "loss", records, table.seeds) for c in by_title["Size"]]
+    assert [one.says for one in size] == [HOLDS, HOLDS]
+    assert all(one.difference.high < 0 for one in size)
+    harm = by_title["Clips, images and motion-free samples"][0]
+    assert verdict(harm, "frame psnr", records, table.seeds).says == HOLDS
+
+
+def test_one_seed_and_no_results_are_not_measured(table, records):
+    (comparison,) = findings(table)[0].comparisons
+    one = [record for record in records if record["seed"] in table.seeds[:1]]
+    assert verdict(comparison, "psnr", one, table.seeds) is None
+    assert sentence([None, None], 2) == "Not measured yet."
+    some = [verdict(comparison, "psnr", records, table.seeds), None]
+    assert sentence(some, 2).endswith("; 1 of 2 comparisons are not measured yet.")
+
+
+def test_a_scale_of_guidance_is_held_against_the_mean_of_the_best(table, records):
+    changed = [
+        record
+        if record["lambda_m"] != 3
+        else record | {"scores": record["scores"] | {"psnr": [10.0] * PROMPTS}}
+        for record in records
+    ]
+    finding = findings(table)[4]
+    assert [c.behind.scales for c in finding.comparisons] == [(0.0,), (0.5,), (2.0,), (3.0,)]
+    assert finding.comparisons[0].ahead.scales == (None, 1.3)
+    says = [verdict(c, "psnr", changed, table.seeds).says for c in finding.comparisons]
+    assert says == [OPEN, OPEN, OPEN, HOLDS]
+
+
+def test_the_whole_page_and_its_pictures(table, records, tmp_path):
+    text = page.page(records, table, "pictures")
+    assert "Not measured" not in text and "Not run" not in text
+    assert "are equal to the bit" in text
+    for seed in table.seeds:
+        assert result_name("t2v-both", seed, 0.5) in text
+    drawn = page.draw(records, table, tmp_path / "pictures")
+    named = re.findall(r"!\[.*\]\(pictures/(.*)\)", text)
+    assert [path.name for path in drawn] == named == [f"finding-{n}.png" for n in range(1, 6)]
+    assert all(path.stat().st_size > 5000 for path in drawn)
+
+
+def test_the_pilot_tells_hours_and_the_smallest_difference(table, records):
+    hours = page.estimate(records, table)
+    scorings = sum(len(table.scales(run)) for run in table.runs.values())
+    once = (len(table.runs) * 600 + scorings * 60) / 3600
+    assert hours.hours == pytest.approx(once * len(table.seeds))
+    assert hours.pilot_hours == pytest.approx(once + len(table.again) * 660 / 3600)
+    (comparison,) = findings(table)[0].comparisons
+    least, has_spread = claims.smallest(comparison, "psnr", records, table)
+    assert not has_spread and 0 < least < 0.1
+    again = [r for r in made_up(table, table.pilot[1:]) if r["run"] in table.again]
+    for record, more in zip(again, (1.0, -1.0, 1.0, -1.0), strict=True):
+        record["scores"]["psnr"] = [value + more for value in record["scores"]["psnr"]]
+    wider, has_spread = claims.smallest(comparison, "psnr", [*records, *again], table)
+    assert has_spread and wider > 3
+    assert claims.smallest(comparison, "psnr", [], table) is None
+
+
+def test_results_are_read_as_they_were_written(records, tmp_path):
+    for record in records:
+        name = result_name(record["run"], record["seed"], record["lambda_m"])
+        write_record(tmp_path / name, record)
+    read = read_records(tmp_path)
+    assert sorted(read, key=str) == sorted(records, key=str)
+    one = next(tmp_path.iterdir())
+    shutil.copy(one, tmp_path / "other-seed1.json")
+    with pytest.raises(ValueError, match=r"other-seed1\.json holds run"):
+        read_records(tmp_path)
+    (tmp_path / "other-seed1.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"other-seed1\.json lacks"):
+        read_records(tmp_path)
+
+
+def test_results_of_other_settings_are_refused(table, records):
+    page.check_records(records, table)
+    settings = records[0]["settings"] | {"steps": 3}
+    with pytest.raises(ValueError, match=r"made with steps 3, the table says"):
+        page.check_records([records[0] | {"settings": settings}], table)
+    with pytest.raises(ValueError, match="is of no run of the table"):
+        page.check_records([records[0] | {"run": "other"}], table)
+
+
+def test_scores_of_a_clip_and_of_its_frame():
+    texts = scoring.prompts_of(2)[0]
+    assert len(texts) == 6 and scoring.prompts_of(2)[0] == texts
+    scene = make_scene(np.random.default_rng(0), "circle", "red", "left")
+    clip = render_clip(scene, every=FPS // 4)[:8]
+    figures = scoring.score_clip(clip, scene)
+    assert figures["alignment"] == figures["motion"] == figures["frame alignment"] == 1
+    assert figures["psnr"] > 30 and figures["travel"] > 14 and figures["broken"] == 0
+    assert figures.keys() <= MEASURES.keys() | {"all"}
+    image = scoring.score_clip(clip[:1], scene)
+    assert "motion" not in image and "frame psnr" not in image
+    blue = replace(scene, objects=(replace(scene.objects[0], colour="blue"),))
+    assert scoring.score_clip(clip, blue)["alignment"] == 0.5

@@ -1,0 +1,109 @@
+"""Differences between two runs that share seeds and prompts, with 95 % intervals.
+
+A model that is trained with another seed is another model, and other prompts would have given
+another mean: both count. Over the seeds, which are few, Student's t; over the prompts, which are
+many and the same for every seed, a bootstrap. The error of a single pair of seed and prompt is in
+both, so an interval is a little wide, never narrow.
+"""
+
+# Shapes: S seeds, P prompts, R draws of the bootstrap.
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+DRAWS = 10_000
+TAILS = (2.5, 97.5)  # per cent
+POWER = 80.0  # per cent: how often a difference is to be seen
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+    def scaled(self, factor: float) -> "Interval":
+        """In another unit; below 0 the ends change places."""
+        ends = sorted((self.low * factor, self.high * factor))
+        return Interval(self.mean * factor, *ends)
+
+
+def paired_interval(first: Sequence, second: Sequence) -> Interval:
+    """Of the mean of first - second, each (S, P) with NaN where a prompt has no value.
+
+    A mean is of the seeds' means. P = 1: of figures that a run has one of, over the seeds alone.
+    ValueError for fewer than two seeds, other shapes, or a seed without a pair.
+    """
+    pairs = differences(first, second)
+    seeds = len(pairs)
+    if seeds < 2:
+        raise ValueError(f"{seeds} seed has no interval, wanted at least 2")
+    means = np.nanmean(pairs, 1)
+    generator = np.random.default_rng(0)
+    error = means.std(ddof=1) / math.sqrt(seeds)
+    spread = error * generator.standard_t(seeds - 1, DRAWS)
+    low, high = np.percentile(_resampled_means(pairs, generator) + spread, TAILS)
+    return Interval(float(means.mean()), float(low), float(high))
+
+
+def differences(first: Sequence, second: Sequence) -> np.ndarray:
+    """first - second (S, P); ValueError where they are no pairs."""
+    first, second = (np.asarray(part, dtype=np.float64) for part in (first, second))
+    if first.shape != second.shape or first.ndim != 2 or not first.size:
+        raise ValueError(
+            f"figures of {first.shape} and {second.shape} are no pairs: wanted (seeds, prompts)"
+        )
+    pairs = first - second
+    if np.isnan(pairs).all(1).any():
+        raise ValueError("a seed has no prompt with figures of both runs")
+    return pairs
+
+
+def _resampled_means(pairs: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Means (R,) with the prompts drawn anew, the same ones for every seed."""
+    count = pairs.shape[1]
+    if count == 1:
+        return np.full(DRAWS, pairs.mean())
+    times = generator.multinomial(count, np.full(count, 1 / count), DRAWS).astype(np.float64)
+    there = ~np.isnan(pairs)
+    weight = times @ there.T
+    sums = times @ np.where(there, pairs, 0.0).T
+    # A seed none of whose prompts were drawn keeps its own mean.
+    means = np.where(weight > 0, sums / np.maximum(weight, 1), np.nanmean(pairs, 1))
+    return means.mean(1)
+
+
+def prompt_error(first: Sequence, second: Sequence) -> float:
+    """The standard error that the prompts alone leave in the mean of first - second, (S, P)."""
+    pairs = differences(first, second)
+    return float(_resampled_means(pairs, np.random.default_rng(0)).std())
+
+
+def seed_spread(scores: Sequence[Sequence[float]]) -> float:
+    """The deviation of a difference between two runs from seed to seed, as if the runs had nothing
+    in common: from means of runs (N, S), each trained with the same S seeds. Degrees of freedom:
+    N · (S - 1)."""
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.ndim != 2 or scores.shape[1] < 2:
+        raise ValueError(f"scores of {scores.shape}, wanted (runs, at least 2 seeds)")
+    return float(np.sqrt(2 * scores.var(1, ddof=1).mean()))
+
+
+def smallest_difference(spread: float, error: float, seeds: int) -> float:
+    """The smallest true difference whose interval leaves out 0 in 80 of 100 repetitions, for a
+    deviation `spread` from seed to seed and a standard error `error` of the prompts."""
+    generator = np.random.default_rng(0)
+    seed_error = spread / math.sqrt(seeds)
+    normal = generator.standard_normal((2, DRAWS))
+    widths = seed_error * generator.standard_t(seeds - 1, DRAWS) + error * normal[0]
+    estimates = math.hypot(seed_error, error) * normal[1]
+    return float(np.percentile(widths, TAILS[1]) + np.percentile(estimates, POWER))
