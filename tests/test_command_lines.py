@@ -16,7 +16,7 @@ from configurations import ending
 from faults import EXIT_CODES, FAULTS
 from published import make_pixart
 
-from gentron_fast import convert, export, generate
+from gentron_fast import convert, export, generate, serve
 from gentron_train import export_pipeline, shapes, shapes_score, shipped
 from gentron_train.data import precompute
 from gentron_train.small_world import picture
@@ -84,6 +84,22 @@ def test_generate(tiny_pipeline_folder, monkeypatch, assert_all_end_well_or_in_o
     lines = command_lines(options, [["a red circle", "--image"]], range(EACH))
     given = (["--model", str(tiny_pipeline_folder), *line] for line in lines)
     assert_all_end_well_or_in_one_line(generate.main, given)
+
+
+def test_serve(tiny_pipeline_folder, monkeypatch, assert_all_end_well_or_in_one_line):
+    module = sys.modules[serve.main.__module__]
+    pytest.importorskip("fastapi")
+    model = SimpleNamespace(size=(64, 64))
+    monkeypatch.setattr(module, "load", lambda args: (model, None))
+    monkeypatch.setattr("gentron_fast.serving.server.Server.run", lambda *_: None)
+    options = {
+        **{"--host": ["127.0.0.1", "0.0.0.0"], "--port": ["0"], "--key": ["long-enough"]},
+        **{"--name": ["small"], "--device": ["cpu"], "--dtype": DTYPES, "--max-batch": ["2"]},
+        **{"--queue": ["2"], "--max-frames": ["8"], "--max-steps": ["50"], "--max-side": ["64"]},
+        **{"--fps": ["4"], "--out": ["out"], "--keep": ["1.5"], "--most": ["3"], "--grace": ["1"]},
+    }
+    lines = command_lines(options, [[str(tiny_pipeline_folder)]], range(EACH))
+    assert_all_end_well_or_in_one_line(serve.main, (["--port=0", *line] for line in lines))
 
 
 def test_export(tiny_pipeline_folder, monkeypatch, assert_all_end_well_or_in_one_line):

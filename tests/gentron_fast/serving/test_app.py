@@ -3,8 +3,10 @@
 import base64
 import io
 import json
+import random
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +17,8 @@ pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
 import openai
+from configurations import NUMBERS, OTHERS
+from faults import FAULTS
 from prometheus_client.parser import text_string_to_metric_families
 from serving import MODEL, StandIn, call, make_service, served
 
@@ -262,6 +266,33 @@ def test_a_body_without_an_end_is_cut_off(address):
         assert endless.recv(100).startswith(b"HTTP/1.1 413")
 
 
+def test_a_slow_body_is_given_up(address, monkeypatch):
+    monkeypatch.setattr("gentron_fast.serving.app.BODY_SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", int(address[:-1].rpartition(":")[2]))) as slow:
+        slow.sendall(b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+        slow.settimeout(20)
+        assert slow.recv(100).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.faults
+def test_any_body_is_taken_or_refused_in_one_line(address, scheduler, tally):
+    names = sorted({name for fields, *_ in WRONG + WRONG_IMAGES for name in fields} | {"n", "x"})
+    values = NUMBERS + OTHERS + ["auto", "64x64", "ddim", "png", 4, 8, 2.5, "a circle", "x" * 99]
+    for seed in range(150 * FAULTS):
+        chance = random.Random(seed)
+        body = {name: chance.choice(values) for name in chance.sample(names, chance.randint(0, 4))}
+        body = {"prompt": "a circle"} | body if chance.random() < 0.9 else body
+        path = chance.choice(["v1/videos", "v1/images/generations"])
+        status, _, answer = call(f"{address}{path}", body)
+        if status == 200:
+            tally("ended well")
+            continue
+        assert status in (400, 404, 413), (body, answer)
+        assert "\n" not in answer["error"]["message"] and len(answer["error"]["message"]) < 400
+        tally("refused")
+    scheduler.jobs.clear()
+
+
 def test_only_this_machines_pages_may_ask_without_a_key(address):
     port = address[:-1].rpartition(":")[2]
     for host in (f"127.0.0.1:{port}", "localhost"):
@@ -339,7 +370,12 @@ def test_while_it_stops_what_is_there_is_given_out_and_nothing_taken(tmp_path):
         assert caught.value.response.headers["Retry-After"]
         assert call(f"{address}health")[::2] == (503, {"status": "stopping"})
         assert client.videos.download_content(done.id).read()
+        scheduler.is_closed = False
+        asked = ThreadPoolExecutor(1).submit(client.images.generate, prompt="waits")
+        wait(lambda: len(scheduler.jobs) == 3)
         service.stop(0)
+        with pytest.raises(openai.InternalServerError, match="the server was stopped"):
+            asked.result(20)
         wait(lambda: service.is_stopped)
     assert service.video(begun.id)["error"]["code"] == "server_stopped"
 
@@ -353,3 +389,13 @@ def test_a_scheduler_that_fails_ends_the_server(tmp_path):
         scheduler.close(0)
         wait(lambda: service.is_stopped)
     assert service.is_broken and service.video(begun.id)["error"]["code"] == "server_stopped"
+
+
+def test_what_is_too_old_goes_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr("gentron_fast.serving.app.SWEEP_SECONDS", 0.1)
+    service = make_service(tmp_path, keep=0.5)
+    with served(service) as address:
+        clip = call(f"{address}v1/videos", {"prompt": "a circle"})[2]["id"]
+        wait(lambda: service.store.path(clip).exists())
+        wait(lambda: not list(tmp_path.glob("video_*")))
+        assert call(f"{address}v1/videos/{clip}")[0] == 404
