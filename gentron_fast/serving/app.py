@@ -3,10 +3,11 @@
 import asyncio
 import base64
 import contextlib
+import json
 import math
-import os
 from functools import partial
 from importlib.resources import files
+from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import Depends, FastAPI, Query, Request
@@ -24,6 +25,8 @@ from gentron_fast.web import LOOPBACK, POLICY, bears, is_loopback
 
 BODY_SECONDS = 30  # in which a body must be here
 SWEEP_SECONDS = 60  # between two looks for what is too old
+NO_TOKENS = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0)
+NO_TOKENS["input_tokens_details"] = dict.fromkeys(("image_tokens", "text_tokens"), 0)
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -149,9 +152,12 @@ def application(service: Service, token: str | None) -> FastAPI:
                 record["error"]["message"] if record["error"] else "ask again when it is completed"
             )
             raise Refused(404, f"the video is {record['status']}: {why}", code="not_completed")
-        if variant == "video":
-            return _file(service.store.path(clip_id), "video/mp4")
-        data, kind = service.picture(clip_id, sheet=variant == "spritesheet")
+        try:
+            if variant == "video":
+                return _file(service.store.path(clip_id), "video/mp4")
+            data, kind = service.picture(clip_id, sheet=variant == "spritesheet")
+        except FileNotFoundError:  # removed since its record was read
+            return found(None, clip_id)
         return Response(data, media_type=kind)
 
     @app.post("/v1/images/generations", dependencies=guarded)
@@ -171,7 +177,7 @@ def application(service: Service, token: str | None) -> FastAPI:
                 job.cancel()  # nothing where it is done
         return await run_in_threadpool(send_images, request, wanted, jobs)
 
-    def send_images(request: Request, wanted, jobs) -> dict:
+    def send_images(request: Request, wanted, jobs) -> dict | Response:
         form, data = wanted.form, []
         for job, asked in zip(jobs, wanted.requests(), strict=True):
             try:
@@ -179,28 +185,33 @@ def application(service: Service, token: str | None) -> FastAPI:
             except Exception as error:
                 raise _failed(error) from error
             picture = encode_image(frame, form["output_format"], form["output_compression"])
-            if form["response_format"] == "url":
+            if form["response_format"] == "url" and not form["stream"]:
                 name = service.store.add_image(picture, form["output_format"])
                 sent = {"url": f"{request.base_url}v1/images/{name}"}
             else:
                 sent = {"b64_json": base64.b64encode(picture).decode()}
             data.append(sent | {"seed": asked.seed})
         service.metrics.took("image", max(job.completed_at - job.created_at for job in jobs))
-        return {
-            "created": int(max(job.completed_at for job in jobs)),
-            "data": data,
+        about = {
             "output_format": form["output_format"],
             "size": wanted.settings["size"],
             "model": service.model.name,
             "settings": wanted.settings,
         }
+        made = int(max(job.completed_at for job in jobs))
+        if not form["stream"]:
+            return {"created": made, "data": data, **about}
+        about |= {"created_at": made, "background": "opaque", "quality": "auto", "usage": NO_TOKENS}
+        events = [{"type": "image_generation.completed", **image, **about} for image in data]
+        lines = (f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events)
+        return Response("".join(lines), media_type="text/event-stream")
 
     @app.get("/v1/images/{name}", dependencies=open_to_all)
     def send_image(name: str):
-        path = service.store.image(name)
-        if path is None:
-            raise Refused(404, f"there is no image {name[:64]!r}", "name", "not_found")
-        return _file(path, f"image/{path.suffix[1:]}")
+        with contextlib.suppress(FileNotFoundError):
+            if path := service.store.image(name):
+                return _file(path, f"image/{path.suffix[1:]}")
+        raise Refused(404, f"there is no image {name[:64]!r}", "name", "not_found")
 
     for kind in (Refused, WrongField, QueueFull, SchedulerClosed, RequestValidationError):
         app.add_exception_handler(kind, _answer)
@@ -247,7 +258,11 @@ class Guard:
                     message["headers"].append((b"cache-control", b"no-store"))
             await send(message)
 
-        await self.app(scope, receive_a_part, send_with_headers)
+        try:
+            await self.app(scope, receive_a_part, send_with_headers)
+        except Exception:  # told and answered further out
+            self.service.metrics.answered(500)
+            raise
 
 
 async def _sweep(service: Service) -> None:
@@ -302,8 +317,6 @@ def _failed(error: Exception) -> Refused:
     return Refused(status, message, code=code, headers={"X-Should-Retry": "false"})
 
 
-def _file(path, kind: str) -> FileResponse:
-    try:
-        return FileResponse(path, media_type=kind, stat_result=os.stat(path))
-    except FileNotFoundError:
-        raise Refused(404, "it was removed", code="not_found") from None
+def _file(path: Path, kind: str) -> FileResponse:
+    """A file. FileNotFoundError where it is not there, rather than in the middle of the answer."""
+    return FileResponse(path, media_type=kind, stat_result=path.stat())

@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass, replace
 
 from gentron_fast.config import DEFAULTS_SCHEMA, SamplingDefaults
-from gentron_fast.schema import TEXT, Kind, check, one_of, real, text, whole
+from gentron_fast.schema import FLAG, TEXT, Kind, check, one_of, real, text, whole
 from gentron_fast.serving.request import Request
 from gentron_fast.solvers import SOLVERS
 
@@ -101,7 +101,7 @@ def read_form_fields(form: dict) -> dict:
 
 
 NUMBERS = ("seed", "steps", "lambda_t", "lambda_m", "rescale", "frames", "deadline")
-NUMBERS += ("n", "output_compression", "stream")
+NUMBERS += ("n", "output_compression", "stream", "partial_images")
 
 
 def wanted_video(values: dict, model: ServedModel, limits: Limits, fps: int) -> Wanted:
@@ -130,14 +130,15 @@ def wanted_images(values: dict, model: ServedModel, limits: Limits) -> Wanted:
         "output_format": one_of(*IMAGE_FORMATS),
         "output_compression": whole(0, 100),
         "background": one_of("auto", "opaque"),
-        "stream": Kind("false: images are not streamed", lambda value: value is False),
-        "partial_images": Kind("0: images are not streamed", lambda value: value in (0, "0")),
+        "stream": FLAG,
+        "partial_images": whole(0, 3),  # how many at most: none is sent
     }
     values = _checked(values, schema, "image", model)
     form = {
         "output_format": values.get("output_format", IMAGE_FORMATS[0]),
         "output_compression": values.get("output_compression", 100),
         "response_format": values.get("response_format", "b64_json"),
+        "stream": values.get("stream", False),
     }
     images = values.get("n", 1)
     request, settings = _complete(values, model, limits, 1)

@@ -158,6 +158,7 @@ class ClipStore:
         return name
 
     def image(self, name: str) -> Path | None:
+        """The file of an image of that name, None where it is not there."""
         path = self.folder / name
         is_ours = name.startswith("image_") and OURS.fullmatch(name)
         return path if is_ours and path.is_file() else None

@@ -120,6 +120,11 @@ def test_images_by_openais_client(client, address):
     assert status == 200 and headers["Content-Type"] == "image/webp"
     assert Image.open(io.BytesIO(data)).size == (48, 64)
     assert call(image.url[:-8] + "000.webp")[0] == 404
+    streamed = client.images.generate(prompt="a circle", stream=True, partial_images=2, n=2)
+    events = list(streamed)
+    assert [event.type for event in events] == ["image_generation.completed"] * 2
+    for event in events:
+        assert Image.open(io.BytesIO(base64.b64decode(event.b64_json))).size == (48, 64)
     assert [model.id for model in client.models.list()] == ["tiny"]
 
 
@@ -209,7 +214,7 @@ WRONG = [
 WRONG_IMAGES = [
     ({"n": 11}, "n", "from 1 to 10"),
     ({"frames": 2}, "frames", "there is no field"),
-    ({"stream": True}, "stream", "images are not streamed"),
+    ({"stream": "yes"}, "stream", "wanted true or false"),
     ({"output_format": "gif"}, "output_format", "one of png, jpeg, webp"),
     ({"background": "transparent"}, "background", "one of auto, opaque"),
     ({"seed": 2**64 - 1, "n": 2}, "seed", "goes beyond 2**64 - 1"),
@@ -389,6 +394,20 @@ def test_a_scheduler_that_fails_ends_the_server(tmp_path):
         scheduler.close(0)
         wait(lambda: service.is_stopped)
     assert service.is_broken and service.video(begun.id)["error"]["code"] == "server_stopped"
+
+
+def test_a_fault_of_ours_is_one_line_and_counted(tmp_path, monkeypatch):
+    service = make_service(tmp_path)
+    monkeypatch.setattr(service, "videos", lambda *_: 1 // 0)
+    with served(service) as address:
+        clip = call(f"{address}v1/videos", {"prompt": "a circle"})[2]["id"]
+        wait(lambda: service.video(clip)["status"] == "completed")
+        service.store.path(clip).unlink()  # by another hand, or since its record was read
+        for variant in ("video", "thumbnail"):
+            assert call(f"{address}v1/videos/{clip}/content?variant={variant}")[0] == 404
+        status, _, answer = call(f"{address}v1/videos")
+        assert status == 500 and answer["error"]["type"] == "server_error"
+        assert 'status="500"} 1.0' in call(f"{address}metrics")[2].decode()
 
 
 def test_what_is_too_old_goes_by_itself(tmp_path, monkeypatch):
