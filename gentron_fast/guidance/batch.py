@@ -145,7 +145,7 @@ def update_together(
         latents,
         branches,
         weights,
-        row,
+        row[0] if len(at) == 1 else row,  # a denoiser's samples are at one step
         x0_previous,
         noise,
         bounds if any(d.learns_range for d in denoisers) else None,
