@@ -12,12 +12,13 @@
 # make fuzz   100,000 hostile files for the runtime under both, 6 minutes; FUZZ=another number
 # make soak    a load test of the server, 10 minutes: nothing lost, nothing wrong, memory flat; MINUTES=another number
 # make kernels  registers, spills and shared memory of every Triton kernel, compiled without a GPU
+# make predictions   docs/predictions.md: what their machine code lets expect of an H200
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test faults lint train kernels gpu large soak report api picture study sanitize fuzz ray findings clean
+.PHONY: demo test faults lint train kernels predictions gpu large soak report api picture study sanitize fuzz ray findings clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -73,6 +74,9 @@ study: .venv/dev
 
 kernels: .venv/dev
 	$(BIN)/python tests/kernels/aot.py
+
+predictions: .venv/dev
+	$(BIN)/python tests/kernels/predictions.py
 
 # What throws must find libstdc++ loaded when the sanitizers start. -s: pytest would swallow what
 # they report before they end the process. The sampler that the tests load is compiled without them.
