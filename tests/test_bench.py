@@ -14,6 +14,7 @@ import gpu
 import pytest
 import records
 import report
+import scale
 import torch
 import work
 from bench_step import Step
@@ -354,3 +355,28 @@ def test_every_benchmark_of_a_part_runs(part):
     command += ["--benchmark-disable", "--full", *gpu.PARTS[part], "-k", "not slice"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_the_table_on_paper_is_the_scripts(tmp_path):
+    page = tmp_path / "scaling.md"
+    page.write_bytes(scale.PAGE.read_bytes())
+    scale.main(page)
+    assert page.read_text() == scale.PAGE.read_text(), "docs/scaling.md: python bench/scale.py"
+    page.write_text("no table")
+    with pytest.raises(ValueError, match="must hold the lines"):
+        scale.main(page)
+
+
+def test_waits_are_those_of_queueing_theory():
+    # One server: Pollaczek and Khinchine. Many: half of Erlang's C, in a textbook's figures.
+    assert scale.mean_wait(1, 2.0, 0.9) == pytest.approx(9.0)
+    assert scale.mean_wait(2, 1.0, 0.5) == pytest.approx(1 / 3 / 2 / 2 / 0.5)
+    assert scale.mean_wait(512, 10.0, 0.9) < 0.1
+
+
+def test_a_measured_step_takes_the_place_of_the_predicted_one(monkeypatch):
+    row = row_of(operator=f"guided step, {scale.MODEL}", device="NVIDIA H200", dtype="bfloat16")
+    row |= {"shape": list(scale.SHAPE)}
+    ms = row["contenders"][OURS]["ms"]
+    monkeypatch.setattr(scale, "newest_rows", lambda *_: [row])
+    assert scale.step_seconds() == (ms / 1e3, "measured")
