@@ -1,6 +1,7 @@
 # make demo   a clip by the model that ships        make test   everything the tests need, and the tests
 # make lint   ruff                                  make train  the small model, from nothing: hours, resumed
-# make gpu PART=test|ops|step|train|export [RESULTS=DIR]   on a CUDA machine, by its own python
+# make gpu      on a CUDA machine, by its own python: tests and figures in nine minutes; then REST=1: what failed or was
+#               cut, in four; LIMIT=SECONDS, RESULTS=DIR, PART=NAME; DRY=1 walks through it here, without a GPU
 # make faults   processes killed at random moments, two on one folder, thousands of damaged files: figures of each; then make fuzz
 # make findings [DEVICE=cuda]   the paper's findings in the small world: docs/findings.md; hours, resumed
 # make large    one step of the whole G/2-T2V on the CPU, plain against shared: 12 GB of memory
@@ -43,8 +44,9 @@ DEVICE ?= cpu
 findings: .venv/dev
 	$(BIN)/python -m gentron_train.findings --device $(DEVICE)
 
-gpu:
-	@$(PYTHON) bench/gpu.py $(PART) $(RESULTS)
+gpu: $(if $(DRY),.venv/dev)
+	@$(if $(DRY),$(BIN)/python,$(PYTHON)) bench/gpu.py $(if $(PART),--part $(PART)) $(if $(RESULTS),--results $(RESULTS)) \
+	    $(if $(LIMIT),--limit $(LIMIT)) $(if $(REST),--rest) $(if $(DRY),--dry)
 
 ray: .venv/dev
 	RAY_PROMPTS=200 $(BIN)/pytest -s tests/train/data/test_on_ray.py -k dies
