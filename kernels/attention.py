@@ -89,11 +89,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
 
     The CPU's bf16 backward takes 4 to 9 times as long as its fp32 one (16 to 128 queries). On CUDA
     a batch of more than 65,535 sequences and heads, past which kernels fail, is taken in parts.
+    ValueError where torch.export traces a batch that may pass it with one head alone.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
         with torch.autocast("cpu", enabled=False):
             q, k, v = (tensor.float() for tensor in (q, k, v))
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).bfloat16()
+    if q.device.type == "cuda" and isinstance(q.shape[0], torch.SymInt):
+        return _sdpa_by_heads(q, k, v, mask)
     if q.device.type == "cuda" and q.shape[0] * q.shape[1] > _GRID:
         return _sdpa_in_parts(q, k, v, mask, max(1, _GRID // q.shape[1]))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -108,6 +111,27 @@ def _sdpa_in_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, size: i
             for *part, part_mask in zip(*parts, masks, strict=True)
         ]
     )
+
+
+def _sdpa_by_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`sdpa` of a batch known by its range alone: as few parts of the heads, whose number is known,
+    as fit the grid at the range's end. A comparison with the batch would narrow the range."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    batch, heads = q.shape[:2]
+    for parts in range(1, heads + 1):
+        if statically_known_true(batch * -(-heads // parts) <= _GRID):
+            break
+    else:
+        raise ValueError(
+            f"a batch of more than {_GRID:,} sequences, frames of all clips and branches, is more "
+            "than attention on CUDA takes: allow fewer clips"
+        )
+    chunks = (tensor.chunk(parts, 1) for tensor in (q, k, v))
+    outs = [
+        F.scaled_dot_product_attention(*part, attn_mask=mask) for part in zip(*chunks, strict=True)
+    ]
+    return outs[0] if parts == 1 else torch.cat(outs, 1)
 
 
 def _unsuitable(name: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:

@@ -1,7 +1,5 @@
-"""Guidance: its definition, the denoiser that shares the branches' work, and many of them."""
+"""Guidance: its definition, and the denoiser that shares the branches' work."""
 
-from gentron_fast.guidance.batch import GuidedBatch
-from gentron_fast.guidance.contexts import PreparedText
 from gentron_fast.guidance.definition import (
     check_rescale,
     guidance_schedule,
@@ -9,13 +7,9 @@ from gentron_fast.guidance.definition import (
     guided_prediction,
 )
 from gentron_fast.guidance.denoiser import GuidedDenoiser
-from gentron_fast.guidance.shared import SharedWork
 
 __all__ = [
-    "GuidedBatch",
     "GuidedDenoiser",
-    "PreparedText",
-    "SharedWork",
     "check_rescale",
     "guidance_schedule",
     "guidance_weights",
