@@ -261,9 +261,14 @@ def test_large_batches_are_taken_in_parts(monkeypatch):
     mask = torch.arange(5) < torch.arange(1, 8)[:, None, None, None]
     for mask_or_none in (None, mask):
         out = module._sdpa_in_parts(q, k, v, mask_or_none, 3)
-        torch.testing.assert_close(
-            out, F.scaled_dot_product_attention(q, k, v, attn_mask=mask_or_none)
-        )
+        wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_or_none)
+        torch.testing.assert_close(out, wanted)
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "_GRID", 7)  # one of the two heads
+            torch.testing.assert_close(module._sdpa_by_heads(q, k, v, mask_or_none), wanted)
+            patched.setattr(module, "_GRID", 6)
+            with pytest.raises(ValueError, match="more than 6 sequences"):
+                module._sdpa_by_heads(q, k, v, mask_or_none)
     taken = []
     monkeypatch.setattr(module, "_sdpa_in_parts", lambda *arguments: taken.append(arguments[4]))
     with FakeTensorMode():

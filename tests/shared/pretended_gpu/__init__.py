@@ -5,8 +5,17 @@ compile, for which device, and what the host sends and waits for. `python -m pre
 pytest in a process that sees the H200.
 """
 
-from pretended_gpu.device import ARCHITECTURE, PROPERTIES, is_pretended, pretend
+from pretended_gpu.device import ARCHITECTURE, PROPERTIES, is_pretended, loaded, pretend
 from pretended_gpu.host import Event, Host
 from pretended_gpu.inductor import cubins
 
-__all__ = ["ARCHITECTURE", "PROPERTIES", "Event", "Host", "cubins", "is_pretended", "pretend"]
+__all__ = [
+    "ARCHITECTURE",
+    "PROPERTIES",
+    "Event",
+    "Host",
+    "cubins",
+    "is_pretended",
+    "loaded",
+    "pretend",
+]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from pretended_gpu.inductor import pretend_inductor
+from pretended_gpu.inductor import architecture, pretend_inductor
 
 GUARD = Path(__file__).with_name("guard.cpp")
 PROPERTIES = types.SimpleNamespace(
@@ -40,6 +40,9 @@ PROPERTIES = types.SimpleNamespace(
 )
 CAPABILITY = PROPERTIES.major, PROPERTIES.minor
 ARCHITECTURE = 10 * PROPERTIES.major + PROPERTIES.minor
+
+# The kernels that were loaded to be launched, and the architecture that each is for: 90 is sm_90.
+loaded: dict[str, int] = {}
 
 # Called with a name for each wait of the host for the device that torch.cuda is asked for.
 on_wait: list[Callable[[str], None]] = []
@@ -168,7 +171,6 @@ def _replacements() -> dict[object, dict[str, object]]:
         | seeds,
         torch.cuda.random: seeds,
         torch.version: {"cuda": "13.0"},
-        torch.backends.cuda: {"is_built": constant(True)},
         torch.backends.cudnn: {"is_available": constant(True), "version": constant(91900)},
     }
 
@@ -237,6 +239,7 @@ class _StaticLauncher:
 
     @staticmethod
     def _load_kernel(path, name, shared, device) -> tuple:
+        loaded[name] = architecture(Path(path).read_bytes())
         return 1, 1, 64, 0  # module, function, registers, spills
 
     @staticmethod
@@ -255,6 +258,7 @@ def _pretend_driver() -> None:
     class Utils:
         @staticmethod
         def load_binary(name, kernel, shared, device) -> tuple:
+            loaded[name] = architecture(kernel)
             return 1, 1, 64, 0, 1024  # module, function, registers, spills, most threads
 
         @staticmethod

@@ -1,6 +1,9 @@
 // What a CPU build of PyTorch lacks so that fake tensors can be on "cuda": the device's guard, by
-// which operators say where they run, and its hooks, which the backward pass asks for the device.
+// which operators say where they run, its hooks, which the backward pass asks for the device, and
+// the choice among its attention kernels.
+#include <ATen/SDPBackend.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/native/transformers/attention.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include <new>
@@ -42,3 +45,18 @@ static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface));
     new (const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks())) Hooks;
 
 }  // namespace
+
+namespace at::native {
+
+// PyTorch's own choice on Hopper, as far as this project's calls go: flash attention of 16 bits
+// without a mask, else the memory-efficient one.
+int64_t attention_kernel(
+    const Tensor& query, const Tensor&, const Tensor&, const std::optional<Tensor>& mask, double,
+    bool, std::optional<double>, bool) {
+  const bool is_narrow = query.element_size() == 2;
+  return static_cast<int64_t>(
+      is_narrow && !mask ? SDPBackend::flash_attention : SDPBackend::efficient_attention);
+}
+REGISTER_CUDA_DISPATCH(_fused_sdp_choice_stub, &attention_kernel)
+
+}  // namespace at::native
