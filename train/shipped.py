@@ -120,11 +120,12 @@ def _call(command: list[str]) -> int:
 
 
 def program(words: list[str]) -> list[str]:
-    """A command of this Python's own environment; a training that was cut off is resumed."""
+    """A command of this Python's own environment, as it is called in the checkout; a training that
+    was cut off is resumed."""
     command = [PROGRAMS[words[0]], *words[1:]]
     if words[0] == "deepspeed":
         command[1:1] = ["--master_port", str(_free_port())]  # two trainings may share a machine
-    if "--run" in words and checkpoint_names(Path(words[words.index("--run") + 1]))[0]:
+    if "--run" in words and checkpoint_names(ROOT / words[words.index("--run") + 1])[0]:
         command.append("--resume")
     return command
 

@@ -60,11 +60,16 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["score.json"]
 
 
-def test_a_training_that_was_cut_off_is_resumed(tmp_path):
+def test_a_training_that_was_cut_off_is_resumed(tmp_path, monkeypatch):
     words = ["deepspeed", "train/t2v.py", "--run", str(tmp_path)]
     assert shipped.program(words)[-1] == str(tmp_path)
     (checkpoints_folder(tmp_path) / "step-00000005").mkdir(parents=True)
     assert shipped.program(words)[-1] == "--resume"
+    port = shipped.program(words).index("--master_port") + 1  # two trainings share a machine
+    assert shipped.program(words)[port] != shipped.program(words)[port]
+    monkeypatch.chdir(tmp_path)  # commands run in the checkout, wherever they are asked for
+    monkeypatch.setattr(shipped, "ROOT", tmp_path.parent)
+    assert shipped.program([*words[:-1], tmp_path.name])[-1] == "--resume"
     assert shipped.program(["python", "-m", "x"]) == [sys.executable, "-m", "x"]
 
 

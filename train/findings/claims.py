@@ -16,7 +16,7 @@ from gentron_train.findings.scoring import LAMBDA_M, MEASURES
 from gentron_train.findings.table import Table
 
 BEST = (1.0, 1.3)  # λ_M, as the paper has it
-FEWEST_SEEDS = 2
+FEWEST_SEEDS = 3
 HOLDS, FAILS, OPEN = "holds", "fails", "cannot be told"
 Records = Sequence[dict]
 
@@ -146,7 +146,7 @@ def findings(table: Table) -> list[Finding]:
 def verdict(
     comparison: Comparison, measure: str, records: Records, seeds: Sequence[int]
 ) -> Verdict | None:
-    """None where fewer than two seeds have results of both sides."""
+    """None where fewer than three seeds have results of both sides."""
     pairs = _pairs(comparison, measure, records, seeds)
     if len(pairs) < FEWEST_SEEDS:
         return None

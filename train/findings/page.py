@@ -141,6 +141,11 @@ def _pilot(records, table: Table) -> str:
                         f"| {comparison.name} | {measure.title} | "
                         f"{least[0]:.{measure.digits}f} {measure.unit}{alone} |"
                     )
+    lines += ["", "| run | steps a second | minutes, all told |", "|---|---|---|"]
+    for name, seconds in hours.seconds.items():
+        own = [r for r in records if (r["run"], r["seed"]) == (name, table.pilot[0])]
+        rate = own[0]["steps"] / max(own[0]["train_seconds"], 1e-9)
+        lines.append(f"| {name} | {rate:.2f} | {seconds / 60:.1f} |")
     runs = len(table.again) * (len(table.pilot) - 1)
     lines.append(
         "\nThe spread over seeds is that of the runs trained with several, "
