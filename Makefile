@@ -11,13 +11,14 @@
 # make ray    200 clips on a Ray cluster of two nodes here, one of them killed: equal to one process, to the byte
 # make fuzz   100,000 hostile files for the runtime under both, 6 minutes; FUZZ=another number
 # make soak    a load test of the server, 10 minutes: nothing lost, nothing wrong, memory flat; MINUTES=another number
+# make pretend [TRITON=3.6.0]   every graph, block and kernel compiled for a GPU that is not there, by that Triton
 # make kernels  registers, spills and shared memory of every Triton kernel, compiled without a GPU
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test faults lint train kernels gpu large soak report api picture study sanitize fuzz ray findings clean
+.PHONY: demo test faults lint train pretend kernels gpu large soak report api picture study sanitize fuzz ray findings clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -70,6 +71,14 @@ study: .venv/dev
 	test -e $(STUDY)/pairs || $(BIN)/python -m gentron_fast.study make $(STUDY)/lambda-3 $(STUDY)/lambda-7.5 \
 	    --prompts docs/study-prompts.txt --names "λ_T 3" "λ_T 7.5" --out $(STUDY)/pairs
 	$(BIN)/python -m gentron_fast.study serve $(STUDY)/pairs
+
+# Another Triton than the installed one lies in a folder of its own, before it in the path.
+pretend: .venv/dev $(if $(TRITON),build/triton-$(TRITON)/triton)
+	FULL=1 PYTHONPATH=$(if $(TRITON),build/triton-$(TRITON):)tests/shared \
+	$(BIN)/python -m pretended_gpu -q --durations=10 tests/cuda
+
+build/triton-%/triton:
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==$*
 
 kernels: .venv/dev
 	$(BIN)/python tests/kernels/aot.py

@@ -23,7 +23,7 @@ from gentron_fast.commandline import (
     whole_number,
 )
 from gentron_fast.compiled import CompiledSampler, export_sampler
-from gentron_fast.compiled.compilation import check_temporary_folder
+from gentron_fast.compiled.compilation import check_temporary_folder, check_toolkit
 from gentron_fast.compiled.exporter import MAX_BATCH, MOST_BATCH
 from gentron_fast.compiled.package import part_digests
 from gentron_fast.config import MAX_FRAMES, MAX_SIDE
@@ -67,6 +67,7 @@ def export(args: argparse.Namespace) -> None:
     silence_libraries()
     device = choose_device(args.device)
     check_temporary_folder()
+    check_toolkit(device)
     check_writable([args.out])
     pipeline = GenTronPipeline.from_pretrained(args.pipeline, getattr(torch, args.dtype), device)
     frames = pipeline.default_frames if args.frames is None else args.frames

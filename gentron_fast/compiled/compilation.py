@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import tempfile
 import traceback
 import warnings
@@ -31,7 +32,7 @@ def compile_all(graphs: list[Graph], folder: Path, on_graph: Callable | None) ->
     root = check_temporary_folder()
     with scratch_folder(root / "gentron-export") as temporary:
         if graphs[0].inputs[0].device.type != "cpu":
-            with _working_in(temporary):
+            with _working_in(temporary, LIBRARY_PATH=_driver_folder(temporary)):
                 _compile_share(graphs, folder, on_graph)
             return
         failures = _compile_in_shares(graphs, folder, temporary, on_graph)
@@ -63,6 +64,40 @@ def check_temporary_folder() -> Path:
             f"{named} has {free >> 20} MiB free, compiling takes up to {LEAST_SPACE >> 20}"
         )
     return folder
+
+
+def check_toolkit(device: torch.device) -> None:
+    """ValueError where code for the device cannot be compiled for want of NVIDIA's toolkit, whose
+    headers AOTInductor's C++ includes."""
+    if device.type != "cuda":
+        return
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    command = ["g++", "-E", "-x", "c++", "-", f"-I{CUDA_HOME}/include", "-o", os.devnull]
+    quiet = {"stderr": subprocess.DEVNULL, "text": True}
+    if (
+        CUDA_HOME is None
+        or subprocess.run(command, input="#include <cuda.h>\n", **quiet).returncode
+    ):
+        raise ValueError(
+            "a compiled sampler for CUDA takes the headers of NVIDIA's CUDA toolkit, and cuda.h "
+            f"was not found ({CUDA_HOME or 'no folder of a toolkit'}): install it, or name its "
+            "folder in CUDA_HOME"
+        )
+
+
+def _driver_folder(temporary: Path) -> str:
+    """LIBRARY_PATH with a folder where a linker finds -lcuda: the driver that this process has
+    loaded. By that name it is installed with a toolkit alone, as a stub that AOTInductor finds
+    only where CUDA_HOME is set."""
+    folders = [os.environ.get("LIBRARY_PATH")]
+    driver = re.search(r"/\S*/libcuda\.so\S*", Path("/proc/self/maps").read_text())
+    if driver:
+        folder = temporary / "driver"
+        folder.mkdir()
+        (folder / "libcuda.so").symlink_to(driver.group())
+        folders.insert(0, str(folder))
+    return os.pathsep.join(filter(None, folders))
 
 
 def _compile_in_shares(
@@ -127,14 +162,16 @@ def _end_with(parent: int) -> None:
 
 
 @contextlib.contextmanager
-def _working_in(temporary: Path) -> Iterator[None]:
-    """Let compilers have their temporary files in a folder; Inductor's cache stays where it is."""
+def _working_in(temporary: Path, **variables: str) -> Iterator[None]:
+    """Let compilers have their temporary files in a folder, and these variables of the environment;
+    Inductor's cache stays where it is."""
     from torch._inductor import codecache  # takes the place of precompiled headers from TMPDIR
 
-    names = ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR")
+    names = ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR", *variables)
     before, folder = {name: os.environ.get(name) for name in names}, tempfile.tempdir
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = codecache.cache_dir()
     os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
+    os.environ.update(variables)
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gentron_fast.compiled.compilation import check_temporary_folder, compile_all
+from gentron_fast.compiled.compilation import check_temporary_folder, check_toolkit, compile_all
 from gentron_fast.compiled.graphs import branch_sets, learns_range, sampling_graphs, whole_graphs
 from gentron_fast.compiled.package import WEIGHTS, describe_machine, write_package
 from gentron_fast.config import MAX_FRAMES
@@ -59,6 +59,7 @@ def export_sampler(
     """
     config, weight = model.config, model.patch_embed.weight
     check_temporary_folder()
+    check_toolkit(weight.device)
     if not 1 <= frames <= MAX_FRAMES or (frames > 1 and not config.temporal):
         raise ValueError(f"frames must be 1, or up to {MAX_FRAMES} of a video model, got {frames}")
     if any(side < 1 or side % config.patch_size for side in latent_size):

@@ -111,3 +111,36 @@ def test_a_tmpdir_is_looked_at_before_the_work(tmp_path, monkeypatch, change, wo
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with pytest.raises(ValueError, match=f"TMPDIR, {tmp_path}, .*{words}"):
         check_temporary_folder()
+
+
+def test_cuda_takes_the_toolkits_headers(tmp_path, monkeypatch):
+    cuda = torch.device("cuda")
+    compilation.check_toolkit(torch.device("cpu"))
+    for home in (None, str(tmp_path)):
+        monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", home)
+        with pytest.raises(ValueError, match=r"cuda.h was not found \(.*\): install it"):
+            compilation.check_toolkit(cuda)
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda.h").touch()
+    compilation.check_toolkit(cuda)
+
+
+# The driver as a GPU's machine has it: libcuda.so.1, and nothing that -lcuda would find.
+LINKS = """
+import ctypes, subprocess, sys
+from pathlib import Path
+from gentron_fast.compiled.compilation import _driver_folder, _working_in
+
+folder = Path(sys.argv[1])
+link = ["g++", "-shared", "-xc++", "-", "-o", str(folder / "graph.so"), "-lcuda"]
+driver = folder / "libcuda.so.1"
+subprocess.run([*link[:4], "-o", str(driver)], input="int cuInit() { return 0; }", text=True)
+assert subprocess.run(link, input="", text=True).returncode
+ctypes.CDLL(str(driver))
+with _working_in(folder, LIBRARY_PATH=_driver_folder(folder)):
+    sys.exit(subprocess.run(link, input="", text=True).returncode)
+"""
+
+
+def test_a_graph_for_cuda_links_with_the_driver_that_is_loaded(tmp_path):
+    subprocess.run([sys.executable, "-c", LINKS, str(tmp_path)], check=True)

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from pretended_gpu.inductor import architecture, pretend_inductor
 
+NVIDIA = "backends/nvidia"  # of Triton
 GUARD = Path(__file__).with_name("guard.cpp")
 PROPERTIES = types.SimpleNamespace(
     name="NVIDIA H200",
@@ -65,6 +66,8 @@ def pretend() -> None:
             setattr(module, name, value)
     with contextlib.suppress(ImportError):
         _pretend_driver()
+        # Its headers are those of a toolkit, by which AOTInductor names where it would look.
+        os.environ.setdefault("CUDA_HOME", str(Path(sys.modules["triton"].__path__[0], NVIDIA)))
     pretend_inductor()
 
 
