@@ -1,24 +1,27 @@
 # make demo   a clip by the model that ships        make test   everything the tests need, and the tests
 # make lint   ruff                                  make train  the small model, from nothing: hours, resumed
-# make gpu PART=test|ops|step|train|export [RESULTS=DIR]   on a CUDA machine, by its own python
+# make gpu      on a CUDA machine, by its own python: tests and figures in nine minutes; then REST=1: what failed or was
+#               cut, in four; LIMIT=SECONDS, RESULTS=DIR, PART=NAME; DRY=1 walks through it here, without a GPU
 # make faults   processes killed at random moments, two on one folder, thousands of damaged files: figures of each; then make fuzz
 # make findings [DEVICE=cuda]   the paper's findings in the small world: docs/findings.md; hours, resumed
 # make large    one step of the whole G/2-T2V on the CPU, plain against shared: 12 GB of memory
-# make report   docs/performance.md and README's headline table, from bench/results
+# make report   docs/performance.md, README's headline table and the table of docs/scaling.md, from bench/results
 # make api      docs/api.md, from the docstrings          make picture   docs/clips.png
 # make study    people judge the model that ships at two guidance values: docs/study.md
 # make sanitize   the C++ operators and runtime under AddressSanitizer and UndefinedBehaviorSanitizer
 # make ray    200 clips on a Ray cluster of two nodes here, one of them killed: equal to one process, to the byte
+# make nodes  training over two nodes, namespaces of this machine, one of them lost: needs root, sshd and pdsh
 # make fuzz   100,000 hostile files for the runtime under both, 6 minutes; FUZZ=another number
 # make soak    a load test of the server, 10 minutes: nothing lost, nothing wrong, memory flat; MINUTES=another number
 # make pretend [TRITON=3.6.0]   every graph, block and kernel compiled for a GPU that is not there, by that Triton
 # make kernels  registers, spills and shared memory of every Triton kernel, compiled without a GPU
+# make predictions   docs/predictions.md: what their machine code lets expect of an H200
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test faults lint train pretend kernels gpu large soak report api picture study sanitize fuzz ray findings clean
+.PHONY: demo test faults lint train pretend kernels predictions gpu large soak report api picture study sanitize fuzz ray nodes findings clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -42,11 +45,15 @@ DEVICE ?= cpu
 findings: .venv/dev
 	$(BIN)/python -m gentron_train.findings --device $(DEVICE)
 
-gpu:
-	@$(PYTHON) bench/gpu.py $(PART) $(RESULTS)
+gpu: $(if $(DRY),.venv/dev)
+	@$(if $(DRY),$(BIN)/python,$(PYTHON)) bench/gpu.py $(if $(PART),--part $(PART)) $(if $(RESULTS),--results $(RESULTS)) \
+	    $(if $(LIMIT),--limit $(LIMIT)) $(if $(REST),--rest) $(if $(DRY),--dry)
 
 ray: .venv/dev
 	RAY_PROMPTS=200 $(BIN)/pytest -s tests/train/data/test_on_ray.py -k dies
+
+nodes: .venv/dev
+	NODES=1 $(BIN)/pytest -s -rs tests/train/test_nodes.py
 
 large: .venv/dev
 	$(BIN)/python bench/large.py
@@ -57,6 +64,7 @@ soak: .venv/dev
 
 report: .venv/dev
 	$(BIN)/python bench/report.py
+	$(BIN)/python bench/scale.py
 
 picture: .venv/dev
 	$(BIN)/python -m gentron_train.small_world.picture
@@ -82,6 +90,9 @@ build/triton-%/triton:
 
 kernels: .venv/dev
 	$(BIN)/python tests/kernels/aot.py
+
+predictions: .venv/dev
+	$(BIN)/python tests/kernels/predictions.py
 
 # What throws must find libstdc++ loaded when the sanitizers start. -s: pytest would swallow what
 # they report before they end the process. The sampler that the tests load is compiled without them.

@@ -94,11 +94,21 @@ def text_of(config, lengths, dtype, device) -> TextCondition:
     return TextCondition(**parts).to(device, dtype)
 
 
+def new_model(config, dtype, device) -> GenTron:
+    """Made where it runs and in its dtype: a large one takes minutes and memory otherwise."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return GenTron(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
 def random_model(config, dtype, device) -> GenTron:
     """A model with no zero weights: a fresh one skips half of its arithmetic."""
     torch.manual_seed(0)
-    with torch.device(device):
-        model = GenTron(config).eval().to(dtype)
+    model = new_model(config, dtype, device)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.5 * parameter.shape[-1] ** -0.5)
@@ -120,9 +130,8 @@ class Step:
         self.compiled = torch.compile(self.stacked, dynamic=False)
 
     def copy(self, dtype: torch.dtype) -> GenTron:
-        """The model once more, made where it runs; in its own dtype it shares the weights."""
-        with torch.device(self.device):
-            model = GenTron(self.model.config).eval().to(dtype)
+        """The model once more; in its own dtype it shares the weights."""
+        model = new_model(self.model.config, dtype, self.device)
         model.load_state_dict(self.model.state_dict(), assign=dtype == self.dtype)
         return model
 

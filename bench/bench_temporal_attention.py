@@ -99,7 +99,7 @@ def test_temporal_attention(measure, contest, clip, preset, dtype, frames, backw
         *contest.compiled(partial(transposed, F.scaled_dot_product_attention)),
         flash(),
     ]
-    if frames == 8 and not backward:
+    if frames == 8 and not backward and not contest.brief:
         fused = contest.compiled(partial(transposed, products), "compiled products", ["default"])
         contenders += [*fused, flex(contest, shape)]
     # I/O: forward read q, k, v + write out; backward read q, k, v, dout + write dq, dk, dv.

@@ -51,7 +51,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     # Operators first, should the budget end early.
-    files = [Path(file).name for part in gpu.PARTS.values() for file in part]
+    files = [Path(file).name for part in gpu.EVERY_ROW.values() for file in part]
     order = {name: place for place, name in enumerate(files)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
     if config.getoption("full"):

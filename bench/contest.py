@@ -6,6 +6,7 @@ turns pass by pass, and a copy of as many bytes as the operator must move takes 
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -125,7 +126,8 @@ class Contest:
         Raises AssertionError where ours differs from the definition; another contender that
         differs or fails is absent, with the reason.
         """
-        torch._dynamo.reset()
+        if "torch._dynamo" in sys.modules:  # seconds to import, and nothing to forget
+            torch._dynamo.reset()
         sets = self._input_sets(make, dtype, nbytes)
         wide = torch.float64 if dtype == torch.float32 else torch.float32
         sets, reference = self._with_reference(sets, definition, wide, backward)

@@ -1,60 +1,118 @@
-"""python bench/gpu.py PART [RESULTS]: one part of the project's GPU run, inside its time budget.
+"""The project's GPU run, planned for minutes: `make gpu` calls this file, see --help.
 
-PART is test, ops, step, train or export. The checkout runs in place: it needs PyTorch ≥ 2.11 with
-CUDA, Triton ≥ 3.6, einops, safetensors, numpy, pytest and pytest-benchmark, and no network. Figures
-go to RESULTS (default: bench/results), a file a part, device and day, rewritten after every row.
+The steps of PLAN run one behind the other, what is worth most first, each in processes of its own
+and within a limit of its own: one that fails or hangs costs its share alone. The checkout runs in
+place: it needs PyTorch ≥ 2.11 with CUDA, Triton ≥ 3.6, einops, safetensors, numpy, pytest and
+pytest-benchmark, a C++ compiler for one step, and no network.
+
+In the folder of results: the rows of the benchmarks, a file a kind, device and day, rewritten after
+every row; gpu-DEVICE-DATE.jsonl, a line for every step and test as it ends, by which --rest knows
+what is left; gpu-DEVICE-DATE.log, what the steps said.
 """
 
+import argparse
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import dataclass
+from datetime import date, datetime
 from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 INPLACE = {"gentron_kernels": "kernels", "gentron_fast": "gentron_fast", "gentron_train": "train"}
-PARTS = {
-    # These need neither diffusers nor transformers, deepspeed, webdataset or av.
-    "test": [
-        "tests/kernels",
-        "tests/gentron_fast/test_guidance.py",
-        "tests/gentron_fast/test_model.py",
-    ],
-    # In the order in which they matter, should the budget end early.
-    "ops": [
-        "bench/bench_layernorm_modulate.py",
-        "bench/bench_temporal_attention.py",
-        "bench/bench_guided_step.py",
-        "bench/bench_attention.py",
-    ],
-    "step": ["bench/bench_step.py"],
-    "train": ["bench/bench_train.py"],
-    "export": ["bench/bench_export.py"],
+SCRATCH = ROOT / "build/gpu"
+FAILED, NO_CUDA, NOTHING_LEFT, OUT_OF_TIME = 1, 2, 3, 124
+LIMIT, REST_LIMIT, PART_LIMIT = 540.0, 240.0, 465.0  # seconds of a call
+LEAST = 10.0  # seconds without which no step begins
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of the run. limit: its seconds; arguments: pytest's; shares: processes that share its
+    tests; builds: it needs the C++."""
+
+    name: str
+    limit: float
+    arguments: tuple[str, ...]
+    shares: int = 1
+    builds: bool = False
+
+
+BRIEF = ("-s", "--benchmark-only", "--brief")
+# They need neither diffusers nor deepspeed, webdataset or av, as the other steps do not.
+TESTS = ("tests/kernels", "tests/gentron_fast/test_guidance.py", "tests/gentron_fast/test_model.py")
+OPERATORS = tuple(
+    f"bench/bench_{name}.py" for name in ("layernorm_modulate", "temporal_attention", "guided_step")
+)
+OPERATOR_ROWS = "G/2 and not chain or guided_step and bfloat16"
+PLAN = (
+    Step("tests", 80, ("-q", "-m", "gpu", *TESTS), shares=8),
+    Step("chain", 45, (*BRIEF, "--full", OPERATORS[0], "-k", "chain")),
+    Step("operators", 120, (*BRIEF, *OPERATORS, "-k", OPERATOR_ROWS)),
+    Step("guided-step", 75, (*BRIEF, "bench/bench_step.py::test_whole_model[eager]")),
+    Step("compiled-step", 120, (*BRIEF, "bench/bench_step.py::test_whole_model[compiled]")),
+    Step("small-step", 40, (*BRIEF, "bench/bench_step.py::test_small")),
+    Step("sampler", 130, (*BRIEF, "bench/bench_export.py::test_clip"), builds=True),
+    Step("training-step", 75, (*BRIEF, "bench/bench_train.py::test_checkpointed")),
+)
+# Every row of a kind, in the order in which they matter, where there is time for it.
+EVERY_ROW = {
+    "ops": (*OPERATORS, "bench/bench_attention.py"),
+    "step": ("bench/bench_step.py",),
+    "train": ("bench/bench_train.py",),
+    "export": ("bench/bench_export.py",),
 }
-NO_CUDA, NOTHING_YET, NO_BUILD, OUT_OF_TIME = 2, 3, 4, 124
-LIMIT = 465  # seconds until a part is ended
-LAST_ROW = 400  # seconds after which no row begins
+WORDS = "The whole plan on a CUDA machine, what is worth most first, each step in its own limit."
+PARTS = {step.name: step for step in PLAN} | {
+    name: Step(name, PART_LIMIT, ("--benchmark-only", "--full", *files), builds=name == "export")
+    for name, files in EVERY_ROW.items()
+}
 
 
 def main(arguments: list[str]) -> int:
+    """0 where every step is done, else FAILED, NO_CUDA, NOTHING_LEFT or OUT_OF_TIME."""
     start = time.monotonic()
-    if not 1 <= len(arguments) <= 2 or arguments[0] not in PARTS:
-        print(f"usage: make gpu PART={'|'.join(PARTS)} [RESULTS=DIR]")
-        return 1
-    part, results = arguments[0], Path(*arguments[1:] or [ROOT / "bench/results"])
+    parser = argparse.ArgumentParser(prog="make gpu", description=WORDS)
+    parser.add_argument("--part", choices=PARTS, metavar="NAME", help=", ".join(PARTS))
+    parser.add_argument("--results", type=Path, metavar="DIR", help="OUT's or bench/results")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="of the call, 540; REST 240")
+    parser.add_argument("--rest", action="store_true", help="what failed or was cut before")
+    parser.add_argument("--dry", action="store_true", help="rehearse here, without a GPU")
+    args = parser.parse_args(arguments)
+    results = (args.results or Path(os.environ.get("OUT") or ROOT / "bench/results")).resolve()
+    steps = (PARTS[args.part],) if args.part else PLAN
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends its processes
+    limit = args.limit or (REST_LIMIT if args.rest else PART_LIMIT if args.part else LIMIT)
+    if args.dry:
+        import rehearsal
+
+        return rehearsal.rehearse(steps, limit)
     if reason := missing():
         print(f"make gpu: {reason}")
         return NO_CUDA
-    if part in ("test", "export") and (reason := build()):
-        print(f"make gpu: the C++ does not build here: {reason}")
-        return NO_BUILD
-    absent = [path for path in PARTS[part] if not (ROOT / path).exists()]
-    if absent:
-        print(f"make gpu: nothing in part {part} yet: {', '.join(absent)} does not exist")
-        return NOTHING_YET
-    return run(part, results.resolve(), LIMIT - (time.monotonic() - start))
+    sys.path.insert(0, str(inplace(ROOT)))
+    from records import commit, device_name, file_name
+
+    today = date.today().isoformat()
+    record = results / f"{file_name('gpu', device_name('cuda'), today)}.jsonl"
+    if args.rest:
+        record = take_up(results)
+        if record is None:
+            print(f"make gpu: nothing to take up: no gpu-….jsonl in {results} or bench/results")
+            return NOTHING_LEFT
+        steps = left_over(steps, lines_of(record))
+        if not steps:
+            print(f"make gpu: every step of {record.name} is done")
+            return 0
+    else:
+        note(record, run="begun", commit=commit(), limit=limit)
+    return run_plan(steps, record, limit - (time.monotonic() - start), args.rest)
 
 
 def missing() -> str | None:
@@ -72,38 +130,100 @@ def missing() -> str | None:
     return None
 
 
-def build() -> str | None:
-    """Build the C++ in place where it is not built; the compiler's last line where it fails."""
-    if (ROOT / "kernels/libgentron.so").exists() and (ROOT / "gentron_fast/_runtime.so").exists():
-        return None
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return None if done.returncode == 0 else (done.stderr.splitlines() or ["no message"])[-1]
-
-
-def run(part: str, results: Path, seconds: float) -> int:
-    """The part under pytest in a process of its own; its exit status, or OUT_OF_TIME."""
-    environment = os.environ | {
-        "RESULTS": str(results),
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, [str(inplace(ROOT)), str(ROOT / "bench"), os.environ.get("PYTHONPATH")])
-        ),
-    }
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *PARTS[part]]
-    if part == "test":
-        command += ["-q", "-p", "gpu"]
-    else:
-        command += ["--benchmark-only", "--full", f"--budget={LAST_ROW}"]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+def run_plan(steps, record: Path, limit: float, rest: bool = False) -> int:
+    """The steps within `limit` seconds, each noted in the record as it begins and ends."""
+    end = time.monotonic() + limit
+    began = datetime.now().isoformat(timespec="seconds")
+    build, states = Build(any(step.builds for step in steps)), {}
     try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        print(f"make gpu: part {part} was ended after {LIMIT} s; finished rows are in {results}")
-        return OUT_OF_TIME
+        for step in steps:
+            seconds = min(step.limit, end - time.monotonic())
+            if seconds < LEAST:
+                found = {"state": "cut", "seconds": 0.0, "error": f"not begun: {limit:.0f} s ended"}
+            else:
+                note(record, step=step.name, state="begun")
+                found = run_step(step, record, seconds, rest, build)
+            note(record, step=step.name, **found)
+            states[step.name] = found
+            print(told(step.name, found), flush=True)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        build.end()
+    print_rows(record.parent, began)
+    print("\n" + "\n".join(told(*pair) for pair in states.items()))
+    print(f"rows and {record.name} are in {record.parent}")
+    counts = Counter(found["state"] for found in states.values())
+    return FAILED if counts["failed"] else OUT_OF_TIME if counts["cut"] else 0
+
+
+def run_step(step: Step, record: Path, seconds: float, rest: bool, build: "Build") -> dict:
+    """What came of it: its state, done, failed or cut, seconds, tests, the error in one line."""
+    start, since = time.monotonic(), len(lines_of(record))
+    if step.builds and (reason := build.wait(seconds)):
+        return {"state": "failed", "seconds": time.monotonic() - start, "error": reason}
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    logs = [SCRATCH / f"{step.name}-{share}.txt" for share in range(step.shares)]
+    processes = []
+    try:
+        for share, log in enumerate(logs):
+            with log.open("wb") as output:
+                arguments = pytest_arguments(step, record, share, rest)
+                processes.append(start_pytest(arguments, environment(record.parent), output))
+        was_cut = not all(_ended(one, start + seconds) for one in processes)
+    finally:
+        for process in processes:
+            _kill(process)
+        with record.with_suffix(".log").open("a") as whole:
+            for log in logs:
+                whole.write(f"\n--- {log.stem}\n{log.read_text(errors='replace')}")
+    tests = [line for line in lines_of(record)[since:] if line.get("step") == step.name]
+    tests = [line for line in tests if "test" in line]
+    counts = Counter(line["outcome"] for line in tests)
+    errors = [line["error"] for line in tests if line["outcome"] == "failed"]
+    failed = [one.returncode for one in processes if one.returncode not in (0, NO_TESTS)]
+    if was_cut:
+        errors.insert(0, f"ended after {seconds:.0f} s")
+    elif failed and not errors:
+        words = [line for line in logs[0].read_text(errors="replace").splitlines() if line.strip()]
+        signalled = f"ended by signal {-failed[0]}" if failed[0] < 0 else ""
+        errors.append(signalled or (words or ["no word"])[-1])
+    elif not errors and not counts["passed"]:
+        errors.append("no test ran: " + next((line["error"] for line in tests), "none was found"))
+    found = {
+        "state": "cut" if was_cut else "failed" if errors else "done",
+        "seconds": round(time.monotonic() - start, 2),
+        "tests": dict(counts),
+    }
+    return found | ({"error": errors[0][:300]} if errors else {})
+
+
+NO_TESTS = 5  # pytest's status of a share that has none
+
+
+def pytest_arguments(step: Step, record: Path, share: int, rest: bool) -> list[str]:
+    ours = ["-p", "no:cacheprovider", "-p", "gpu_plugin"]
+    ours += [f"--record={record}", f"--step={step.name}", f"--share={share}/{step.shares}"]
+    return [*ours, *["--rest"] * rest, *step.arguments]
+
+
+def start_pytest(arguments: list[str], environment: dict[str, str], output) -> subprocess.Popen:
+    """In a group of its own, so that what it starts ends with it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pytest", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        process_group=0,
+    )
+
+
+def environment(results: Path) -> dict[str, str]:
+    """Of a step's process: where imports, the rows and CUDA are, which AOTInductor links with."""
+    nvcc = shutil.which("nvcc")
+    home = Path(nvcc).resolve().parents[1] if nvcc else Path("/usr/local/cuda")
+    paths = str(inplace(ROOT)), str(ROOT / "bench"), os.environ.get("PYTHONPATH")
+    values = {"RESULTS": str(results), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return ({"CUDA_HOME": str(home)} if home.exists() else {}) | os.environ | values
 
 
 def inplace(root: Path) -> Path:
@@ -118,36 +238,126 @@ def inplace(root: Path) -> Path:
     return folder
 
 
-class _TestRows:
-    """Part test: a row a test file, written when the next file begins and at the end."""
+BUILT = {
+    "gentron_kernels/libgentron.so": "kernels/libgentron.so",
+    "gentron_fast/_runtime.so": "gentron_fast/_runtime.so",
+    "gentron_fast/gentron-sample": "gentron_fast/gentron-sample",
+}
 
-    def __init__(self):
-        self.file, self.counts, self.seconds = None, {}, 0.0
 
-    def pytest_runtest_logreport(self, report):
-        file = report.nodeid.partition("::")[0]
-        if file != self.file:
-            self.write()
-            self.file, self.counts, self.seconds = file, {}, 0.0
-        self.seconds += report.duration
-        if report.when == "call" or report.outcome != "passed":
-            self.counts[report.outcome] = self.counts.get(report.outcome, 0) + 1
+class Build:
+    """The C++, built beside the first steps where it is not built, and put in place whole."""
 
-    def pytest_sessionfinish(self):
-        self.write()
-
-    def write(self):
-        if self.file is None:
+    def __init__(self, needed: bool = True):
+        self.process, self.reason = None, None
+        if not needed or all((ROOT / target).exists() for target in BUILT.values()):
             return
-        from contest import DEVICE
-        from records import append_row, environment
+        SCRATCH.mkdir(parents=True, exist_ok=True)
+        self.log = SCRATCH / "build.txt"
+        command = [sys.executable, "setup.py", "-q", "build_ext"]
+        command += ["--build-lib", str(SCRATCH / "lib"), "--build-temp", str(SCRATCH / "objects")]
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, process_group=0
+            )
 
-        row = {"operator": self.file, "outcomes": self.counts, "seconds": round(self.seconds, 2)}
-        append_row(os.environ["RESULTS"], "test", row | environment(DEVICE))
+    def wait(self, seconds: float) -> str | None:
+        """Why there is none, in one line, once it has ended or the seconds have."""
+        if self.process is None:
+            return self.reason
+        if not _ended(self.process, time.monotonic() + seconds):
+            return f"the C++ was not built within {seconds:.0f} s"
+        if self.process.returncode == 0:
+            for built, target in BUILT.items():
+                os.replace(SCRATCH / "lib" / built, ROOT / target)
+        else:
+            words = self.log.read_text(errors="replace").splitlines() or ["no message"]
+            error = next((line for line in words if "error:" in line), words[-1])
+            self.reason = f"the C++ does not build here: {error}"
+        self.process = None
+        return self.reason
+
+    def end(self) -> None:
+        if self.process is not None:
+            _kill(self.process)
 
 
-def pytest_configure(config):
-    config.pluginmanager.register(_TestRows())
+def _ended(process: subprocess.Popen, deadline: float) -> bool:
+    try:
+        process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _kill(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def told(name: str, found: dict) -> str:
+    counts = ", ".join(f"{number} {outcome}" for outcome, number in found.get("tests", {}).items())
+    parts = [counts, found.get("error", "")]
+    seconds = f"{found['seconds']:6.1f} s"
+    return f"{name:<14} {found['state']:<7} {seconds}  {': '.join(filter(None, parts))}"
+
+
+def print_rows(results: Path, since: str) -> None:
+    """The rows that came into the folder since then, as a table."""
+    from contest import table
+    from records import read_rows
+
+    rows = [row for path in sorted(results.glob("*.json")) for row in read_rows(path)]
+    rows = [row for row in rows if "contenders" in row and row["time"] >= since]
+    print("\n".join(table(rows)))
+
+
+def note(record: Path, **line) -> None:
+    """Add a line to the record, whole even where several processes write at once."""
+    record.parent.mkdir(parents=True, exist_ok=True)
+    words = json.dumps(line | {"time": datetime.now().isoformat(timespec="seconds")}) + "\n"
+    handle = os.open(record, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, words.encode())
+    finally:
+        os.close(handle)
+
+
+def lines_of(record: Path) -> list[dict]:
+    """The record's lines since the last whole run began; one that was cut short is left out."""
+    from gentron_fast.files import read_json_lines
+
+    lines = read_json_lines(record) if record.exists() else []
+    last = max((i for i, line in enumerate(lines) if "run" in line), default=0)
+    return lines[last:]
+
+
+def left_over(steps, lines: list[dict]) -> tuple[Step, ...]:
+    """The steps that are not done: failed, cut, ended with the call, or never begun."""
+    states = {line["step"]: line["state"] for line in lines if "state" in line}
+    return tuple(step for step in steps if states.get(step.name) != "done")
+
+
+def passed(lines: list[dict], step: str) -> set[str]:
+    """The tests of a step that need not run again."""
+    tests = [line for line in lines if "test" in line and line["step"] == step]
+    outcomes = {line["test"]: line["outcome"] for line in tests}
+    return {test for test, outcome in outcomes.items() if outcome == "passed"}
+
+
+def take_up(results: Path) -> Path | None:
+    """The newest record in the folder, or brought there from bench/results with its rows."""
+    for folder in (results, ROOT / "bench/results"):
+        found = max(folder.glob("gpu-*.jsonl"), key=lambda path: path.stat().st_mtime, default=None)
+        if found is None:
+            continue
+        results.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(f"*{found.stem.removeprefix('gpu')}.*"):
+            if not (results / path.name).exists():
+                shutil.copy(path, results)
+        return results / found.name
+    return None
 
 
 if __name__ == "__main__":

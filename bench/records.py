@@ -52,14 +52,18 @@ def append_row(folder: str | Path, part: str, row: dict) -> Path:
 
     The file is written aside and renamed: a process that is killed leaves the rows before.
     """
-    name = re.sub(r"[^a-z0-9]+", "-", f"{part} {row['device']}".lower()).strip("-")
-    path = Path(folder) / f"{name}-{row['time'][:10]}.json"
+    path = Path(folder) / f"{file_name(part, row['device'], row['time'][:10])}.json"
     rows = read_rows(path) if path.exists() else []
     rows = [old for old in rows if identity(old) != identity(row)]
     lines = ",\n".join(json.dumps(row) for row in [*rows, row])
     with whole_file(path) as partial:
         partial.write_text(f'{{"rows": [\n{lines}\n]}}\n')
     return path
+
+
+def file_name(part: str, device: str, day: str) -> str:
+    """PART-DEVICE-DATE, without an ending."""
+    return "-".join([*re.findall(r"[a-z0-9]+", f"{part} {device}".lower()), day])
 
 
 def read_rows(path: Path) -> list[dict]:

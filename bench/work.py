@@ -4,7 +4,7 @@ RESULTS=DIR python bench/work.py   8 frames at 512², prompt of 20 CLIP and 40 T
 """
 
 import os
-from contextlib import nullcontext
+from contextlib import ExitStack
 from unittest.mock import patch
 
 import torch
@@ -12,7 +12,7 @@ from bench_step import LAMBDA_T, STEP, TABLE, Step, flops_of
 from records import append_row, environment
 
 from gentron_fast import PRESETS
-from gentron_fast.guidance import GuidedDenoiser, denoiser
+from gentron_fast.guidance import GuidedDenoiser, contexts, shared
 from gentron_fast.layers import Block
 
 SHAPE = 1, 4, 8, 64, 64
@@ -34,16 +34,16 @@ def work(preset: str, lambda_m: float) -> dict:
     branches = [flops_of(step.model, x, step.timestep(STEP), *run) for run in runs]
     plain = sum(branches)
     counts = [plain, plain - (branches[0] if lambda_m == 1 else 0)]
-    for left_out in (
-        {"shared_context": Block.context, "merged_values": lambda layer: None},
-        {"merged_values": lambda layer: None},
-        {},
-    ):
+    no_folds = patch.object(contexts, "shared_context", Block.context)
+    no_merge = patch.object(shared, "merged_values", lambda layer: None)
+    for left_out in ((no_folds, no_merge), (no_merge,), ()):
         inputs = step.model, step.text, step.null_text, TABLE, LAMBDA_T, lambda_m, SHAPE[1:]
-        with patch.multiple(denoiser, **left_out) if left_out else nullcontext():
-            shared = GuidedDenoiser(*inputs)
-        shared.branches(latents, 0)  # makes the modulation rows of all steps
-        counts.append(flops_of(shared.branches, latents, 0))
+        with ExitStack() as stack:
+            for patched in left_out:
+                stack.enter_context(patched)
+            denoiser = GuidedDenoiser(*inputs)
+        denoiser.branches(latents, 0)  # makes the modulation rows of all steps
+        counts.append(flops_of(denoiser.branches, latents, 0))
     steps = zip(SOURCES, counts[:-1], counts[1:], strict=True)
     shares = {source: (before - after) / plain for source, before, after in steps}
     return {"flops": plain, "saved": shares | {"altogether": 1 - counts[-1] / plain}}

@@ -40,6 +40,17 @@ SECTIONS = {
         "gentron_fast.guidance.definition.guidance_weights": [],
         "gentron_fast.guidance.definition.guidance_schedule": [],
         "gentron_fast.guidance.denoiser.GuidedDenoiser": ["step", "branches"],
+        "gentron_fast.guidance.batch.GuidedBatch": ["step"],
+        "gentron_fast.guidance.contexts.PreparedText": ["of"],
+        "gentron_fast.guidance.shared.SharedWork": [],
+    },
+    "Serving: `gentron_fast.serving`": {
+        "gentron_fast.serving.request.Request": [],
+        "gentron_fast.serving.scheduler.Scheduler": ["submit", "stats", "close"],
+        "gentron_fast.serving.job.Job": ["cancel", "result", "add_done_callback"],
+        "gentron_fast.serving.scheduler.QueueFull": [],
+        "gentron_fast.serving.scheduler.SchedulerClosed": [],
+        "gentron_fast.serving.job.DeadlinePassed": [],
     },
     "Noise and solvers: `gentron_fast.diffusion`, `gentron_fast.solvers`": {
         "gentron_fast.diffusion.NoiseSchedule": [],

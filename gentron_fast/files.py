@@ -46,6 +46,15 @@ def write_json(path: Path, values: dict) -> None:
         partial.write_text(json.dumps(values, indent=2) + "\n")
 
 
+def read_json_lines(path: Path) -> list[dict]:
+    """The lines of a .jsonl file; one that a full disk or a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path beside `path`, with its ending, that takes its place at the end of the block.

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 from gentron_fast.config import MAX_FRAMES, GenTronConfig
 from gentron_kernels.attention import attention
-from gentron_kernels.layernorm_modulate import add_residual_ref, residual_layernorm_modulate
+from gentron_kernels.layernorm_modulate import (
+    Rows,
+    add_residual_ref,
+    residual_layernorm_modulate,
+)
 from gentron_kernels.linear import linear
 from gentron_kernels.spatial_attention import spatial_attention
 from gentron_kernels.temporal_attention import (
@@ -206,6 +210,14 @@ class FeedForward(nn.Module):
         return self.fc2(self.fc1(x))
 
 
+def unbound(modulation: Rows) -> list[Rows]:
+    """The shift, scale and gate rows, one operand each, of rows (B, k, D) or (table, index)."""
+    if isinstance(modulation, tuple):
+        table, index = modulation
+        return [(rows, index) for rows in table.unbind(1)]
+    return list(modulation.unbind(1))
+
+
 class Block(nn.Module):
     """Spatial self-attention → cross-attention → temporal self-attention → MLP (paper, fig. 3).
 
@@ -245,19 +257,19 @@ class Block(nn.Module):
         self,
         x: Tensor,
         y: Tensor | None,
-        gate: Tensor | None,
-        modulation: Tensor,
+        gate: Rows | None,
+        modulation: Rows,
         context,
         motion_free,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Rows]:
         """One block on the stream x + gate · y.
 
-        x (B, T, N, D); y like x, the last sub-layer's output not yet added, or None; gate (B, D)
-        or None; modulation (B, 6, D); context of `Block.context`; motion_free (B,) bool, one bool
-        or None; both also in the shared forms of `gentron_fast.guidance.contexts`. Returns
-        (x, y, gate) of the same kind.
+        x (B, T, N, D); y like x, the last sub-layer's output not yet added, or None; gate: rows
+        (B, D) or None; modulation: rows (B, 6, D), or a table of them (P, 6, D) and an index (B,);
+        context of `Block.context`; motion_free (B,) bool, one bool or None; both also in the shared
+        forms of `gentron_fast.guidance.contexts`. Returns (x, y, gate) of the same kind.
         """
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.unbind(1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = unbound(modulation)
         x, h = residual_layernorm_modulate(x, y, gate, shift_a, scale_a)
         y, gate = self.self_attention(h), gate_a
         if self.encoder is not None:
@@ -292,6 +304,6 @@ class FinalLayer(nn.Module):
             return self.table + time[:, None]
         return self.adaln(F.silu(c)).unflatten(1, (2, -1))
 
-    def forward(self, x: Tensor, y: Tensor, gate: Tensor, modulation: Tensor) -> Tensor:
-        """x, y (B, T, N, D) → patches (B, T, N, p² · C)."""
-        return self.linear(residual_layernorm_modulate(x, y, gate, *modulation.unbind(1))[1])
+    def forward(self, x: Tensor, y: Tensor, gate: Rows, modulation: Rows) -> Tensor:
+        """x, y (B, T, N, D), gate and modulation as in `Block.forward` → (B, T, N, p² · C)."""
+        return self.linear(residual_layernorm_modulate(x, y, gate, *unbound(modulation))[1])

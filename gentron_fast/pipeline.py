@@ -239,7 +239,7 @@ class GenTronPipeline:
         self.warn_of_shape(
             sampling.shape[1], *(side * self.vae.factor for side in sampling.shape[2:])
         )
-        text, null_text = self.encode(sampling)
+        text, null_text = self.encode(sampling.prompts), self.encode(sampling.negatives)
         self._bring(self.transformer)
         denoiser = GuidedDenoiser(
             *(self.transformer, text, null_text, sampling.table),
@@ -348,16 +348,12 @@ class GenTronPipeline:
         return latents
 
     @torch.no_grad()
-    def encode(self, sampling: Sampling) -> tuple[TextCondition, TextCondition]:
-        """Text and null-text conditions of every prompt, in the transformer's dtype."""
-        text, null_text = self._texts(sampling.prompts), self._texts(sampling.negatives)
+    def encode(self, prompts: list[str]) -> TextCondition:
+        """The condition of prompts or negative prompts, in the transformer's dtype."""
+        text = self._texts(prompts)
         for name in self.transformer.config.encoders:
-            for condition in (text, null_text):
-                check_finite(
-                    getattr(condition, name).tokens, f"the tokens of the {name} encoder are"
-                )
-        dtype = self.transformer.patch_embed.weight.dtype
-        return text.to(self.device, dtype), null_text.to(self.device, dtype)
+            check_finite(getattr(text, name).tokens, f"the tokens of the {name} encoder are")
+        return text.to(self.device, self.transformer.patch_embed.weight.dtype)
 
     def encode_ahead(self, prompts: Sequence[str], batch: int = 16) -> None:
         """Encode all prompts of a run, negative ones too, then release the text encoders.

@@ -35,10 +35,10 @@ def guided_step(
     latents (B, C, T, H, W); branches: the noise predicted for the null text with the identity mask,
     the null text with motion, the text with motion, each like latents and of any floating dtype,
     or None where absent, at least one present; views are read in place where (T, H, W) is
-    contiguous. weights (3,) or (B, 3) and row (6,): alpha, sigma, a, b, c, d, fp32 or fp64, on
-    the latents' device: their values may change from step to step without recompilation.
-    x0_previous, noise: like latents; None counts as 0, and so does whatever meets c = 0 or d = 0.
-    d: like latents, in place of the row's, where that is not 0 (learned range).
+    contiguous. weights (3,) or (B, 3) and row (6,) or (B, 6): alpha, sigma, a, b, c, d, fp32 or
+    fp64, on the latents' device: their values may change from step to step without recompilation.
+    x0_previous, noise: like latents; None counts as 0, and so does whatever meets c = 0 or d = 0,
+    sample by sample. d: like latents, in place of the row's, where that is not 0 (learned range).
     rescale: phi of each sample, (B,) like weights, 0 (none) to 1: the guided noise is brought to
     the standard deviation of the text's branch, which must be there, by this share (Lin et al.
     2024, arXiv 2305.08891, section 3.4).
@@ -101,7 +101,8 @@ def guided_step_ref(
     )
     if rescale is not None:
         eps = rescaled_noise(eps, branches[2].to(dtype), rescale)
-    alpha, sigma, a, b, c, row_d = row.to(dtype).unbind()
+    per_sample = row.to(dtype).expand(x.shape[0], 6)[..., None, None, None, None]
+    alpha, sigma, a, b, c, row_d = per_sample.unbind(1)
     x0 = (x - sigma * eps) / alpha
     x_next = a * x + b * x0
     if x0_previous is not None:
@@ -179,6 +180,7 @@ def _guided_step_kernel(
     text_channel,
     weights_batch,
     weights_branch,
+    row_batch,
     row_stride,
     HAS_NULL_STILL: tl.constexpr,
     HAS_NULL_MOTION: tl.constexpr,
@@ -207,6 +209,7 @@ def _guided_step_kernel(
         HAS_NULL_MOTION,
         HAS_TEXT,
     )
+    row_ptr += sample * row_batch
     alpha = tl.load(row_ptr).to(tl.float64)
     sigma = tl.load(row_ptr + row_stride).to(tl.float64)
     a = tl.load(row_ptr + 2 * row_stride).to(tl.float64)
@@ -250,6 +253,7 @@ def _guided_step_cuda(
     batch, channels, size = latents.shape
     if latents.numel() == 0:
         return x_next, x0
+    row = row.expand(batch, 6)
     optional = null_still, null_motion, text, x0_previous, noise, d
     # An absent tensor is never read; any pointer stands in for it.
     branches = [latents if branch is None else branch for branch in optional[:3]]
@@ -267,7 +271,7 @@ def _guided_step_cuda(
             size,
             *(stride for branch in branches for stride in branch.stride()[:2]),
             *weights.stride(),
-            row.stride(0),
+            *row.stride(),
             *(tensor is not None for tensor in optional),
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
@@ -478,14 +482,13 @@ def _check(latents, branches, weights, row, x0_previous, noise, d, rescale) -> N
             )
     wide = torch.float32, torch.float64
     # Not `in` a tuple of both: under torch.export that would ask whether the batch is 3.
-    wanted = (3,) if weights.ndim == 1 else (latents.shape[0], 3)
-    if weights.dtype not in wide or weights.shape != wanted:
-        raise ValueError(
-            f"weights must be (3,) or ({latents.shape[0]}, 3) in fp32 or fp64, "
-            f"got {weights.dtype} {tuple(weights.shape)}"
-        )
-    if row.dtype not in wide or row.shape != (6,):
-        raise ValueError(f"row must be (6,) in fp32 or fp64, got {row.dtype} {tuple(row.shape)}")
+    for name, tensor, count in (("weights", weights, 3), ("row", row, 6)):
+        wanted = (count,) if tensor.ndim == 1 else (latents.shape[0], count)
+        if tensor.dtype not in wide or tensor.shape != wanted:
+            raise ValueError(
+                f"{name} must be ({count},) or ({latents.shape[0]}, {count}) in fp32 or fp64, "
+                f"got {tensor.dtype} {tuple(tensor.shape)}"
+            )
     if rescale is not None:
         if rescale.dtype not in wide or rescale.shape != (latents.shape[0],):
             raise ValueError(

@@ -95,10 +95,10 @@ def temporal_attention_ref(qkv: Tensor, motion_free: Tensor | bool | None = None
     return torch.where(motion_free[:, None, None, None], values, out)
 
 
-# A tile is 64 rows of one sample: the frames of 64 // T neighbouring sequences, frame by frame, so
-# that the rows of a frame are contiguous in memory and the tensor cores' tiles are full. A mask
-# keeps the sequences apart. A head is one or two blocks of columns, each a power of two: 72 = 64 +
-# 8 of 16 costs 80 columns of tensor-core work and not 128. Padding is in registers only.
+# A tile is 64 or 32 rows of one sample: the frames of ROWS // T neighbouring sequences, frame by
+# frame, so that the rows of a frame are contiguous in memory and the tensor cores' tiles are full.
+# A mask keeps the sequences apart. A head is one or two blocks of columns, each a power of two: 72
+# = 64 + 8 of 16 costs 80 columns of tensor-core work and not 128. Padding is in registers only.
 
 
 @launch.jit
@@ -189,15 +189,15 @@ def _temporal_attention_fwd_kernel(
         motion_free_ptr, tokens, HAS_FLAGS, T, H, DH, ROWS
     )
     k_ptr, v_ptr = qkv_ptr + H * DH, qkv_ptr + 2 * H * DH
-    v = _load(v_ptr, rows, inside, 0, BLOCK, DH)
-    if REST:
-        v_rest = _load(v_ptr, rows, inside, BLOCK, REST, DH)
     # Under a mask and not in the branch: every load is under way before the first is used.
     q = _load(qkv_ptr, rows, attended, 0, BLOCK, DH)
     k = _load(k_ptr, rows, attended, 0, BLOCK, DH)
     if REST:
         q_rest = _load(qkv_ptr, rows, attended, BLOCK, REST, DH)
         k_rest = _load(k_ptr, rows, attended, BLOCK, REST, DH)
+    v = _load(v_ptr, rows, inside, 0, BLOCK, DH)
+    if REST:
+        v_rest = _load(v_ptr, rows, inside, BLOCK, REST, DH)
     if motion_free != 0:
         _store(out_ptr, out_rows, inside, v, 0, BLOCK, DH)
         if REST:
@@ -360,13 +360,13 @@ def _launch_options(qkv: Tensor, motion_free: Tensor | None, backward: bool = Fa
     batch, frames, tokens, _, heads, size = qkv.shape
     # Constants of the kernel: a compiled graph is one for these, and not for B and N.
     frames, heads, size = int(frames), int(heads), int(size)
-    constants = _constants(frames, heads, size, motion_free is not None, qkv.itemsize)
+    constants = _constants(frames, heads, size, motion_free is not None, qkv.itemsize, backward)
     grid = (batch * -(-(tokens * heads) // (constants["ROWS"] // frames)),)
     return grid, constants | {"num_warps": _num_warps(constants, qkv.itemsize, backward)}
 
 
 def _constants(
-    frames: int, heads: int, size: int, has_flags: bool, itemsize: int
+    frames: int, heads: int, size: int, has_flags: bool, itemsize: int, backward: bool
 ) -> dict[str, int]:
     # A tile holds rows // T sequences of T frames. fp32 is computed outside the tensor cores, where
     # every row of a tile is work, and a large tile does not fit the registers.
@@ -376,6 +376,8 @@ def _constants(
     rest = max(16, 1 << (size - block - 1).bit_length())
     if block < 16 or block + rest >= whole:
         block, rest = whole, 0
+    if itemsize < 4 and backward and block > 64 and frames <= TILE_ROWS // 4:
+        rows = TILE_ROWS // 2  # three times as many programs fit a multiprocessor at once
     names = "HAS_FLAGS", "T", "H", "DH", "BLOCK", "REST", "ROWS"
     return dict(zip(names, (has_flags, frames, heads, size, block, rest, rows), strict=True))
 
@@ -383,8 +385,7 @@ def _constants(
 def _num_warps(constants: dict[str, int], itemsize: int, backward: bool) -> int:
     is_wide = constants["BLOCK"] > 64
     if itemsize < 4:
-        spills_on_sm_80 = not (backward or is_wide or constants["HAS_FLAGS"])  # with four warps
-        return 8 if (backward and is_wide) or spills_on_sm_80 else 4
+        return 8 if backward and is_wide and constants["ROWS"] == TILE_ROWS else 4
     if constants["ROWS"] == 16:
         return 4
     return 16 if is_wide else 8
@@ -397,13 +398,13 @@ def compile_cases():
     for preset, size in ("XL/2", 72), ("G/2", 104):
         for frames, dtype, has_flags in variants:
             itemsize = 4 if dtype == "fp32" else 2
-            constants = _constants(frames, 16, size, has_flags, itemsize)
             name = f"{preset} t = {frames} {dtype}" + ", no flags" * (not has_flags)
             for kernel in _temporal_attention_fwd_kernel, _temporal_attention_bwd_kernel:
+                backward = kernel is _temporal_attention_bwd_kernel
+                constants = _constants(frames, 16, size, has_flags, itemsize, backward)
                 signature = {a: f"*{dtype}" for a in kernel.arg_names if a.endswith("_ptr")}
                 signature |= {"motion_free_ptr": "*u8"} if has_flags else {}
                 signature["tokens"] = "i32"
-                backward = kernel is _temporal_attention_bwd_kernel
                 yield name, kernel, signature, constants, _num_warps(constants, itemsize, backward)
 
 

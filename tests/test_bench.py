@@ -1,19 +1,22 @@
 """The measuring: who is timed and how, where rows go, the report, and the parts of the GPU run."""
 
-import ast
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import contest as measuring
 import gpu
 import pytest
 import records
+import rehearsal
 import report
+import scale
 import torch
 import work
 from bench_step import Step
@@ -248,43 +251,203 @@ def test_the_roofline_is_a_picture_of_rows_with_flops(tmp_path):
 
 def test_without_cuda_the_gpu_run_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["ops"]) == 2
+    assert gpu.main(["--part", "ops"]) == gpu.main([]) == gpu.NO_CUDA
     assert capsys.readouterr().out.startswith("make gpu: no CUDA device here")
-    assert gpu.main([]) == gpu.main(["all"]) == 1
-    assert "PART=test|ops|step|train|export" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        gpu.main(["--part", "all"])
+    assert "argument --part: invalid choice: 'all'" in capsys.readouterr().err
 
 
-def test_a_part_without_benchmarks_says_so(monkeypatch, capsys):
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    """plan(NAME=(limit, body of a test file), ...): steps, in place of those of `make gpu`."""
     monkeypatch.setattr(gpu, "missing", lambda: None)
-    monkeypatch.setitem(gpu.PARTS, "step", ["bench/bench_of_tomorrow.py"])
-    assert gpu.main(["step"]) == 3
-    assert "nothing in part step yet: bench/bench_of_tomorrow.py" in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "SCRATCH", tmp_path / "scratch")
+    monkeypatch.setattr(gpu, "BUILT", {})
+    monkeypatch.setattr(gpu, "LEAST", 0.1)
+    bare = {"PYTHONPATH": BENCH, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    monkeypatch.setattr(gpu, "environment", lambda results: os.environ | bare)
+    monkeypatch.setattr(records, "device_name", lambda device: "Abacus 9")
+
+    def make(**files):
+        steps = []
+        for name, (limit, body) in files.items():
+            (tmp_path / f"test_{name}.py").write_text(body)
+            steps.append(gpu.Step(name, limit, ("-q", str(tmp_path / f"test_{name}.py"))))
+        monkeypatch.setattr(gpu, "PLAN", tuple(steps))
+        return tuple(steps)
+
+    return make
 
 
-def test_part_test_writes_a_row_a_file(tmp_path, monkeypatch):
-    for name, body in {"a": "assert True", "b": "assert False"}.items():
-        (tmp_path / f"test_{name}.py").write_text(f"def test(): {body}\n")
-    monkeypatch.setattr(gpu, "missing", lambda: None)
-    monkeypatch.setitem(gpu.PARTS, "test", [str(tmp_path / f"test_{name}.py") for name in "ab"])
-    assert gpu.main(["test", str(tmp_path / "results")]) == 1
-    (written,) = (tmp_path / "results").iterdir()
-    outcomes = [row["outcomes"] for row in records.read_rows(written)]
-    assert outcomes == [{"passed": 1}, {"failed": 1}]
+BENCH = str(ROOT / "bench")
+PASSES, HANGS = "def test(): pass\n", "import time\ndef test(): time.sleep(600)\n"
 
 
-def test_a_part_that_runs_too_long_is_ended(tmp_path, monkeypatch, capsys):
-    endless, started = tmp_path / "test_endless.py", []
-    endless.write_text("import time\ndef test(): time.sleep(600)\n")
-    popen = subprocess.Popen
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1]
+def run_gpu(folder, *arguments) -> tuple[int, dict[str, dict], list[dict]]:
+    """The status, the last line of each step, and the lines of tests."""
+    status = gpu.main(["--results", str(folder), *arguments])
+    (record,) = folder.glob("gpu-abacus-9-*.jsonl")
+    lines = gpu.lines_of(record)
+    steps = {line["step"]: line for line in lines if "state" in line}
+    return status, steps, [line for line in lines if "test" in line]
+
+
+def test_a_step_that_fails_or_hangs_costs_its_share_alone(plan, tmp_path, capsys):
+    plan(
+        good=(60, PASSES + "def test_too(): pass\n"),
+        wrong=(60, "def test():\n    print('seen before')\n    assert 1 == 2, 'not equal'\n"),
+        endless=(3, HANGS),
+        unknown=(60, "import no_such_module\n"),
+        killed=(60, "import os\ndef test(): os.kill(os.getpid(), 9)\n"),
+        absent=(60, "import pytest\npytest.importorskip('no_such_module')\n"),
+        last=(60, PASSES),
     )
-    monkeypatch.setattr(gpu, "missing", lambda: None)
-    monkeypatch.setattr(gpu, "LIMIT", 0.5)
-    monkeypatch.setitem(gpu.PARTS, "test", [str(endless)])
-    assert gpu.main(["test", str(tmp_path)]) == 124
-    assert "part test was ended after 0.5 s" in capsys.readouterr().out
-    assert started[0].poll() == -signal.SIGKILL
+    status, steps, tests = run_gpu(tmp_path / "results")
+    assert status == gpu.FAILED
+    assert {name: line["state"] for name, line in steps.items()} == {
+        **{"good": "done", "wrong": "failed", "endless": "cut", "unknown": "failed"},
+        **{"killed": "failed", "absent": "failed", "last": "done"},
+    }
+    assert steps["good"]["tests"] == {"passed": 2} and "error" not in steps["good"]
+    assert steps["wrong"]["error"] == "AssertionError: not equal"
+    assert steps["endless"]["error"] == "ended after 3 s"
+    unknown = "ModuleNotFoundError: No module named 'no_such_module'"
+    assert steps["unknown"]["error"] == unknown
+    assert steps["killed"]["error"] == "ended by signal 9"
+    assert "no test ran: could not import 'no_such_module'" in steps["absent"]["error"]
+    assert [line["outcome"] for line in tests[:3]] == ["passed", "passed", "failed"]
+    (log,) = (tmp_path / "results").glob("*.log")
+    assert "--- wrong-0" in log.read_text() and "seen before" in log.read_text()
+    printed = capsys.readouterr().out
+    assert "endless        cut" in printed and ": AssertionError: not equal" in printed
+
+
+def test_the_limit_cuts_the_plan_anywhere_and_rest_takes_what_is_left(plan, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    counted = f"def test(): open({str(runs)!r}, 'a').write('x')\n"
+    flaky = f"def test_waits():\n    import os, time\n    os.path.exists({str(runs)!r} + '2') or "
+    plan(good=(60, counted), half=(60, counted + flaky + "time.sleep(600)\n"), never=(60, PASSES))
+    folder = tmp_path / "results"
+    status, steps, tests = run_gpu(folder, "--limit", "6")
+    assert status == gpu.OUT_OF_TIME
+    assert [line["state"] for line in steps.values()] == ["done", "cut", "cut"]
+    assert steps["never"]["error"] == "not begun: 6 s ended" and len(tests) == 2
+    (tmp_path / "runs2").touch()
+    status, steps, tests = run_gpu(folder, "--rest")
+    assert status == 0 and {line["state"] for line in steps.values()} == {"done"}
+    assert [Path(line["test"]).name for line in tests[2:]] == [
+        *("test_half.py::test_waits", "test_never.py::test")
+    ]
+    assert runs.read_text() == "xx"
+    assert gpu.main(["--results", str(folder), "--rest"]) == 0
+    assert "every step of gpu-abacus-9" in capsys.readouterr().out
+    assert run_gpu(folder, "--limit", "0.01")[1].keys() == {"good", "half", "never"}  # a new run
+
+
+def test_rest_brings_the_rows_of_the_run_before_along(plan, tmp_path, monkeypatch, capsys):
+    plan(good=(60, PASSES))
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    assert gpu.main(["--results", str(tmp_path / "new"), "--rest"]) == gpu.NOTHING_LEFT
+    assert "nothing to take up" in capsys.readouterr().out
+    before = tmp_path / "bench/results/gpu-abacus-9-2026-01-02.jsonl"
+    gpu.note(before, run="begun")
+    gpu.note(before, step="good", state="begun")
+    records.append_row(before.parent, "ops", row_of())
+    records.append_row(before.parent, "ops", row_of(time="2025-01-01T00:00:00"))
+    assert gpu.main(["--results", str(tmp_path / "new"), "--rest"]) == 0
+    names = {path.name for path in (tmp_path / "new").iterdir()}
+    stem = "abacus-9-2026-01-02"
+    assert names == {f"gpu-{stem}.jsonl", f"gpu-{stem}.log", f"ops-{stem}.json"}
+
+
+def test_rows_survive_a_kill_in_the_middle(tmp_path):
+    (tmp_path / "test_kept.py").write_text(f"""
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {BENCH!r})
+
+def test_measured():
+    import records
+    row = {{"device": "A", "time": "2026-01-02T03:04:05"}}
+    records.append_row(os.environ["RESULTS"], "ops", row)
+
+def test_hangs():
+    Path({str(tmp_path)!r}, "partial").write_text(str(os.getpid()))
+    os.rename(Path({str(tmp_path)!r}, "partial"), Path({str(tmp_path)!r}, "pid"))
+    time.sleep(600)
+""")
+    code = f"""
+import gpu
+from pathlib import Path
+folder = Path({str(tmp_path)!r})
+gpu.SCRATCH, gpu.BUILT = folder / "scratch", {{}}
+step = gpu.Step("kept", 60, ("-q", str(folder / "test_kept.py")))
+gpu.run_plan([step], folder / "gpu-a.jsonl", 60)
+"""
+    run = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": BENCH})
+    pid = tmp_path / "pid"
+    assert within(60, pid.exists)
+    run.kill()
+    run.wait()
+    assert within(5, lambda: not Path("/proc", pid.read_text()).exists())
+    assert len(records.read_rows(tmp_path / "ops-a-2026-01-02.json")) == 1
+    record = tmp_path / "gpu-a.jsonl"
+    with record.open("a") as torn:
+        torn.write('{"step": "kept", "state": "do')
+    lines, step = gpu.lines_of(record), gpu.Step("kept", 60, ())
+    assert gpu.left_over([step], lines) == (step,)
+    assert [Path(test).name for test in gpu.passed(lines, "kept")] == [
+        "test_kept.py::test_measured"
+    ]
+
+
+def within(seconds: float, is_so) -> bool:
+    deadline = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return is_so()
+
+
+@pytest.mark.parametrize("shares", [2])
+def test_shares_of_a_step_run_each_test_once(plan, tmp_path, monkeypatch, shares):
+    (step,) = plan(many=(60, "".join(f"def test_{i}(): pass\n" for i in range(5))))
+    monkeypatch.setattr(gpu, "PLAN", (replace(step, shares=shares),))
+    _, steps, tests = run_gpu(tmp_path / "results")
+    assert steps["many"]["tests"] == {"passed": 5} and len({line["test"] for line in tests}) == 5
+
+
+SETUP = """
+import sys
+from pathlib import Path
+lib = Path(sys.argv[sys.argv.index("--build-lib") + 1])
+for name in ("gentron_kernels/libgentron.so", "gentron_fast/_runtime.so"):
+    (lib / name).parent.mkdir(parents=True)
+    (lib / name).write_text(name)
+"""
+
+
+def test_the_code_is_built_beside_the_steps_and_put_in_place_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "SCRATCH", tmp_path / "scratch")
+    files = list(gpu.BUILT.items())[:2]
+    monkeypatch.setattr(gpu, "BUILT", dict(files))
+    for _, target in files:
+        (tmp_path / target).parent.mkdir()
+    (tmp_path / "setup.py").write_text("print('cc: error: no header')\nraise SystemExit(1)\n")
+    failing = gpu.Build()
+    reason = "the C++ does not build here: cc: error: no header"
+    assert failing.wait(60) == reason == failing.wait(0)
+    (tmp_path / "setup.py").write_text(HANGS + "test()\n")
+    endless = gpu.Build()
+    assert endless.wait(0.1) == "the C++ was not built within 0 s"
+    process = endless.process
+    endless.end()
+    assert process.returncode == -signal.SIGKILL
+    (tmp_path / "setup.py").write_text(SETUP)
+    assert gpu.Build().wait(60) is None
+    assert [(tmp_path / target).read_text() for _, target in files] == [name for name, _ in files]
+    assert gpu.Build().process is None
 
 
 def test_the_checkout_runs_in_place(tmp_path):
@@ -295,20 +458,6 @@ def test_the_checkout_runs_in_place(tmp_path):
     assert {link.name: link.resolve() for link in folder.iterdir()} == {
         name: tmp_path / target for name, target in gpu.INPLACE.items()
     }
-
-
-def test_part_test_needs_no_package_that_may_be_absent():
-    absent_there = {"diffusers", "transformers", "deepspeed", "webdataset", "av", "tqdm", "PIL"}
-    paths = [ROOT / path for path in gpu.PARTS["test"]]
-    files = [file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])]
-    for file in files:
-        names = set()
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import):
-                names |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                names.add(node.module.partition(".")[0])
-        assert not names & absent_there, file
 
 
 def test_copies_of_a_model_are_made_where_it_runs(monkeypatch):
@@ -341,16 +490,68 @@ def test_work_is_counted_by_source():
     assert shares["branches that weigh nothing"] == pytest.approx(1 / 3, abs=0.02)
 
 
-def test_a_part_whose_code_does_not_build_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "missing", lambda: None)
-    monkeypatch.setattr(gpu, "build", lambda: "g++: no such file")
-    assert gpu.main(["test"]) == gpu.NO_BUILD
-    assert "does not build here: g++: no such file" in capsys.readouterr().out
+def test_the_gpu_run_is_rehearsed_and_fits_its_minutes():
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, which need not be pretended")
+    command = [sys.executable, "bench/gpu.py", "--dry"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = [line.split() for line in run.stdout.splitlines()]
+    walked = {line[0]: line[1] for line in lines if line[1:2] in (["well"], ["failed"])}
+    assert walked == dict.fromkeys((step.name for step in gpu.PLAN), "well")
+    (total,) = (line for line in lines if line[:1] == ["all"])
+    assert 300 < float(total[1]) < gpu.LIMIT == float(total[3])
+
+
+def test_the_rehearsal_has_what_a_clone_has(tmp_path, monkeypatch):
+    root, copy = tmp_path / "root", tmp_path / "copy"
+    for name in ("kept/a.py", "kernels/libgentron.so", "notes.txt", "gone.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    (root / ".gitignore").write_text("notes.txt\n*.so\n")
+    subprocess.run(["git", "init", "-q", root], check=True)
+    subprocess.run(["git", "-C", root, "add", "gone.py"], check=True)
+    (root / "gone.py").unlink()
+    rehearsal.copy_checkout(root, copy)
+    files = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
+    assert files == {".gitignore", "kept/a.py", "kernels/libgentron.so"}
+
+
+def test_the_rehearsal_takes_no_argument_that_torch_2_11_lacks():
+    assert rehearsal._compile(double, fullgraph=True, mode="default") is double
+    with pytest.raises(TypeError, match="recompile_limit"):
+        rehearsal._compile(double, recompile_limit=64)
 
 
 @pytest.mark.parametrize("part", ["ops", "step"])
 def test_every_benchmark_of_a_part_runs(part):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["--benchmark-disable", "--full", *gpu.PARTS[part], "-k", "not slice"]
+    command += ["--benchmark-disable", "--full", *gpu.EVERY_ROW[part], "-k", "not slice"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_the_table_on_paper_is_the_scripts(tmp_path):
+    page = tmp_path / "scaling.md"
+    page.write_bytes(scale.PAGE.read_bytes())
+    scale.main(page)
+    assert page.read_text() == scale.PAGE.read_text(), "docs/scaling.md: python bench/scale.py"
+    page.write_text("no table")
+    with pytest.raises(ValueError, match="must hold the lines"):
+        scale.main(page)
+
+
+def test_waits_are_those_of_queueing_theory():
+    # One server: Pollaczek and Khinchine. Many: half of Erlang's C, in a textbook's figures.
+    assert scale.mean_wait(1, 2.0, 0.9) == pytest.approx(9.0)
+    assert scale.mean_wait(2, 1.0, 0.5) == pytest.approx(1 / 3 / 2 / 2 / 0.5)
+    assert scale.mean_wait(512, 10.0, 0.9) < 0.1
+
+
+def test_a_measured_step_takes_the_place_of_the_predicted_one(monkeypatch):
+    row = row_of(operator=f"guided step, {scale.MODEL}", device="NVIDIA H200", dtype="bfloat16")
+    row |= {"shape": list(scale.SHAPE)}
+    ms = row["contenders"][OURS]["ms"]
+    monkeypatch.setattr(scale, "newest_rows", lambda *_: [row])
+    assert scale.step_seconds() == (ms / 1e3, "measured")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gentron_fast.files import whole_file
+from gentron_fast.files import read_json_lines, whole_file
 from gentron_fast.media import write_media
 
 LOG_NAME = "log.jsonl"
@@ -34,7 +34,7 @@ def check_log(path: Path, fields: Collection[str] = FIELDS) -> None:
     if not path.exists():
         return
     try:
-        lines, rows = path.read_text().splitlines(), read_log(path)
+        lines, rows = path.read_text().splitlines(), read_json_lines(path)
         ours = all(line.startswith("{") for line in lines) and bool(rows or not lines)
         ours = ours and all(row.keys() >= set(fields) for row in rows)
     except UnicodeDecodeError:
@@ -71,7 +71,7 @@ class RunLog:
         run.mkdir(parents=True, exist_ok=True)
         check_log(self.path)
         if resumed_at is not None and self.path.exists():
-            kept = [row for row in read_log(self.path) if row["step"] <= resumed_at]
+            kept = [row for row in read_json_lines(self.path) if row["step"] <= resumed_at]
             with whole_file(self.path) as partial:
                 partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         elif resumed_at is None:
@@ -144,20 +144,11 @@ class RunLog:
                 draw_curve(self.path, curve)
 
 
-def read_log(path: Path) -> list[dict]:
-    """The lines of a log.jsonl; one that a full disk cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
-
-
 def draw_curve(log: Path, picture: Path) -> None:
     """The loss over the steps of a log.jsonl, as a picture."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in read_log(log) if row["loss"] is not None]
+    rows = [row for row in read_json_lines(log) if row["loss"] is not None]
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
     axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)

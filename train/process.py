@@ -15,6 +15,8 @@ import torch
 
 from gentron_train.allocator import keep_freed_memory
 
+REASON_LENGTH = 300  # letters of a library's message
+
 
 class Launcher:
     """The process that started this rank, looked at before anything that takes long.
@@ -117,9 +119,16 @@ def say(text: str) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call an entry point; wrong input ends it with one line and exit code 2."""
+    """Call an entry point; wrong input, and a rank that is gone, end it with one line and exit code
+    2."""
     try:
         main()
-    except (ValueError, OSError) as error:
-        print(f"rank {os.environ.get('RANK', 0)}: error: {error}", file=sys.stderr, flush=True)
+    except (ValueError, OSError, RuntimeError) as error:
+        reason = str(error)
+        if isinstance(error, torch.distributed.DistError) or "/gloo/" in reason:
+            reason = " ".join(reason.rpartition("] ")[2].split())[:REASON_LENGTH]
+            reason = f"another rank is gone ({reason}); go on with --resume"
+        elif isinstance(error, RuntimeError):
+            raise
+        print(f"rank {os.environ.get('RANK', 0)}: error: {reason}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -82,15 +82,7 @@ void steps(
     Tensor& x_next, Tensor& x0) {
   const int64_t channels = latents.size(1), size = latents.size(2);
   const int64_t blocks = (size + kBlock - 1) / kBlock;
-  Row coefficients;
-  std::copy_n(row.const_data_ptr<double>(), coefficients.size(), coefficients.begin());
-  // A coefficient of 0 leaves its tensor unread: the first step has no x0 of a step before.
-  const T* previous = coefficients[4] != 0 ? address<T>(x0_previous) : nullptr;
-  const T* drawn = coefficients[5] != 0 ? address<T>(noise) : nullptr;
-  if (!previous) coefficients[4] = 0;
-  if (!drawn) coefficients[5] = 0;
-  const T* own_d = drawn ? address<T>(d) : nullptr;
-  const auto kernel = own_d ? step<true, T, E> : step<false, T, E>;
+  const double* rows = row.const_data_ptr<double>();
   const T* x = latents.const_data_ptr<T>();
   T *next = x_next.mutable_data_ptr<T>(), *clean = x0.mutable_data_ptr<T>();
   at::parallel_for(
@@ -102,6 +94,16 @@ void steps(
           const auto branch = [&](int index) {
             return elements<E>(branches[index], sample, channel, start);
           };
+          Row coefficients;
+          std::copy_n(rows + sample * coefficients.size(), coefficients.size(),
+                      coefficients.begin());
+          // A coefficient of 0 leaves its tensor unread: the first step has no x0 of a step before.
+          const T* previous = coefficients[4] != 0 ? address<T>(x0_previous) : nullptr;
+          const T* drawn = coefficients[5] != 0 ? address<T>(noise) : nullptr;
+          if (!previous) coefficients[4] = 0;
+          if (!drawn) coefficients[5] = 0;
+          const T* own_d = drawn ? address<T>(d) : nullptr;
+          const auto kernel = own_d ? step<true, T, E> : step<false, T, E>;
           const auto like_x = [&](const T* base) { return base ? base + offset : kZeros<T>; };
           kernel(std::min(kBlock, size - start), own_weights(weights, branches, sample),
                  coefficients, x + offset, branch(0), branch(1), branch(2), like_x(previous),
@@ -150,8 +152,9 @@ std::tuple<Tensor, Tensor> guided_step(
       "latents must be contiguous (B, C, P), got ", latents.sizes());
   check_weights(weights, latents.size(0));
   TORCH_CHECK_VALUE(
-      row.sizes() == at::IntArrayRef({6}) && row.is_cpu(), "row must be (6,) on the CPU, got ",
-      row.sizes());
+      (row.sizes() == at::IntArrayRef({6}) ||
+       row.sizes() == at::IntArrayRef({latents.size(0), 6})) && row.is_cpu(),
+      "row must be (6,) or (", latents.size(0), ", 6) on the CPU, got ", row.sizes());
   check_like(x0_previous, latents, "x0_previous");
   check_like(noise, latents, "noise");
   check_like(d, latents, "d");
@@ -159,7 +162,7 @@ std::tuple<Tensor, Tensor> guided_step(
   const at::ScalarType dtype = check_branches(branches, latents.sizes());
   Tensor x_next = at::empty_like(latents), x0 = at::empty_like(latents);
   const Tensor weights64 = weights.to(at::kDouble).contiguous();
-  const Tensor row64 = row.to(at::kDouble).contiguous();
+  const Tensor row64 = row.to(at::kDouble).expand({latents.size(0), 6}).contiguous();
   AT_DISPATCH_FLOATING_TYPES(latents.scalar_type(), "guided_step_cpu", [&] {
     using T = scalar_t;
     AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, dtype, "guided_step_cpu", [&] {

@@ -11,10 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gentron_fast.guidance.contexts import FoldedContext, fold, merged_values
+from gentron_fast.guidance.contexts import FoldedContext, block_context, fold, merged_values
 from gentron_fast.guidance.steps import (
     Branches,
-    block_context,
     embed,
     finish,
     leading_motion_free,
@@ -311,10 +310,11 @@ def _block(
         own = contexts[-3:]
         own = FoldedContext(*own, out_bias) if form == "folded" else CrossContext(*own)
         null = FoldedContext(*contexts[:3], out_bias) if len(contexts) > 3 else None
-        context = block_context(branches, batch, 1, null, own)
+        nulls = [(null, batch)] * (branches[0] + branches[1])
+        context = block_context(nulls, [(own, batch)] * branches[2], block.cross_attention.heads)
     if block.temporal_attention is not None:
         merged = module.merged_weight, module.merged_bias
-        motion_free = leading_motion_free(branches, batch, has_motion, merged)
+        motion_free = leading_motion_free(_sizes(branches, batch), has_motion, merged)
     x, y, gate = block(x, y, gate, modulation, context, motion_free)
     return x, y, gate.contiguous()
 
@@ -325,10 +325,15 @@ def _step(
     """The final layer, guidance and the solver's update. rest: the noise, where the solver draws
     any, and the bounds (2,) of a learned range."""
     predictions = finish(model, x, y, gate, final_rows, latents.shape[-2:])
-    predictions = split(predictions, branches, latents.shape[0])
+    predictions = split(predictions, _sizes(branches, latents.shape[0]))
     noise = rest[0] if draws else None
     bounds = rest[-1] if len(rest) > draws else None
     return update(latents, predictions, weights, row, x0, noise, bounds, rescale)
+
+
+def _sizes(branches: Branches, batch: int) -> list[int]:
+    """Samples of each branch in a step of all samples."""
+    return [batch if runs else 0 for runs in branches]
 
 
 def _encode(text_encoder: TextEncoder, *ids_and_masks: Tensor, encoders: Sequence[str]):

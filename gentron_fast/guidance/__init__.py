@@ -1,5 +1,7 @@
-"""Guidance: its definition, and the denoiser that shares the branches' work."""
+"""Guidance: its definition, the denoiser that shares the branches' work, and many of them."""
 
+from gentron_fast.guidance.batch import GuidedBatch
+from gentron_fast.guidance.contexts import PreparedText
 from gentron_fast.guidance.definition import (
     check_rescale,
     guidance_schedule,
@@ -7,9 +9,13 @@ from gentron_fast.guidance.definition import (
     guided_prediction,
 )
 from gentron_fast.guidance.denoiser import GuidedDenoiser
+from gentron_fast.guidance.shared import SharedWork
 
 __all__ = [
+    "GuidedBatch",
     "GuidedDenoiser",
+    "PreparedText",
+    "SharedWork",
     "check_rescale",
     "guidance_schedule",
     "guidance_weights",

@@ -6,6 +6,9 @@ and gives what the layer's `forward` does, in other products.
 
 # Shapes: B batch, T frames, N tokens of a frame, S text tokens, H heads, Dh head size, D width.
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from gentron_fast.layers import Block, CrossAttention, CrossContext, TemporalAttention
+from gentron_fast.model import EncodedText, GenTron, TextCondition
 from gentron_kernels.linear import linear
 from gentron_kernels.temporal_attention import merge_values, temporal_values
 
@@ -57,7 +61,7 @@ class BranchContexts(NamedTuple):
     """Contexts of neighbouring parts of a batch: `sizes` samples each."""
 
     sizes: tuple[int, ...]
-    parts: tuple[CrossContext | FoldedContext | ConstantContext, ...]
+    parts: tuple
 
     def attend(self, layer: CrossAttention, x: Tensor) -> Tensor:
         """x (B, T, N, D) → like x, or rows (B, D) where every part gives rows."""
@@ -87,19 +91,97 @@ class LeadingMotionFree(NamedTuple):
         return torch.cat([values, layer(x[count:], False)]) if count < x.shape[0] else values
 
 
-def repeated(context, times: int):
+Context = CrossContext | FoldedContext | ConstantContext
+
+
+def block_context(nulls: Sequence[tuple], texts: Sequence[tuple], heads: int):
+    """What a block attends to: of the null text's branches, one behind the other, then the text's.
+
+    Each as (context, samples): a context of 1 … samples texts, each for as many samples in a row.
+    None without cross-attention.
+    """
+    parts = [*_joined(nulls, heads), *_joined(texts, heads)]
+    if len(parts) == 1:
+        return parts[0][0]
+    contexts, sizes = zip(*parts, strict=True)
+    return BranchContexts(sizes, contexts)
+
+
+def _joined(parts: Sequence[tuple], heads: int) -> list[tuple]:
+    """The same in as few contexts as there can be."""
+    if len(parts) < 2 or parts[0][0] is None:
+        return list(parts[:1])
+    samples = sum(size for _, size in parts)
+    if all(context is parts[0][0] for context, _ in parts):
+        context = parts[0][0]
+        return [(context if context[0].shape[0] == 1 else _repeated(context, len(parts)), samples)]
+    kinds = itertools.groupby(parts, lambda part: type(part[0]))
+    return [(_cat(own, heads), sum(size for _, size in own)) for own in (list(g) for _, g in kinds)]
+
+
+def _repeated(context: Context, times: int) -> Context:
     """A context whose samples come `times` times, one whole batch behind the other."""
+    return _map(context, lambda tensor: tensor.repeat(times, *(1,) * (tensor.ndim - 1)))
 
-    def repeat(tensor):
-        return None if tensor is None else tensor.repeat(times, *(1,) * (tensor.ndim - 1))
 
+def _cat(parts: list[tuple], heads: int) -> Context:
+    """Contexts of one kind as one, texts padded to the longest."""
+    contexts = [context for context, _ in parts]
+    shares = [size // context[0].shape[0] for context, size in parts]
+    if len(set(shares)) > 1:  # of how many samples a text is must be one number
+        contexts = [
+            _map(context, lambda tensor, share=share: tensor.repeat_interleave(share, 0))
+            for context, share in zip(contexts, shares, strict=True)
+        ]
+    kind = type(contexts[0])
+    if kind is ConstantContext:
+        return ConstantContext(torch.cat([context.row for context in contexts]))
+    if kind is FoldedContext:
+        keys, biases, values = (
+            _cat_padded([part.unflatten(1, (heads, -1)) for part in column], 2, fill).flatten(1, 2)
+            for column, fill in zip(list(zip(*contexts, strict=True))[:3], _FILLS, strict=True)
+        )
+        return FoldedContext(keys, biases, values, contexts[0].out_bias)
+    lengths = [context.k.shape[1] for context in contexts]
+    masks = [context.mask for context in contexts]
+    mask = None
+    if len(set(lengths)) > 1 or any(own is not None for own in masks):
+        masks = [
+            context.k.new_ones(context.k.shape[:2], dtype=torch.bool) if own is None else own
+            for context, own in zip(contexts, masks, strict=True)
+        ]
+        mask = _cat_padded(masks, 1, False)
+    k, v = (_cat_padded(column, 1, 0.0) for column in list(zip(*contexts, strict=True))[:2])
+    return CrossContext(k, v, mask)
+
+
+_FILLS = 0.0, float("-inf"), 0.0  # of keys, key_bias and values, where there is no token
+
+
+def _cat_padded(tensors: Sequence[Tensor], dim: int, fill: float) -> Tensor:
+    """Tensors (B, ...) as one batch, each filled to the greatest length along `dim`."""
+    longest = max(tensor.shape[dim] for tensor in tensors)
+    shape = [sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:]]
+    shape[dim] = longest
+    out, start = tensors[0].new_full(shape, fill), 0
+    for tensor in tensors:
+        out[start : start + len(tensor)].narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+        start += len(tensor)
+    return out
+
+
+def _map(context: Context, function) -> Context:
+    """A context with the function applied to what it holds of each text."""
     if isinstance(context, FoldedContext):
-        return FoldedContext(*(repeat(t) for t in context[:3]), context.out_bias)
-    return type(context)(*(repeat(t) for t in context))
+        return FoldedContext(*map(function, context[:3]), context.out_bias)
+    return type(context)(*(None if tensor is None else function(tensor) for tensor in context))
 
 
 def mark_length_dynamic(context) -> None:
     """Tell torch.compile that texts of other lengths will come: one compilation serves them all."""
+    if isinstance(context, BranchContexts):
+        for part in context.parts:
+            mark_length_dynamic(part)
     lengths = {CrossContext: ("k", "v", "mask"), FoldedContext: ("keys", "key_bias", "values")}
     for name in lengths.get(type(context), ()):
         if (tensor := getattr(context, name)) is not None:
@@ -111,7 +193,44 @@ def merged_values(layer: TemporalAttention) -> tuple[Tensor, Tensor]:
     return merge_values(*layer.value_and_out())
 
 
-def shared_context(block: Block, text) -> CrossContext | FoldedContext | ConstantContext | None:
+@dataclass(frozen=True, eq=False)
+class PreparedText:
+    """A text condition of P prompts, with what each block attends to of it.
+
+    pooled: the condition without its tokens; contexts: one a block, None without cross-attention.
+    """
+
+    pooled: TextCondition
+    contexts: list[Context | None]
+
+    @property
+    def batch(self) -> int:
+        return self.pooled.batch
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: GenTron, text: TextCondition) -> "PreparedText":
+        """text on the model's device and in its dtype. ValueError where an encoder is missing."""
+        text = TextCondition(*map(_trimmed, text))
+        pooled = TextCondition(
+            *(
+                part and EncodedText(part.tokens[:, :0], part.tokens[:, :0, 0].bool(), part.pooled)
+                for part in text
+            )
+        )
+        text = model.project_captions(text)
+        return cls(pooled, [shared_context(block, text) for block in model.blocks])
+
+
+def _trimmed(encoded: EncodedText | None) -> EncodedText | None:
+    """The text without places that are padding everywhere, and no mask where none is left."""
+    if encoded is None or encoded.mask is None:
+        return encoded
+    encoded = encoded.trim()
+    return encoded._replace(mask=None) if encoded.mask.all() else encoded
+
+
+def shared_context(block: Block, text) -> Context | None:
     """`Block.context`, folded where the text is shorter than the head size."""
     if block.encoder is None:
         return None

@@ -62,8 +62,8 @@ def guided_prediction(
     latents (B, C, T, H, W); timestep (B,); text and null_text of B prompts each, null_text the
     empty or the negative prompt; lambda_t, lambda_m and rescale, 0 to 1, numbers or (B,). A branch
     whose weight is 0 does not run, but the text's does where there is a rescale. Learned-range
-    variance channels are those of the branch that runs last, the text's where it runs (DiT
-    practice), and come behind the noise: (B, 2 · C, T, H, W).
+    variance channels are those of the last branch that a sample needs, the text's where it does
+    (DiT practice), and come behind the noise: (B, 2 · C, T, H, W).
     """
     has_motion = model.config.temporal and latents.shape[2] > 1
     weights = guidance_weights(lambda_t, lambda_m, has_motion)
@@ -73,11 +73,14 @@ def guided_prediction(
     guided = noise = variance = None
     for weight, (condition, motion_free) in zip(weights, branches, strict=True):
         weight = torch.as_tensor(weight, dtype=torch.float64)
-        if not weight.any() and not (condition is text and rescale.any()):
+        needed = (weight != 0) | ((rescale != 0) & (condition is text))
+        if not needed.any():
             continue
         prediction = model(latents, timestep, condition, motion_free)
         prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
-        noise, variance = prediction[:, :channels], prediction[:, channels:]
+        noise, own_variance = prediction[:, :channels], prediction[:, channels:]
+        needed = needed.to(noise.device).reshape(-1, 1, 1, 1, 1)
+        variance = own_variance if variance is None else own_variance.where(needed, variance)
         weighted = weight.to(noise).reshape(-1, 1, 1, 1, 1) * noise
         guided = weighted if guided is None else guided + weighted
     if rescale.any():

@@ -4,48 +4,28 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gentron_fast.guidance.contexts import (
-    ConstantContext,
-    FoldedContext,
-    mark_length_dynamic,
-    merged_values,
-    shared_context,
+from gentron_fast.guidance.batch import (
+    COEFFICIENT_SIZES,
+    Plan,
+    forward_branches,
+    run_branches,
+    update_together,
 )
+from gentron_fast.guidance.contexts import ConstantContext, FoldedContext, PreparedText
 from gentron_fast.guidance.cuda_graph import ReplayedGraph
 from gentron_fast.guidance.definition import check_rescale, guidance_weights
-from gentron_fast.guidance.steps import (
-    Branches,
-    active_branches,
-    block_context,
-    condition_rows,
-    embed,
-    finish,
-    leading_motion_free,
-    modulation_chunk,
-    modulation_row_bytes,
-    split,
-    update,
-)
+from gentron_fast.guidance.shared import SharedWork
+from gentron_fast.guidance.steps import Branches, active_branches, branch_conditions, update
 from gentron_fast.guidance.work import step_flops
 from gentron_fast.layers import CrossContext
-from gentron_fast.model import EncodedText, GenTron, TextCondition
+from gentron_fast.model import GenTron, TextCondition
 from gentron_fast.solvers import SolverTable
 from gentron_fast.transfer import on_device
 from gentron_kernels.guided_step import rescaled_noise
-
-
-class _Plan(NamedTuple):
-    """How the branches of a step run: where their rows are, and what each block is given."""
-
-    branches: Branches
-    conditions: Tensor  # rows of the modulation table, one a sample of the stacked batch
-    contexts: list
-    motion_free: list
 
 
 class GuidedDenoiser:
@@ -63,8 +43,8 @@ class GuidedDenoiser:
     def __init__(
         self,
         model: GenTron,
-        text: TextCondition,
-        null_text: TextCondition,
+        text: TextCondition | PreparedText,
+        null_text: TextCondition | PreparedText,
         table: SolverTable,
         lambda_t: float | Tensor,
         lambda_m: float | Tensor,
@@ -74,13 +54,15 @@ class GuidedDenoiser:
         clips: int = 1,
         reuse: int = 1,
         cuda_graph: bool | None = None,
+        shared: SharedWork | None = None,
     ):
         """text of P prompts, each for `clips` samples in a row, so that B = P · clips; null_text,
         the empty or the negative prompt, of 1 or P; lambda_t, lambda_m and rescale a number, one a
         sample (B,), or a schedule (S, 1) or (S, B); latent_shape (C, T, H, W). reuse: only every so
         many steps all branches run; the others add the last difference to the text's branch, which
         is faster and another function. cuda_graph: replay the forward, by default for images on
-        CUDA.
+        CUDA. shared: with the other denoisers of a GuidedBatch; `release()` gives back the place
+        there, as deleting the denoiser does.
         """
         if reuse < 1:
             raise ValueError(f"reuse must be at least 1 step, got {reuse}")
@@ -90,50 +72,54 @@ class GuidedDenoiser:
         self.latent_shape = tuple(latent_shape)
         latents = torch.empty(self.batch, *latent_shape, device="meta")
         for part in (text, null_text):
-            model.check(latents, torch.empty(self.batch, device="meta"), part)
+            own = part.pooled if isinstance(part, PreparedText) else part
+            model.check(latents, torch.empty(self.batch, device="meta"), own)
         self.device, self.dtype = model.patch_embed.weight.device, model.patch_embed.weight.dtype
         self.has_motion = model.config.temporal and latent_shape[1] > 1
+        self._take_coefficients(lambda_t, lambda_m, rescale)
+        self.null_text, self.text = (
+            part if isinstance(part, PreparedText) else PreparedText.of(model, part)
+            for part in (null_text, text)
+        )
+        self._pooled = TextCondition.cat([self.null_text.pooled, self.text.pooled])
+        conditions, steps = self._pooled.batch, len(table.timesteps)
+        self.shared = SharedWork(model, conditions, steps) if shared is None else shared
+        if self.shared.conditions != conditions:
+            raise ValueError(f"{conditions} conditions, shared rows for {self.shared.conditions}")
+        latents = torch.empty(conditions, *self.latent_shape, device="meta")
+        sized = model.config.size_embedding
+        self._size = model.pixel_size(latents, self.device) if sized else None
+        self._chunk, self._chunk_start = self.shared.chunk, None
+        self._place, self.release = self.shared.claim(self)
+        self._plans: dict = {}
+        self.reuse, self._difference = reuse, None
+        if cuda_graph is None:
+            cuda_graph = self.device.type == "cuda" and latent_shape[1] == 1
+        self._graphs: dict[Plan, ReplayedGraph] | None = {} if cuda_graph else None
+
+    def _take_coefficients(self, lambda_t, lambda_m, rescale) -> None:
+        """Of every step and sample, (S, B, 12): the weights of the branches, the solver's row, the
+        bounds of the log variance, the rescale."""
+        table = self.table
         scales = [_per_step(scale, table, self.batch) for scale in (lambda_t, lambda_m)]
         weights = guidance_weights(*scales, self.has_motion)
         weights = torch.stack([torch.as_tensor(w).expand_as(scales[0]) for w in weights], -1)
         shares = check_rescale(_per_step(rescale, table, self.batch))
         self._active = active_branches(weights, shares)
-        self._rescale = on_device(shares, self.device) if shares.any() else None
-        self._weights, self._solver_rows, self._timesteps = (
-            on_device(tensor, self.device) for tensor in (weights, table.rows, table.timesteps)
-        )
-        learns_range = table.log_variance is not None and model.config.learned_range
-        self._bounds = on_device(table.log_variance, self.device) if learns_range else None
+        self.rescales = (shares != 0).any(1).tolist()
+        self.learns_range = table.log_variance is not None and self.model.config.learned_range
+        # Beside a sample that learns its range, another's bounds are both its own d's.
+        bounds = table.log_variance if self.learns_range else 2 * table.rows[:, 5:].log()
+        of_step = torch.cat([table.rows, bounds.expand(-1, 2)], 1)
+        of_step = of_step[:, None].expand(-1, self.batch, -1)
+        coefficients = torch.cat([weights, of_step, shares[..., None]], -1)
+        self.coefficients = on_device(coefficients, self.device)
+        self._timesteps = on_device(table.timesteps, self.device)
+        self._weights = self.coefficients[..., :3]
 
-        null_text, text = (TextCondition(*map(_trimmed, part)) for part in (null_text, text))
-        self._nulls, self._texts = null_text.batch, text.batch
-        self._pooled = TextCondition.cat([_pooled_only(null_text), _pooled_only(text)])
-        null_text, text = (model.project_captions(part) for part in (null_text, text))
-        self._contexts = [
-            (shared_context(block, null_text), shared_context(block, text))
-            for block in model.blocks
-        ]
-        if model.blocks[0]._compiled_call_impl is not None:
-            for pair in self._contexts:
-                for context in pair:
-                    mark_length_dynamic(context)
-        self._merged = [
-            merged_values(block.temporal_attention) if model.config.temporal else None
-            for block in model.blocks
-        ]
-        self._positions = model.positions(*self.latent_shape[-2:])
-        self._plans: dict[Branches, _Plan] = {}
-
-        latents = torch.empty(self._pooled.batch, *self.latent_shape, device="meta")
-        sized = model.config.size_embedding
-        self._size = model.pixel_size(latents, self.device) if sized else None
-        row_bytes = modulation_row_bytes(model.config, self.dtype)
-        self._chunk = modulation_chunk(row_bytes, self._pooled.batch)
-        self._chunk_start = None
-        self.reuse, self._difference = reuse, None
-        if cuda_graph is None:
-            cuda_graph = self.device.type == "cuda" and latent_shape[1] == 1
-        self._graphs: dict[Branches, ReplayedGraph] | None = {} if cuda_graph else None
+    def active(self, step: int) -> Branches:
+        """The branches that a step runs."""
+        return self._active[step]
 
     @torch.no_grad()
     def step(
@@ -147,28 +133,32 @@ class GuidedDenoiser:
 
         latents, x0_previous, noise (B, C, T, H, W); returned in fp32, or fp64 for fp64 latents.
         """
-        reuses = self.reuse > 1 and self._active[step][2]
-        rescale = None if self._rescale is None else self._rescale[step]
-        if reuses and step % self.reuse and self._difference is not None:
-            text = self.branches(latents, step, only_text=True)[2]
-            branches, weights = (self._difference, None, text), self._weights.new_ones(3)
-            rescale = None  # the difference has it
+        if self.reuse > 1 and self._active[step][2]:
+            if step % self.reuse and self._difference is not None:
+                return self._reused_step(latents, step, x0_previous, noise)
+            branches = self.branches(latents, step)
+            self._difference = self._guidance_difference(branches, step)
         else:
-            branches, weights = self.branches(latents, step), self._weights[step]
-            if reuses:
-                self._difference = self._guidance_difference(branches, weights, rescale)
-        bounds = None if self._bounds is None else self._bounds[step]
-        row = self._solver_rows[step]
-        return update(latents, branches, weights, row, x0_previous, noise, bounds, rescale)
+            branches = self.branches(latents, step)
+        return update_together((self,), (step,), latents, branches, x0_previous, noise)
 
-    def _guidance_difference(self, branches, weights: Tensor, rescale: Tensor | None) -> Tensor:
+    def _reused_step(self, latents, step, x0_previous, noise) -> tuple[Tensor, Tensor]:
+        """A step of the text's branch and the difference of a step before, which is rescaled."""
+        text = self.branches(latents, step, only_text=True)[2]
+        branches, weights = (self._difference, None, text), self._weights.new_ones(3)
+        _, row, bounds, _ = self.coefficients[step].split(COEFFICIENT_SIZES, dim=1)
+        bounds = bounds if self.learns_range else None
+        return update(latents, branches, weights, row, x0_previous, noise, bounds)
+
+    def _guidance_difference(self, branches, step: int) -> Tensor:
         """What the guided noise adds to the text's branch, (B, C, T, H, W)."""
+        weights, rescale = self._weights[step], self.coefficients[step, :, -1]
         guided = sum(
             weight.reshape(-1, 1, 1, 1, 1) * branch
             for weight, branch in zip(weights.unbind(1), branches, strict=True)
             if branch is not None
         )
-        if rescale is not None:
+        if self.rescales[step]:
             guided = rescaled_noise(guided, branches[2], rescale)
         return (guided - branches[2]).to(torch.promote_types(self.dtype, torch.float32))
 
@@ -184,27 +174,37 @@ class GuidedDenoiser:
             wanted = (self.batch, *self.latent_shape)
             raise ValueError(f"latents must be {wanted}, got {tuple(latents.shape)}")
         active = (False, False, True) if only_text else self._active[step]
-        if active not in self._plans:
-            self._plans[active] = self._plan(active)
-        plan = self._plans[active]
-        rows = [part[plan.conditions] for part in self._modulation(step)]
-        forward = self._forward if self._graphs is None else self._replay
-        return split(forward(plan, latents.to(self.dtype), *rows), active, self.batch)
+        forward = None if self._graphs is None else self._replay
+        return run_branches((self,), (step,), (active,), latents, self._plans, forward)
 
-    def _forward(self, plan: _Plan, latents: Tensor, rows: Tensor, final_rows: Tensor) -> Tensor:
-        model = self.model
-        x = embed(model, latents, sum(plan.branches), self._positions)
-        y = gate = None
-        parts = zip(model.blocks, plan.contexts, plan.motion_free, strict=True)
-        for index, (block, context, motion_free) in enumerate(parts):
-            x, y, gate = block(x, y, gate, rows[:, index], context, motion_free)
-        return finish(model, x, y, gate, final_rows, latents.shape[-2:])
+    def _replay(self, _, plan: Plan, *inputs: Tensor) -> Tensor:
+        """`forward_branches` as a CUDA graph, captured at its first call."""
+        if plan.sizes not in self._graphs:
+            run = partial(forward_branches, self, plan)
+            self._graphs[plan.sizes] = ReplayedGraph(run, inputs)
+        return self._graphs[plan.sizes](*inputs)
 
-    def _replay(self, plan: _Plan, *inputs: Tensor) -> Tensor:
-        """`_forward` as a CUDA graph, captured at its first call."""
-        if plan.branches not in self._graphs:
-            self._graphs[plan.branches] = ReplayedGraph(partial(self._forward, plan), inputs)
-        return self._graphs[plan.branches](*inputs)
+    def branch_conditions(self, branch: int) -> Tensor:
+        """Which of a step's rows each sample has in a branch, (B,) int64."""
+        return branch_conditions(branch, self.batch, self.null_text.batch, self.text.batch)
+
+    def has_rows(self, step: int) -> bool:
+        """Whether the modulation rows of a step are in the table."""
+        return self._chunk_start == step - step % self._chunk
+
+    def first_row(self, step: int) -> int:
+        """Where the rows of a step are, one a condition, where the table has them."""
+        return self._place + step % self._chunk * self._pooled.batch
+
+    def conditions_from(self, step: int) -> tuple[range, Tensor, TextCondition, Tensor | None]:
+        """What `SharedWork.fill` makes the rows of a step and its chunk of; they are then there."""
+        self._chunk_start = step - step % self._chunk
+        timesteps = self._timesteps[self._chunk_start :][: self._chunk]
+        steps, conditions = len(timesteps), self._pooled.batch
+        text = self._pooled.map(lambda t: t.repeat(steps, *(1,) * (t.ndim - 1)))
+        size = None if self._size is None else self._size.repeat(steps, 1)
+        rows = range(self._place, self._place + steps * conditions)
+        return rows, timesteps.repeat_interleave(conditions), text, size
 
     def describe(self) -> str:
         """In one line: branches a step, the form of each text, the share of the work saved."""
@@ -225,37 +225,10 @@ class GuidedDenoiser:
         separate = step_flops(*kind, every, self._contexts, separate=True)
         return 1 - run / (len(self._active) * separate)
 
-    def _plan(self, branches: Branches) -> _Plan:
-        conditions = condition_rows(branches, self.batch, self._nulls, self._texts)
-        contexts = [
-            block_context(branches, self.batch, self._nulls, *pair) for pair in self._contexts
-        ]
-        motion_free = [
-            leading_motion_free(branches, self.batch, self.has_motion, merged)
-            if self.model.config.temporal
-            else None
-            for merged in self._merged
-        ]
-        return _Plan(branches, on_device(conditions, self.device), contexts, motion_free)
-
-    def _modulation(self, step: int) -> tuple[Tensor, Tensor]:
-        """Rows of a step, of every condition: the blocks' (P, depth, 6, D), the final layer's."""
-        start = step - step % self._chunk
-        if self._chunk_start != start:
-            timesteps = self._timesteps[start : start + self._chunk]
-            steps, conditions = len(timesteps), self._pooled.batch
-            text = self._pooled.map(lambda t: t.repeat(steps, *(1,) * (t.ndim - 1)))
-            size = None if self._size is None else self._size.repeat(steps, 1)
-            c, time = self.model.condition(timesteps.repeat_interleave(conditions), text, size)
-            self._modulation_rows = None  # its memory serves the new one
-            rows = c.new_empty(len(c), len(self.model.blocks), 6, c.shape[1])
-            for index, block in enumerate(self.model.blocks):
-                rows[:, index] = block.modulation(c)
-            final_rows = self.model.final.modulation(c, time)
-            parts = rows, final_rows
-            self._modulation_rows = [part.unflatten(0, (steps, conditions)) for part in parts]
-            self._chunk_start = start
-        return tuple(part[step - start] for part in self._modulation_rows)
+    @property
+    def _contexts(self) -> list[tuple]:
+        """Of each block the null text's context and the text's."""
+        return list(zip(self.null_text.contexts, self.text.contexts, strict=True))
 
 
 _FORMS = {ConstantContext: "constant", FoldedContext: "folded", CrossContext: "as keys and values"}
@@ -272,21 +245,3 @@ def _per_step(scale: float | Tensor, table: SolverTable, batch: int) -> Tensor:
             f"got {tuple(scale.shape)}"
         )
     return scale.expand(steps, batch)
-
-
-def _trimmed(encoded: EncodedText | None) -> EncodedText | None:
-    """The text without places that are padding everywhere, and no mask where none is left."""
-    if encoded is None or encoded.mask is None:
-        return encoded
-    encoded = encoded.trim()
-    return encoded._replace(mask=None) if encoded.mask.all() else encoded
-
-
-def _pooled_only(text: TextCondition) -> TextCondition:
-    """The condition without its tokens."""
-    return TextCondition(
-        *(
-            part and EncodedText(part.tokens[:, :0], part.tokens[:, :0, 0].bool(), part.pooled)
-            for part in text
-        )
-    )

@@ -1,19 +1,21 @@
 """The guided step in pure functions, for the denoiser and the graphs of a compiled sampler.
 
 A step runs branches ε(∅,∅), ε(∅,c_M), ε(c_T,c_M), in this order, one behind the other along the
-batch: `embed`, then the blocks with `block_context` and `leading_motion_free`, then `finish` and
-`update`.
+batch: `embed`, then the blocks with `contexts.block_context` and `leading_motion_free`, then
+`finish` and `update`.
 """
 
 # Shapes: B batch, k branches that run, C channels, T frames, N tokens of a frame, D width,
 # H × W latents, S sampling steps.
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gentron_fast.config import GenTronConfig
 from gentron_fast.diffusion import learned_range_log_variance
-from gentron_fast.guidance.contexts import BranchContexts, LeadingMotionFree, repeated
+from gentron_fast.guidance.contexts import LeadingMotionFree
 from gentron_fast.model import GenTron
 from gentron_kernels.guided_step import guided_step
 
@@ -48,44 +50,38 @@ def modulation_chunk(row_bytes: int, conditions: int) -> int:
     return max(1, MODULATION_BYTES // (row_bytes * conditions))
 
 
-def condition_rows(branches: Branches, batch: int, nulls: int, texts: int) -> Tensor:
-    """Which condition each sample of the stacked batch has, (k · B,) int64.
+def branch_conditions(branch: int, batch: int, nulls: int, texts: int) -> Tensor:
+    """Which condition each sample has in a branch, 0 to 2, (B,) int64.
 
     The conditions are `nulls` null texts, then `texts` texts, each for as many samples in a row.
     """
-    null_rows, text_rows = (
-        torch.arange(count).repeat_interleave(batch // count) for count in (nulls, texts)
-    )
-    null_runs, text_runs = branches[0] + branches[1], int(branches[2])
-    return torch.cat([null_rows.repeat(null_runs), nulls + text_rows.repeat(text_runs)])
+    first, count = (nulls, texts) if branch == 2 else (0, nulls)
+    return first + torch.arange(count).repeat_interleave(batch // count)
 
 
-def block_context(branches: Branches, batch: int, nulls: int, null_context, text_context):
-    """What a block attends to: the context of the null text's branches, then of the text's.
+def leading_motion_free(sizes: Sequence[int], has_motion: bool, merged) -> LeadingMotionFree:
+    """The branches with the identity mask: ε(∅,∅), or all where there is no motion.
 
-    nulls: how many null texts the null context holds. None without cross-attention.
+    sizes: how many samples each of the three branches has.
     """
-    null_runs = branches[0] + branches[1]
-    if null_context is None or not null_runs:
-        return text_context
-    if nulls > 1:
-        null_context = repeated(null_context, null_runs)
-    if not branches[2]:
-        return null_context
-    return BranchContexts((null_runs * batch, batch), (null_context, text_context))
+    return LeadingMotionFree(sizes[0] if has_motion else sum(sizes), merged)
 
 
-def leading_motion_free(
-    branches: Branches, batch: int, has_motion: bool, merged
-) -> LeadingMotionFree:
-    """The branches with the identity mask: ε(∅,∅), or all where there is no motion."""
-    return LeadingMotionFree(batch * (branches[0] if has_motion else sum(branches)), merged)
+def embed(
+    model: GenTron,
+    latents: Tensor,
+    count: int = 1,
+    positions: Tensor | None = None,
+    samples: Tensor | None = None,
+) -> Tensor:
+    """Latents (B, C, T, H, W) → patches of the branches' samples, one branch behind the other.
 
-
-def embed(model: GenTron, latents: Tensor, count: int = 1, positions: Tensor | None = None):
-    """Latents (B, C, T, H, W) → patches of `count` branches, (k · B, T, N, D)."""
+    `count` branches of all samples, (k · B, T, N, D), or those samples that an index names.
+    """
     latents = latents.to(model.patch_embed.weight.dtype)
     x = model.embed(latents, positions)
+    if samples is not None:
+        return x[samples]
     return x if count == 1 else x.repeat(count, 1, 1, 1)
 
 
@@ -94,11 +90,10 @@ def finish(model: GenTron, x: Tensor, y: Tensor, gate: Tensor, rows: Tensor, siz
     return model.unpatchify(model.final(x, y, gate, rows), *size)
 
 
-def split(predictions: Tensor, branches: Branches, batch: int) -> tuple[Tensor | None, ...]:
-    """Stacked predictions, one behind the other, by branch; None for a branch that did not run."""
-    # Sizes, not a quotient: torch.export would take that for a constant.
-    parts = iter(predictions.split([batch] * sum(branches)))
-    return tuple(next(parts) if is_run else None for is_run in branches)
+def split(predictions: Tensor, sizes: Sequence[int]) -> tuple[Tensor | None, ...]:
+    """Stacked predictions by branch; sizes: samples of each, None for one that has none."""
+    parts = iter(predictions.split([size for size in sizes if size]))
+    return tuple(next(parts) if size else None for size in sizes)
 
 
 def update(
@@ -113,15 +108,16 @@ def update(
 ) -> tuple[Tensor, Tensor]:
     """Guidance and the solver's update: latents at the next noise level, and this step's x0.
 
-    weights (B, 3) or (3,), row (6,) of a SolverTable; bounds (2,): of the log variance that a
-    learned-range model chooses (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15); rescale (B,),
-    None where no sample has any.
+    weights (B, 3) or (3,); row (6,) of a SolverTable, or one a sample (B, 6); bounds (2,) or
+    (B, 2): of the log variance that a learned-range model chooses (Nichol & Dhariwal 2021, arXiv
+    2102.09672, eq. 15); rescale (B,), None where no sample has any.
     """
     channels, d = latents.shape[1], None
     if bounds is not None:
         variance = _last_used(predictions, weights, rescale)[:, channels:]
         variance = variance.to(torch.promote_types(variance.dtype, torch.float32))
-        d = torch.exp(0.5 * learned_range_log_variance(variance, *bounds.unbind()))
+        low, high = (part.to(variance.dtype).reshape(-1, 1, 1, 1, 1) for part in bounds.unbind(-1))
+        d = torch.exp(0.5 * learned_range_log_variance(variance, low, high))
     noises = [p if p is None else p[:, :channels] for p in predictions]
     return guided_step(latents, noises, weights, row, x0_previous, noise, d, rescale)
 
@@ -129,12 +125,12 @@ def update(
 def _last_used(
     predictions: tuple[Tensor | None, ...], weights: Tensor, rescale: Tensor | None
 ) -> Tensor:
-    """The last prediction that some sample needs, as in the definition."""
+    """Of each sample the last prediction that it needs, as in the definition."""
     needed = weights != 0 if rescale is None else _needed(weights, rescale)
     last = None
     for prediction, need in zip(predictions, needed.unbind(-1), strict=True):
         if last is None:
             last = prediction
         elif prediction is not None:
-            last = torch.where(need.any(), prediction, last)
+            last = prediction.where(need.reshape(-1, 1, 1, 1, 1), last)
     return last

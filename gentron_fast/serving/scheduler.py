@@ -4,18 +4,15 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gentron_fast.diffusion import portable_noise
-from gentron_fast.guidance import GuidedDenoiser
 from gentron_fast.memory import peak_memory
 from gentron_fast.pipeline import GenTronPipeline, Sampling
+from gentron_fast.serving.engine import Clip, Engine, measured_batch
 from gentron_fast.serving.job import Job, Progress
 from gentron_fast.serving.request import Request
-from gentron_fast.vae import REASONS
 
 WINDOW = 10.0  # seconds over which the rate of steps is taken
 LATENCIES = 512  # of the newest clips, that percentiles are taken of
@@ -33,18 +30,6 @@ class SchedulerClosed(RuntimeError):
     """The scheduler was closed before the clip was made."""
 
 
-@dataclass(eq=False)
-class _Clip:
-    """A clip that is being made: its latents before step `step`."""
-
-    job: Job
-    denoiser: GuidedDenoiser
-    seed: int
-    latents: Tensor
-    x0: Tensor | None = None
-    step: int = 0
-
-
 class Scheduler:
     """Makes what is submitted, in a thread of its own. Every method may be called from any thread.
 
@@ -54,12 +39,15 @@ class Scheduler:
     def __init__(
         self, pipeline: GenTronPipeline, *, queue_size: int = 64, max_batch: int | None = None
     ):
-        """queue_size: how many requests may wait; max_batch: how many clips are made at a time."""
+        """queue_size: how many requests may wait; max_batch: how many clips are made at a time,
+        clips of the pipeline's own frames and size: of larger ones fewer. None: as many as there
+        is memory for, measured here, but no more than `engine.MOST_CLIPS` of the device."""
         self.pipeline, self.queue_size = pipeline, queue_size
-        self.max_batch = 1 if max_batch is None else max_batch
+        self.max_batch = measured_batch(pipeline) if max_batch is None else max_batch
+        self._engine = Engine(pipeline, self.max_batch)
         self._changed = threading.Condition()
         self._queue: deque[tuple[Job, Sampling]] = deque()
-        self._clips: list[_Clip] = []
+        self._jobs: dict[Clip, Job] = {}
         self._closing, self._give_back_at = False, math.inf
         self._counts = Counter()
         self._latencies: deque[float] = deque(maxlen=LATENCIES)
@@ -95,7 +83,7 @@ class Scheduler:
             counts = {name: self._counts[name] for name in _COUNTS}
             return {
                 "queue_length": len(self._queue),
-                "batch": len(self._clips),
+                "batch": len(self._jobs),
                 "max_batch": self.max_batch,
                 **counts,
                 "steps_per_second": self._steps_per_second(),
@@ -127,9 +115,9 @@ class Scheduler:
             while self._wait_for_work():
                 self._drop_unwanted()
                 self._admit()
-                for clip in list(self._clips):
-                    self._attempt([clip], self._step, clip)
-                self._finish_ready()
+                # Every shape takes a step a turn: none waits for another to be done.
+                for clips in self._engine.groups():
+                    self._step(clips)
         finally:  # a fault of ours leaves nobody waiting
             with self._changed:
                 self._closing, self._give_back_at = True, -math.inf
@@ -138,7 +126,7 @@ class Scheduler:
     def _wait_for_work(self) -> bool:
         """False where the scheduler is closed and nothing is left to do."""
         with self._changed:
-            while not (self._queue or self._clips):
+            while not (self._queue or self._jobs):
                 if self._closing:
                     return False
                 self._changed.wait()
@@ -156,66 +144,50 @@ class Scheduler:
                 with self._changed:
                     self._queue.remove(entry)
                 self._finish(entry[0], reason)
-        for clip in list(self._clips):
-            if reason := clip.job.reason_to_drop() or closed:
-                self._clips.remove(clip)
-                self._finish(clip.job, reason)
+        for clip, job in list(self._jobs.items()):
+            if reason := job.reason_to_drop() or closed:
+                self._leave(clip, reason)
 
     def _admit(self) -> None:
-        """Take from the head of the queue what there is room for."""
-        while len(self._clips) < self.max_batch:
+        """Take from the head of the queue what there is room for: who came first goes first."""
+        while True:
             with self._changed:
-                if not self._queue:
+                if not self._queue or not self._engine.has_room(self._queue[0][1].shape):
                     return
                 job, sampling = self._queue.popleft()
             job.start()
-            self._attempt([], self._begin, job, sampling)
+            try:
+                self._jobs[self._engine.join(sampling)] = job
+            except Exception as error:
+                self._finish(job, error)
 
-    def _begin(self, job: Job, sampling: Sampling) -> None:
+    def _step(self, clips: list[Clip]) -> None:
+        """A step of clips of one shape. Where they fail together each is tried alone, so that
+        one's fault, or a lack of memory, ends no other."""
         try:
-            text, null_text = self.pipeline.encode(sampling)
-            denoiser = GuidedDenoiser(
-                *(self.pipeline.transformer, text, null_text, sampling.table),
-                *(sampling.lambda_t, sampling.lambda_m, sampling.shape),
-                rescale=sampling.rescale,
-            )
-            (seed,) = sampling.seeds
-            latents = portable_noise(sampling.shape, [seed], 0).to(self.pipeline.device)
+            self._engine.step(clips)
         except Exception as error:
-            return self._finish(job, error)
-        self._clips.append(_Clip(job, denoiser, seed, latents))
-
-    def _attempt(self, clips: list[_Clip], work, *args) -> None:
-        """Do a part of the work; what it raises ends these clips, and not the scheduler."""
-        try:
-            work(*args)
-        except Exception as error:
+            if len(clips) == 1:
+                return self._leave(clips[0], error)
             for clip in clips:
-                self._clips.remove(clip)
-                self._finish(clip.job, error)
-
-    def _step(self, clip: _Clip) -> None:
-        noise = None
-        if clip.denoiser.table.rows[clip.step, -1] != 0:
-            noise = portable_noise(clip.denoiser.latent_shape, [clip.seed], clip.step + 1)
-            noise = noise.to(self.pipeline.device)
-        clip.latents, clip.x0 = clip.denoiser.step(clip.latents, clip.step, clip.x0, noise)
-        clip.step += 1
-        clip.job.progress = Progress(clip.step, clip.job.progress.steps)
+                self._step([clip])
+            return
         with self._changed:
-            self._counts["steps"] += 1
-            self._recent.append((time.monotonic(), 1))
+            self._counts["steps"] += len(clips)
+            self._recent.append((time.monotonic(), len(clips)))
+        for clip in clips:
+            job = self._jobs[clip]
+            job.progress = Progress(clip.step, job.progress.steps)
+            if clip.is_done:
+                try:
+                    frames = self._engine.frames(clip)
+                except Exception as error:
+                    frames = error
+                self._leave(clip, frames)
 
-    def _finish_ready(self) -> None:
-        for clip in [clip for clip in self._clips if clip.step == clip.job.progress.steps]:
-            self._attempt([clip], self._decode, clip)
-
-    def _decode(self, clip: _Clip) -> None:
-        if not bool(clip.latents.isfinite().all()):
-            raise ValueError(f"the latents are not finite: {REASONS}")
-        (frames,) = self.pipeline.decode(clip.latents)
-        self._clips.remove(clip)
-        self._finish(clip.job, frames)
+    def _leave(self, clip: Clip, outcome: Tensor | BaseException) -> None:
+        self._engine.leave(clip)
+        self._finish(self._jobs.pop(clip), outcome)
 
     def _finish(self, job: Job, outcome) -> None:
         with self._changed:
@@ -235,7 +207,7 @@ class Scheduler:
         """Seconds until the next clip should be done, at the rate of steps so far; at least 1."""
         self._counts["rejected"] += 1
         rate = self._steps_per_second()
-        left = [clip.job.progress.steps - clip.step for clip in self._clips]
+        left = [job.progress.steps - job.progress.step for job in self._jobs.values()]
         return max(1.0, min(left, default=0) * len(left) / rate if rate else 1.0)
 
 

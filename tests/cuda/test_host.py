@@ -61,11 +61,10 @@ def test_the_guided_loop(config, solver, rescale, reuse, cuda_graph):
         host.events.clear()
         pipeline = SimpleNamespace(device=torch.device("cuda"))
         GenTronPipeline._denoise(pipeline, denoiser, range(4), lambda step, latents: None)
-    # Before the first step: four tables of the schedule and guidance, and how long each text is.
-    tables = 3 + bool(rescale) + config.learned_range
+    # Before the first step: a table of the timesteps and one of the rest, how long each text is.
     lengths = 2 * len(config.encoders)
     assert made == {
-        ("pinned copy", "GuidedDenoiser.__init__"): tables,
+        ("pinned copy", "GuidedDenoiser._take_coefficients"): 2,
         ("wait", "EncodedText.trim"): lengths,
         ("wait", "_trimmed"): lengths,
     }
@@ -73,7 +72,7 @@ def test_the_guided_loop(config, solver, rescale, reuse, cuda_graph):
     # the CPU; and at its end whether all was finite.
     draws = 1 + int((table.rows[:, -1] != 0).sum())
     assert crossings(host) == {
-        ("pinned copy", "GuidedDenoiser._plan"): 1 + (reuse > 1),
+        ("pinned copy", "make_plan"): 1 + (reuse > 1),
         ("pinned copy", "GenTronPipeline._denoise"): draws,
         ("copy to the host", "GenTronPipeline._denoise"): 1,
     }

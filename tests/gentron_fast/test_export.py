@@ -37,7 +37,7 @@ from gentron_fast.compiled import (
 from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
 from gentron_fast.export import HELP
 from gentron_fast.guidance import GuidedDenoiser, guidance_weights
-from gentron_fast.guidance.steps import condition_rows
+from gentron_fast.guidance.steps import branch_conditions
 from gentron_fast.media import read_video
 from gentron_fast.model import TextCondition
 from gentron_fast.solvers import make_table
@@ -113,7 +113,8 @@ def test_one_plan_three_users(pipeline, sampler, lambda_t, lambda_m, rescale):
         ]
         assert chosen == wanted[0]
     for name in sets:
-        rows = condition_rows(graphs.branches_of(name), batch, 1, batch)
+        runs = [k for k, is_run in enumerate(graphs.branches_of(name)) if is_run]
+        rows = torch.cat([branch_conditions(k, batch, 1, batch) for k in runs])
         assert torch.equal(plan["conditions"][name], rows)
 
 

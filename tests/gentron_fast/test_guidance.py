@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import FAMILY, relative
 from pairwise import pairwise
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
@@ -89,25 +90,6 @@ def test_weights_add_up_to_one():
         assert sum(guidance_weights(7.5, 1.2, has_motion)) == pytest.approx(1)
 
 
-# What differs between the models of the family, as changes of the tiny configuration.
-FAMILY = {
-    "both encoders": {},
-    "clip": {"encoders": ("clip",)},
-    "t5": {"encoders": ("t5",)},
-    "adaLN-zero": {"encoders": ("clip",), "cross_attention": False},
-    "images": {"temporal": False},
-    "heads of XL/2": {"width": 144, "heads": 2},
-    "heads of G/2": {"width": 208, "heads": 2},
-    "PixArt": {
-        "encoders": ("t5",),
-        "cross_norm": False,
-        "caption_projection": True,
-        "pooled_text": False,
-        "final_table": True,
-        "learned_range": True,
-        "size_embedding": True,
-    },
-}
 TABLE = make_table("dpm++", SCHEDULER_CONFIG, 4)
 OPTIONS = {
     "family": tuple(FAMILY),
@@ -130,11 +112,6 @@ def guided(denoiser, latents, step=1):
         for weight, branch in zip(weights.unbind(1), denoiser.branches(latents, step), strict=True)
         if branch is not None
     )
-
-
-def relative(value, expected):
-    value, expected = value.double(), expected.double()
-    return ((value - expected).norm() / expected.norm()).item()
 
 
 def pad(text, row, places):

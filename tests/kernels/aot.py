@@ -38,8 +38,20 @@ def figures(
     num_stages: int = 3,
     arch: int = 90,
 ) -> dict[str, int]:
-    """Compile for sm_<arch>: {"registers": of a thread, "spills": bytes of a thread in local
-    memory, "shared": bytes of a block}.
+    """{"registers": of a thread, "spills": bytes of a thread in local memory, "shared": bytes of a
+    block} of a kernel that is compiled by `compiled`."""
+    return usage(compiled(kernel, signature, constexprs, num_warps, num_stages, arch))
+
+
+def compiled(
+    kernel,
+    signature: dict[str, str],
+    constexprs: dict,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    arch: int = 90,
+):
+    """Compile for sm_<arch>.
 
     signature: the type of each argument that is no constant, "*bf16", "i32", or "i32:16" for one
     that 16 divides, as Triton sees it at a call; pointers are taken to be aligned to 16 bytes, as
@@ -53,25 +65,33 @@ def figures(
         if kind.startswith("*") or kind.endswith(":16")
     }
     signature = {name: kind.removesuffix(":16") for name, kind in signature.items()}
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(
             kernel, signature, {(names.index(n),): v for n, v in constexprs.items()}, aligned
         ),
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": num_warps, "num_stages": num_stages},
     )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [CUOBJDUMP, "-res-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    reported = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+
+
+def usage(compiled) -> dict[str, int]:
+    """Registers and spills of a thread, shared memory of a block."""
+    text = dump(compiled, "-res-usage")
+    reported = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     return {
         "registers": reported["REG"],
         "spills": reported["STACK"] + reported["LOCAL"],
         "shared": compiled.metadata.shared,
     }
+
+
+def dump(compiled, option: str) -> str:
+    """What cuobjdump says of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def table(operators: list[str]) -> list[dict]:
@@ -93,10 +113,10 @@ def _cases(operator: str) -> list[tuple]:
 def _row(job: tuple[str, int, int]) -> dict:
     operator, index, arch = job
     shape, kernel, signature, constexprs, num_warps = _cases(operator)[index]
-    compiled = figures(kernel, signature, constexprs, num_warps, arch=arch)
+    found = figures(kernel, signature, constexprs, num_warps, arch=arch)
     name = {"kernel": kernel.__name__.strip("_"), "shape": shape, "arch": arch}
     limits = {"limit": SHARED_LIMIT[arch], "spill_limit": SPILL_LIMIT.get(shape, 0)}
-    return name | compiled | limits
+    return name | found | limits
 
 
 def main() -> int:

@@ -195,15 +195,21 @@ def test_what_is_absent_counts_for_nothing(device):
         assert torch.equal(out, plain)
 
 
-def test_samples_do_not_depend_on_their_neighbours(device):
+@pytest.mark.parametrize("each", [False, True], ids=["one row", "a row each"])
+def test_samples_do_not_depend_on_their_neighbours(device, each):
     arguments = inputs((5, 3, 3, 19, 21), per_sample=True, device=device, rescale=True)
-    whole = guided_step(*arguments)
-    for i in range(1, 5, 3):
-        x, branches, weights, row, previous, noise, _, rescale = arguments
+    x, branches, weights, row, previous, noise, _, rescale = arguments
+    rows = row.expand(5, 6)
+    if each:  # a step and a solver of its own: what one does not draw is not read
+        row = rows = rows * torch.linspace(0.5, 1.5, 5, device=device, dtype=FP64)[:, None]
+        rows[0, 4] = rows[1, 5] = 0
+        previous[0] = noise[1] = torch.nan
+    whole = guided_step(x, branches, weights, row, previous, noise, None, rescale)
+    for i in range(5):
         chosen = slice(i, i + 1)
         one = [branch[chosen] for branch in branches]
         own = (tensor[chosen] for tensor in (previous, noise))
-        alone = guided_step(x[chosen], one, weights[chosen], row, *own, None, rescale[chosen])
+        alone = guided_step(x[chosen], one, weights[chosen], rows[i], *own, None, rescale[chosen])
         for out, part in zip(whole, alone, strict=True):
             assert torch.equal(out[chosen], part)
 
@@ -323,6 +329,7 @@ def changed(index, value):
         (2, lambda w: w.repeat(3, 1), r"weights must be \(3,\) or \(2, 3\) .*\(3, 3\)"),
         (2, torch.Tensor.bfloat16, "weights must be .* got torch.bfloat16"),
         (3, lambda row: row[:5], r"row must be \(6,\) .* got torch.float64 \(5,\)"),
+        (3, lambda row: row.expand(3, 6), r"row must be \(6,\) or \(2, 6\) .*\(3, 6\)"),
         (3, lambda row: row.to("meta"), "row must be on the latents' device, cpu, got meta"),
         (4, lambda x: x[:1], r"x0_previous must be .* got torch.float32 \(1, 4"),
         (5, torch.Tensor.int, "noise must be floating"),

@@ -1,18 +1,22 @@
 """The scheduler: what is made equals what the pipeline makes; queue, cancelling, deadline, end."""
 
+import random
 import threading
 from concurrent.futures import CancelledError
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from gentron_fast import GenTronPipeline
+from gentron_fast.memory import held_at_most
 from gentron_fast.serving import (
     DeadlinePassed,
     QueueFull,
     Request,
     Scheduler,
     SchedulerClosed,
+    engine,
 )
 
 SMALL = {"steps": 3, "frames": 2, "height": 32, "width": 32}
@@ -69,6 +73,84 @@ def test_a_clip_is_the_pipelines(scheduler, pipeline):
     stats = scheduler.stats()
     assert (stats["submitted"], stats["done"], stats["steps"]) == (1, 1, 3)
     assert stats["latency_p50"] == stats["latency_p95"] > 0
+
+
+def test_clips_that_come_and_go_are_the_pipelines(pipeline):
+    """Requests of two shapes come at random; what is cancelled beside them changes nothing."""
+    pick = random.Random(3)
+    shapes = [{"frames": 2, "height": 32, "width": 32}, {"frames": 1, "height": 32, "width": 48}]
+    jobs, scheduler = [], Scheduler(pipeline, max_batch=3)
+    for seed in range(14):
+        own = {"steps": pick.randint(1, 6), "solver": pick.choice(("ddpm", "ddim", "dpm++"))}
+        own |= {"lambda_m": pick.choice((1.0, 1.2)), "rescale": pick.choice((0.0, 0.7))}
+        own |= {"negative_prompt": pick.choice((None, "a star")), **pick.choice(shapes)}
+        prompt = pick.choice(("a red circle", "a blue star moving left"))
+        jobs.append(scheduler.submit(Request(prompt, seed=seed, **own)))
+        threading.Event().wait(pick.uniform(0, 0.02))
+        if pick.random() < 0.2:
+            jobs[-1].cancel()
+    scheduler.close()
+    done = [job for job in jobs if job.state == "done"]
+    assert len(done) >= 9 and {job.state for job in jobs} <= {"done", "cancelled"}
+    for job in done:
+        own = asdict(job.request)
+        own["size"] = own.pop("height"), own.pop("width")
+        own.pop("deadline")
+        wanted = pipeline(own.pop("prompt"), progress=False, **own).frames[0]
+        assert (job.result().int() - wanted.int()).abs().max() <= 1
+    assert scheduler._engine.clips == [] and len(scheduler._engine._texts) == 1  # the null text
+
+
+def test_a_long_clip_waits_for_no_short_one_and_keeps_none_waiting(pipeline):
+    """Shapes take turns; what is too large for the room left goes before what came after it."""
+    scheduler, order = Scheduler(pipeline, max_batch=2), []
+    own = pipeline.default_frames  # four frames of 64 × 64: half of the room each
+    first = scheduler.submit(Request("a star", steps=60, frames=1, height=32, width=32))
+    large = Request("a star", steps=2, frames=2 * own, height=64, width=64)
+    jobs = [scheduler.submit(large)]
+    jobs += [scheduler.submit(Request("a star", **SMALL)) for _ in range(3)]
+    for job in (first, *jobs):
+        job.add_done_callback(order.append)
+    scheduler.close()
+    assert order == [first, *jobs]
+    scheduler, order = Scheduler(pipeline, max_batch=2), []
+    long = scheduler.submit(Request("a star", steps=200, frames=1, height=32, width=32))
+    jobs = [scheduler.submit(Request("a star", seed=seed, **SMALL)) for seed in range(4)]
+    for job in (long, *jobs):
+        job.add_done_callback(order.append)
+    scheduler.close()
+    assert order == [*jobs, long]
+
+
+def test_a_fault_in_a_batch_ends_one_clip(pipeline, monkeypatch):
+    scheduler = Scheduler(pipeline, max_batch=3)
+    step = scheduler._engine.step
+
+    def faulty(clips):
+        if any(clip.seed == 1 and clip.step == 1 for clip in clips):
+            raise RuntimeError("a fault")
+        step(clips)
+
+    monkeypatch.setattr(scheduler._engine, "step", faulty)
+    jobs = [scheduler.submit(Request("a star", seed=seed, **SMALL)) for seed in range(3)]
+    scheduler.close()
+    assert [job.state for job in jobs] == ["done", "failed", "done"]
+    assert str(jobs[1].error) == "a fault"
+
+
+def test_the_largest_batch_is_measured(pipeline, monkeypatch):
+    def batch(free):
+        monkeypatch.setattr(engine, "free_memory", lambda device: free)
+        return engine.measured_batch(pipeline)
+
+    assert batch(1 << 40) == engine.MOST_CLIPS["cpu"] and batch(0) == 1
+    held = iter((10, 30, 50))  # by the step of one clip, of two, and by decoding
+    monkeypatch.setattr(engine, "held_at_most", lambda function, device: next(held))
+    assert batch(200) == (0.8 * 200 - (50 - 20)) // 20
+    one = torch.empty(1000)
+    assert held_at_most(lambda: (one + 1).view(10, 100).sum(), one.device) in range(4000, 4100)
+    kept = []
+    assert held_at_most(lambda: kept.extend(one + i for i in range(3)), one.device) == 12000
 
 
 def test_a_full_queue_tells_when_to_come_again(scheduler, held):

@@ -1,0 +1,156 @@
+"""Mixed requests that come at random, made one at a time, in static batches, and by the scheduler.
+
+python bench/bench_serve.py [--requests N]      RESULTS=DIR keeps the row
+
+Half of the requests are clips and half images, of 8 to 50 steps, with λ_M 1 or 1.2, on the model
+that ships. First all come at once: how many are done a minute. Then they come as a Poisson process
+at half of what one at a time makes, the same for all three: how long each takes.
+"""
+
+import argparse
+import math
+import os
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from records import append_row, environment
+
+from gentron_fast import GenTronPipeline
+from gentron_fast.serving import Request, Scheduler
+
+PROMPTS = ("a red circle moving left", "a small blue star spinning", "two green squares")
+STEPS = (8, 15, 25, 50)
+WARM_UP = 12  # requests before each measurement: libraries choose their kernels by shape
+Serve = Callable[[Sequence[Request], Sequence[float]], list[float]]
+
+
+def requests(count: int, frames: int, seed: int) -> list[Request]:
+    pick = random.Random(seed)
+    return [
+        Request(
+            pick.choice(PROMPTS),
+            seed=pick.randrange(2**32),
+            steps=pick.choice(STEPS),
+            frames=pick.choice((1, frames)),
+            lambda_m=pick.choice((1.0, 1.2)),
+        )
+        for _ in range(count)
+    ]
+
+
+def by_the_pipeline(pipeline: GenTronPipeline, most: int) -> Serve:
+    """One call after the other: of the request that waits longest and, up to `most`, of those that
+    wait with as many steps and frames, since a call has one number of each."""
+
+    def serve(wanted, arrivals):
+        start, waiting, seconds = time.perf_counter(), deque(), {}
+        coming = deque(enumerate(arrivals))
+        while waiting or coming:
+            if not waiting:
+                time.sleep(max(0, coming[0][1] - (time.perf_counter() - start)))
+            while coming and coming[0][1] <= time.perf_counter() - start:
+                waiting.append(coming.popleft()[0])
+            if not waiting:
+                continue
+            kind = wanted[waiting[0]].steps, wanted[waiting[0]].frames
+            batch = [i for i in waiting if (wanted[i].steps, wanted[i].frames) == kind][:most]
+            pipeline(
+                [wanted[i].prompt for i in batch],
+                steps=kind[0],
+                frames=kind[1],
+                lambda_m=[wanted[i].lambda_m for i in batch],
+                seed=[wanted[i].seed for i in batch],
+                progress=False,
+            )
+            for i in batch:
+                waiting.remove(i)
+                seconds[i] = time.perf_counter() - start - arrivals[i]
+        return [seconds[i] for i in range(len(wanted))]
+
+    return serve
+
+
+def by_the_scheduler(scheduler: Scheduler) -> Serve:
+    def serve(wanted, arrivals):
+        start, seconds, done = time.perf_counter(), [0.0] * len(wanted), threading.Semaphore(0)
+
+        def finished(number):
+            def note(job):
+                seconds[number] = time.perf_counter() - start - arrivals[number]
+                done.release()
+
+            return note
+
+        jobs = []
+        for number, (request, arrival) in enumerate(zip(wanted, arrivals, strict=True)):
+            time.sleep(max(0, arrival - (time.perf_counter() - start)))
+            jobs.append(scheduler.submit(request))
+            jobs[-1].add_done_callback(finished(number))
+        for job in jobs:
+            done.acquire()
+            job.result()
+        return seconds
+
+    return serve
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[math.ceil(share * len(ordered)) - 1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=64, help="of each measurement")
+    parser.add_argument("--batch", type=int, help="the largest batch (default: as measured)")
+    args = parser.parse_args()
+    pipeline = GenTronPipeline.from_pretrained()
+    scheduler = Scheduler(pipeline, queue_size=args.requests, max_batch=args.batch)
+    most, frames = scheduler.max_batch, pipeline.default_frames
+    ways = {
+        "one at a time": by_the_pipeline(pipeline, 1),
+        "static batches": by_the_pipeline(pipeline, most),
+        "scheduler": by_the_scheduler(scheduler),
+    }
+    figures = {}
+    at_once = requests(args.requests, frames, seed=1)
+    for name, serve in ways.items():
+        serve(requests(WARM_UP, frames, seed=0), [0.0] * WARM_UP)
+        processor = time.process_time()
+        seconds = max(serve(at_once, [0.0] * len(at_once)))
+        processor = time.process_time() - processor
+        figures[name] = {
+            "a_minute": 60 * len(at_once) / seconds,
+            "processor_seconds": processor / len(at_once),
+        }
+        print(f"{name:<15} {figures[name]['a_minute']:7.1f} a minute", end="", flush=True)
+        print(f"   {1000 * figures[name]['processor_seconds']:6.0f} ms of processor time each")
+    rate = figures["one at a time"]["a_minute"] / 60 / 2
+    pick, arrivals = random.Random(2), [0.0]
+    while len(arrivals) < args.requests:
+        arrivals.append(arrivals[-1] + pick.expovariate(rate))
+    wanted = requests(args.requests, frames, seed=3)
+    for name, serve in ways.items():
+        seconds = serve(wanted, arrivals)
+        for share in (0.50, 0.95):
+            figures[name][f"p{100 * share:.0f}"] = percentile(seconds, share)
+        print(f"{name:<15} {figures[name]['p50']:6.2f} s p50 {figures[name]['p95']:6.2f} s p95")
+    scheduler.close()
+    ours, single, static = (figures[n] for n in ("scheduler", "one at a time", "static batches"))
+    print(
+        f"scheduler: {ours['a_minute'] / single['a_minute']:.2f} × one at a time; p95 "
+        f"{ours['p95'] / static['p95']:.2f} × static batches; at most {most} at a time"
+    )
+    if os.environ.get("RESULTS"):
+        row = {"operator": "serving, small", "direction": "", "preset": None, "dtype": "float32"}
+        shapes = [list(pipeline.sampling("", frames=n).shape) for n in (1, frames)]
+        row |= {"shape": shapes, "served": figures, "max_batch": most, "requests": args.requests}
+        row |= {"arrivals_a_minute": 60 * rate, "command": "python bench/bench_serve.py"}
+        append_row(os.environ["RESULTS"], "serve", row | environment("cpu"))
+
+
+if __name__ == "__main__":
+    main()

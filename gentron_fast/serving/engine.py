@@ -1,0 +1,159 @@
+"""Clips in the making: they join and leave, and all of one shape take a step together."""
+
+# Shapes: C channels, T frames, h × w latents, H × W pixels.
+
+import math
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from gentron_fast.diffusion import portable_noise
+from gentron_fast.guidance import GuidedBatch, GuidedDenoiser, PreparedText, SharedWork
+from gentron_fast.memory import free_memory, held_at_most
+from gentron_fast.pipeline import GenTronPipeline, Sampling
+from gentron_fast.schema import MOST_TIMESTEPS
+from gentron_fast.transfer import on_device
+from gentron_fast.vae import REASONS
+
+# Clips made at a time, however much memory there is: a CPU gains nothing from more, and a step of
+# all of them is what a new one waits for.
+MOST_CLIPS = {"cpu": 8, "cuda": 64}
+CONDITIONS = 2  # of a clip: its null text and its text
+SHARE = 0.8  # of the free memory that clips may take
+
+
+class Clip:
+    """A clip before step `step`: latents (1, C, T, h, w), and the x0 of the step before."""
+
+    def __init__(self, denoiser: GuidedDenoiser, seed: int, latents: Tensor):
+        self.denoiser, self.seed, self.step = denoiser, seed, 0
+        self.latents, self.x0 = latents, torch.zeros_like(latents)
+        self.draws = (denoiser.table.rows[:, -1] != 0).tolist()
+
+    @property
+    def is_done(self) -> bool:
+        return self.step == len(self.draws)
+
+    def noise(self) -> Tensor:
+        """What the solver draws at this step; zeros where it draws none."""
+        if not self.draws[self.step]:
+            return torch.zeros_like(self.latents)
+        drawn = portable_noise(self.denoiser.latent_shape, [self.seed], self.step + 1)
+        return on_device(drawn, self.latents.device)
+
+
+class Engine:
+    """The clips that one pipeline makes at a time. For one thread.
+
+    A clip is what the pipeline makes of its sampling, whoever joins and leaves beside it.
+    """
+
+    def __init__(self, pipeline: GenTronPipeline, max_batch: int):
+        """max_batch: of clips of the pipeline's own frames and size."""
+        self.pipeline, self.max_batch = pipeline, max_batch
+        self.clips: list[Clip] = []
+        self._pixels = max_batch * math.prod(own_shape(pipeline))
+        self._shared = SharedWork(
+            pipeline.transformer, CONDITIONS, MOST_TIMESTEPS, places=max_batch
+        )
+        # Of prompts that clips are made of: with the last one they go.
+        self._texts: WeakValueDictionary[str, PreparedText] = WeakValueDictionary()
+        self._null_text = self._prepared("")
+        self._batches: dict[tuple, GuidedBatch] = {}
+
+    def has_room(self, shape: tuple[int, int, int, int]) -> bool:
+        """Whether a clip with latents of this shape can join; alone any can."""
+        taken = sum(math.prod(clip.denoiser.latent_shape) for clip in self.clips)
+        fits = taken + math.prod(shape) <= self._pixels and len(self.clips) < self.max_batch
+        return fits or not self.clips
+
+    def join(self, sampling: Sampling) -> Clip:
+        """A clip of a sampling of one. ValueError where its text is not finite."""
+        (prompt,), (negative,), (seed,) = sampling.prompts, sampling.negatives, sampling.seeds
+        denoiser = GuidedDenoiser(
+            *(self.pipeline.transformer, self._prepared(prompt), self._prepared(negative)),
+            *(sampling.table, sampling.lambda_t, sampling.lambda_m, sampling.shape),
+            rescale=sampling.rescale,
+            cuda_graph=False,
+            shared=self._shared,
+        )
+        latents = portable_noise(sampling.shape, [seed], 0)
+        clip = Clip(denoiser, seed, on_device(latents, self.pipeline.device))
+        self.clips.append(clip)
+        # Neighbours with one null text share what is made of it.
+        self.clips.sort(key=lambda clip: id(clip.denoiser.null_text))
+        return clip
+
+    def leave(self, clip: Clip) -> None:
+        """What is held for the clip is free."""
+        self.clips.remove(clip)
+        self._batches.pop(clip.denoiser.latent_shape, None)
+        clip.denoiser.release()
+
+    def groups(self) -> list[list[Clip]]:
+        """The clips by the shape of their latents."""
+        groups: dict[tuple, list[Clip]] = {}
+        for clip in self.clips:
+            groups.setdefault(clip.denoiser.latent_shape, []).append(clip)
+        return list(groups.values())
+
+    @torch.no_grad()
+    def step(self, clips: list[Clip]) -> None:
+        """The next step of each of these clips of one shape; they are as before where it fails."""
+        denoisers = tuple(clip.denoiser for clip in clips)
+        batch = self._batches.get(denoisers[0].latent_shape)
+        if batch is None or batch.denoisers != denoisers:
+            batch = self._batches[denoisers[0].latent_shape] = GuidedBatch(denoisers)
+        steps = [clip.step for clip in clips]
+        noise = None
+        if any(clip.draws[clip.step] for clip in clips):
+            noise = torch.cat([clip.noise() for clip in clips])
+        latents, x0 = (
+            torch.cat([getattr(clip, name) for clip in clips]) for name in ("latents", "x0")
+        )
+        latents, x0 = (part.split(1) for part in batch.step(latents, steps, x0, noise))
+        for clip, *own in zip(clips, latents, x0, strict=True):
+            clip.latents, clip.x0 = own
+            clip.step += 1
+
+    def frames(self, clip: Clip) -> Tensor:
+        """Of a clip that is done: uint8 (T, H, W, 3) on the CPU. ValueError for what is not
+        finite."""
+        if not bool(clip.latents.isfinite().all()):
+            raise ValueError(f"the latents are not finite: {REASONS}")
+        return self.pipeline.decode(clip.latents)[0]
+
+    def _prepared(self, prompt: str) -> PreparedText:
+        text = self._texts.get(prompt)
+        if text is None:
+            encoded = self.pipeline.encode([prompt])
+            text = self._texts[prompt] = PreparedText.of(self.pipeline.transformer, encoded)
+        return text
+
+
+def own_shape(pipeline: GenTronPipeline) -> tuple[int, int, int, int]:
+    """Of the latents (C, T, h, w) of a clip of the pipeline's own frames and size."""
+    return pipeline.sampling("").shape
+
+
+def measured_batch(pipeline: GenTronPipeline) -> int:
+    """How many clips of the pipeline's own frames and size can be made at a time.
+
+    Measured: what a step of one clip and of two holds at most, all branches in it, and a clip's
+    decoding, in SHARE of the memory that is free.
+    """
+    most = MOST_CLIPS[pipeline.device.type]
+
+    def clips(count: int) -> list[Clip]:
+        engine = Engine(pipeline, count)
+        for seed in range(count):
+            engine.join(pipeline.sampling("", seed=seed, steps=2, lambda_t=3.0, lambda_m=2.0))
+        engine.step(engine.clips)
+        return engine.clips
+
+    one, two = (held_at_most(lambda n=n: clips(n), pipeline.device) for n in (1, 2))
+    latents = torch.zeros(1, *own_shape(pipeline), device=pipeline.device)
+    decoding = held_at_most(lambda: pipeline.decode(latents), pipeline.device)
+    room = SHARE * free_memory(pipeline.device) - max(0, decoding - (two - one))
+    return max(1, min(most, int(room / max(1, two - one))))
