@@ -1,10 +1,16 @@
-"""Mixed requests that come at random, made one at a time, in static batches, and by the scheduler.
+"""Mixed requests that come at random, made one at a time, in batches, and by the scheduler.
 
 python bench/bench_serve.py [--requests N]      RESULTS=DIR keeps the row
 
 Half of the requests are clips and half images, of 8 to 50 steps, with λ_M 1 or 1.2, on the model
 that ships. First all come at once: how many are done a minute. Then they come as a Poisson process
-at half of what one at a time makes, the same for all three: how long each takes.
+at half of what the scheduler made, the same for all: how long each takes.
+
+one at a time   a call of the pipeline for each
+equal requests  a call for all that wait with as many steps and frames as the one that waits longest
+static batches  all that wait with as many frames, each with its own steps, by the same denoisers as
+                the scheduler; what comes meanwhile waits for the longest of them
+scheduler       they join and leave at every step
 """
 
 import argparse
@@ -20,8 +26,9 @@ from records import append_row, environment
 
 from gentron_fast import GenTronPipeline
 from gentron_fast.serving import Request, Scheduler
+from gentron_fast.serving.engine import Engine
 
-PROMPTS = ("a red circle moving left", "a small blue star spinning", "two green squares")
+PROMPTS = ("a red circle moving left", "a small blue star spinning", "a green square")
 STEPS = (8, 15, 25, 50)
 WARM_UP = 12  # requests before each measurement: libraries choose their kernels by shape
 Serve = Callable[[Sequence[Request], Sequence[float]], list[float]]
@@ -42,8 +49,37 @@ def requests(count: int, frames: int, seed: int) -> list[Request]:
 
 
 def by_the_pipeline(pipeline: GenTronPipeline, most: int) -> Serve:
-    """One call after the other: of the request that waits longest and, up to `most`, of those that
-    wait with as many steps and frames, since a call has one number of each."""
+    """Calls of the pipeline, each of up to `most` requests of as many steps and frames."""
+
+    def make(batch):
+        pipeline(
+            [request.prompt for request in batch],
+            steps=batch[0].steps,
+            frames=batch[0].frames,
+            lambda_m=[request.lambda_m for request in batch],
+            seed=[request.seed for request in batch],
+            progress=False,
+        )
+
+    return in_batches(make, most, lambda request: (request.steps, request.frames))
+
+
+def by_static_batches(pipeline: GenTronPipeline, most: int) -> Serve:
+    engine = Engine(pipeline, most)
+
+    def make(batch):
+        clips = [engine.join(request.sampling(pipeline)) for request in batch]
+        while running := [clip for clip in clips if not clip.is_done]:
+            engine.step(running)
+        for clip in clips:
+            engine.frames(clip)
+            engine.leave(clip)
+
+    return in_batches(make, most, lambda request: request.frames)
+
+
+def in_batches(make: Callable, most: int, kind: Callable) -> Serve:
+    """One batch after the other: of the request that waits longest and those of its kind."""
 
     def serve(wanted, arrivals):
         start, waiting, seconds = time.perf_counter(), deque(), {}
@@ -55,16 +91,9 @@ def by_the_pipeline(pipeline: GenTronPipeline, most: int) -> Serve:
                 waiting.append(coming.popleft()[0])
             if not waiting:
                 continue
-            kind = wanted[waiting[0]].steps, wanted[waiting[0]].frames
-            batch = [i for i in waiting if (wanted[i].steps, wanted[i].frames) == kind][:most]
-            pipeline(
-                [wanted[i].prompt for i in batch],
-                steps=kind[0],
-                frames=kind[1],
-                lambda_m=[wanted[i].lambda_m for i in batch],
-                seed=[wanted[i].seed for i in batch],
-                progress=False,
-            )
+            own = kind(wanted[waiting[0]])
+            batch = [i for i in waiting if kind(wanted[i]) == own][:most]
+            make([wanted[i] for i in batch])
             for i in batch:
                 waiting.remove(i)
                 seconds[i] = time.perf_counter() - start - arrivals[i]
@@ -112,7 +141,8 @@ def main() -> None:
     most, frames = scheduler.max_batch, pipeline.default_frames
     ways = {
         "one at a time": by_the_pipeline(pipeline, 1),
-        "static batches": by_the_pipeline(pipeline, most),
+        "equal requests": by_the_pipeline(pipeline, most),
+        "static batches": by_static_batches(pipeline, most),
         "scheduler": by_the_scheduler(scheduler),
     }
     figures = {}
@@ -128,7 +158,7 @@ def main() -> None:
         }
         print(f"{name:<15} {figures[name]['a_minute']:7.1f} a minute", end="", flush=True)
         print(f"   {1000 * figures[name]['processor_seconds']:6.0f} ms of processor time each")
-    rate = figures["one at a time"]["a_minute"] / 60 / 2
+    rate = figures["scheduler"]["a_minute"] / 60 / 2
     pick, arrivals = random.Random(2), [0.0]
     while len(arrivals) < args.requests:
         arrivals.append(arrivals[-1] + pick.expovariate(rate))

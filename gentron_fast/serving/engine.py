@@ -61,6 +61,9 @@ class Engine:
         self._texts: WeakValueDictionary[str, PreparedText] = WeakValueDictionary()
         self._null_text = self._prepared("")
         self._batches: dict[tuple, GuidedBatch] = {}
+        self._turns: dict[
+            tuple, int
+        ] = {}  # elements of a clip that each shape has had its turn for
 
     def has_room(self, shape: tuple[int, int, int, int]) -> bool:
         """Whether a clip with latents of this shape can join; alone any can."""
@@ -91,12 +94,20 @@ class Engine:
         self._batches.pop(clip.denoiser.latent_shape, None)
         clip.denoiser.release()
 
-    def groups(self) -> list[list[Clip]]:
-        """The clips by the shape of their latents."""
+    def turn(self) -> list[Clip]:
+        """The clips of one shape whose turn it is to take a step.
+
+        Shapes take turns by their size, so that a clip has the same share of the work whatever its
+        shape: an image takes eight steps beside one of a clip of eight frames.
+        """
         groups: dict[tuple, list[Clip]] = {}
         for clip in self.clips:
             groups.setdefault(clip.denoiser.latent_shape, []).append(clip)
-        return list(groups.values())
+        first = min((self._turns[shape] for shape in groups if shape in self._turns), default=0)
+        self._turns = {shape: self._turns.get(shape, first) for shape in groups}
+        shape = min(groups, key=self._turns.get)
+        self._turns[shape] += math.prod(shape)
+        return groups[shape]
 
     @torch.no_grad()
     def step(self, clips: list[Clip]) -> None:

@@ -115,9 +115,8 @@ class Scheduler:
             while self._wait_for_work():
                 self._drop_unwanted()
                 self._admit()
-                # Every shape takes a step a turn: none waits for another to be done.
-                for clips in self._engine.groups():
-                    self._step(clips)
+                if self._jobs:
+                    self._step(self._engine.turn())
         finally:  # a fault of ours leaves nobody waiting
             with self._changed:
                 self._closing, self._give_back_at = True, -math.inf

@@ -122,6 +122,18 @@ def test_a_long_clip_waits_for_no_short_one_and_keeps_none_waiting(pipeline):
     assert order == [*jobs, long]
 
 
+def test_a_small_shape_takes_more_turns(pipeline):
+    own = engine.Engine(pipeline, 4)
+    sizes = {"clip": (4, 64), "image": (1, 64), "other image": (1, 64)}
+    clips = {
+        own.join(pipeline.sampling("a star", steps=50, frames=frames, size=side)): name
+        for name, (frames, side) in sizes.items()
+    }
+    turns = [own.turn() for _ in range(10)]
+    assert sorted(len(turn) for turn in turns) == [1, 1, *[2] * 8]
+    assert clips[turns[[len(turn) for turn in turns].index(1)][0]] == "clip"
+
+
 def test_a_fault_in_a_batch_ends_one_clip(pipeline, monkeypatch):
     scheduler = Scheduler(pipeline, max_batch=3)
     step = scheduler._engine.step
