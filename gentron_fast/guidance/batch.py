@@ -101,18 +101,28 @@ def run_branches(
 ) -> tuple[Tensor | None, ...]:
     """Predictions of ε(∅,∅), ε(∅,c_M) and ε(c_T,c_M) for the samples whose denoiser runs them
     (`active`), None for a branch that none runs. plans: kept by the caller, by `active`."""
+    plan, index = prepare(denoisers, steps, active, latents.device, plans)
+    run = forward or forward_branches
+    return split(run(denoisers[0], plan, latents.to(denoisers[0].dtype), index), plan.sizes)
+
+
+def prepare(
+    denoisers: Sequence[GuidedDenoiser],
+    steps: Sequence[int],
+    active: tuple[Branches, ...],
+    device: torch.device,
+    plans: dict,
+) -> tuple[Plan, Tensor]:
+    """The plan of a step, and where its modulation rows are in the table, which then has them."""
     fill_rows(denoisers, steps)
     if active not in plans:
         plans[active] = make_plan(denoisers, active)
     plan = plans[active]
     first_rows = [d.first_row(step) for d, step in zip(denoisers, steps, strict=True)]
     if plan.denoisers is None:
-        index = plan.conditions + first_rows[0]
-    else:
-        first_rows = on_device(torch.tensor(first_rows), latents.device)
-        index = plan.conditions + first_rows[plan.denoisers]
-    run = forward or forward_branches
-    return split(run(denoisers[0], plan, latents.to(denoisers[0].dtype), index), plan.sizes)
+        return plan, plan.conditions + first_rows[0]
+    first_rows = on_device(torch.tensor(first_rows), device)
+    return plan, plan.conditions + first_rows[plan.denoisers]
 
 
 def forward_branches(denoiser: GuidedDenoiser, plan: Plan, latents: Tensor, index: Tensor):
@@ -135,11 +145,14 @@ def update_together(
     branches: tuple[Tensor | None, ...],
     x0_previous: Tensor | None,
     noise: Tensor | None,
+    own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Guidance and each solver's update of its own samples."""
+    """Guidance and each solver's update of its own samples; own: coefficients in place of theirs at
+    these steps."""
     at = list(zip(denoisers, steps, strict=True))
-    own = [d.coefficients[step] for d, step in at]
-    own = own[0] if len(own) == 1 else torch.cat(own)
+    if own is None:
+        parts = [d.coefficients[step] for d, step in at]
+        own = parts[0] if len(parts) == 1 else torch.cat(parts)
     weights, row, bounds, rescale = own.split(COEFFICIENT_SIZES, dim=1)
     return update(
         latents,

@@ -12,14 +12,21 @@ from gentron_fast.guidance.batch import (
     COEFFICIENT_SIZES,
     Plan,
     forward_branches,
+    prepare,
     run_branches,
     update_together,
 )
 from gentron_fast.guidance.contexts import ConstantContext, FoldedContext, PreparedText
-from gentron_fast.guidance.cuda_graph import ReplayedGraph
+from gentron_fast.guidance.cuda_graph import ReplayedGraph, is_bound_by_launches
 from gentron_fast.guidance.definition import check_rescale, guidance_weights
 from gentron_fast.guidance.shared import SharedWork
-from gentron_fast.guidance.steps import Branches, active_branches, branch_conditions, update
+from gentron_fast.guidance.steps import (
+    Branches,
+    active_branches,
+    branch_conditions,
+    split,
+    update,
+)
 from gentron_fast.guidance.work import step_flops
 from gentron_fast.layers import CrossContext
 from gentron_fast.model import GenTron, TextCondition
@@ -60,9 +67,9 @@ class GuidedDenoiser:
         the empty or the negative prompt, of 1 or P; lambda_t, lambda_m and rescale a number, one a
         sample (B,), or a schedule (S, 1) or (S, B); latent_shape (C, T, H, W). reuse: only every so
         many steps all branches run; the others add the last difference to the text's branch, which
-        is faster and another function. cuda_graph: replay the forward, by default for images on
-        CUDA. shared: with the other denoisers of a GuidedBatch; `release()` gives back the place
-        there, as deleting the denoiser does.
+        is faster and another function. cuda_graph: replay the step, by default on CUDA where
+        launching it takes the host longer than running it the GPU. shared: with the other denoisers
+        of a GuidedBatch; `release()` gives back the place there, as deleting the denoiser does.
         """
         if reuse < 1:
             raise ValueError(f"reuse must be at least 1 step, got {reuse}")
@@ -94,8 +101,16 @@ class GuidedDenoiser:
         self._plans: dict = {}
         self.reuse, self._difference = reuse, None
         if cuda_graph is None:
-            cuda_graph = self.device.type == "cuda" and latent_shape[1] == 1
-        self._graphs: dict[Plan, ReplayedGraph] | None = {} if cuda_graph else None
+            cuda_graph = self.device.type == "cuda" and self._is_bound_by_launches()
+        self._graphs: dict[tuple, ReplayedGraph] | None = {} if cuda_graph else None
+        self._draws = bool((table.rows[:, 5] != 0).any())
+
+    def _is_bound_by_launches(self) -> bool:
+        """By the tokens of the largest step, all its branches together."""
+        _, frames, height, width = self.latent_shape
+        config = self.model.config
+        tokens = self.batch * frames * height * width // config.patch_size**2
+        return is_bound_by_launches(max(map(sum, self._active)) * tokens, config.width)
 
     def _take_coefficients(self, lambda_t, lambda_m, rescale) -> None:
         """Of every step and sample, (S, B, 12): the weights of the branches, the solver's row, the
@@ -133,6 +148,8 @@ class GuidedDenoiser:
 
         latents, x0_previous, noise (B, C, T, H, W); returned in fp32, or fp64 for fp64 latents.
         """
+        if self._graphs is not None and self.reuse == 1:
+            return self._replayed_step(latents, step, x0_previous, noise)
         if self.reuse > 1 and self._active[step][2]:
             if step % self.reuse and self._difference is not None:
                 return self._reused_step(latents, step, x0_previous, noise)
@@ -141,6 +158,31 @@ class GuidedDenoiser:
         else:
             branches = self.branches(latents, step)
         return update_together((self,), (step,), latents, branches, x0_previous, noise)
+
+    def _replayed_step(self, latents, step, x0_previous, noise) -> tuple[Tensor, Tensor]:
+        """The step, guidance and solver in it, as a CUDA graph: one for each set of branches."""
+        self._check_shape(latents)
+        active = (self._active[step],)
+        plan, index = prepare((self,), (step,), active, latents.device, self._plans)
+        # What is absent counts as 0: a first or a last step needs no graph of its own.
+        dtype = torch.promote_types(latents.dtype, torch.float32)
+        zeros = torch.zeros_like(latents, dtype=dtype)
+        if noise is None and self._draws:
+            noise = zeros
+        inputs = [latents, index, self.coefficients[step]]
+        inputs.append(zeros if x0_previous is None else x0_previous)
+        inputs += [] if noise is None else [noise]
+
+        def run(latents, index, own, x0_previous, noise=None):
+            predictions = forward_branches(self, plan, latents.to(self.dtype), index)
+            branches = split(predictions, plan.sizes)
+            return update_together((self,), (step,), latents, branches, x0_previous, noise, own)
+
+        key = "step", plan.sizes, self.rescales[step], noise is None, latents.dtype
+        if key not in self._graphs:
+            self._graphs[key] = ReplayedGraph(run, tuple(inputs))
+        x_next, x0 = self._graphs[key](*inputs)
+        return x_next.clone(), x0.clone()  # the next replay writes over them
 
     def _reused_step(self, latents, step, x0_previous, noise) -> tuple[Tensor, Tensor]:
         """A step of the text's branch and the difference of a step before, which is rescaled."""
@@ -170,9 +212,7 @@ class GuidedDenoiser:
 
         Under cuda_graph they are overwritten by the next call.
         """
-        if latents.shape != (self.batch, *self.latent_shape):
-            wanted = (self.batch, *self.latent_shape)
-            raise ValueError(f"latents must be {wanted}, got {tuple(latents.shape)}")
+        self._check_shape(latents)
         active = (False, False, True) if only_text else self._active[step]
         forward = None if self._graphs is None else self._replay
         return run_branches((self,), (step,), (active,), latents, self._plans, forward)
@@ -183,6 +223,11 @@ class GuidedDenoiser:
             run = partial(forward_branches, self, plan)
             self._graphs[plan.sizes] = ReplayedGraph(run, inputs)
         return self._graphs[plan.sizes](*inputs)
+
+    def _check_shape(self, latents: Tensor) -> None:
+        wanted = self.batch, *self.latent_shape
+        if latents.shape != wanted:
+            raise ValueError(f"latents must be {wanted}, got {tuple(latents.shape)}")
 
     def branch_conditions(self, branch: int) -> Tensor:
         """Which of a step's rows each sample has in a branch, (B,) int64."""
