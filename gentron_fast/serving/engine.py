@@ -3,6 +3,7 @@
 # Shapes: C channels, T frames, h × w latents, H × W pixels.
 
 import math
+import time
 from weakref import WeakValueDictionary
 
 import torch
@@ -97,25 +98,24 @@ class Engine:
     def turn(self) -> list[Clip]:
         """The clips of one shape whose turn it is to take a step.
 
-        Shapes take turns by their size, so that a clip has the same share of the work whatever its
-        shape: an image takes eight steps beside one of a clip of eight frames.
+        Shapes take turns by the time of their steps, so that a clip has the same share of it
+        whatever its shape: an image takes several steps beside one of a clip.
         """
         groups: dict[tuple, list[Clip]] = {}
         for clip in self.clips:
             groups.setdefault(clip.denoiser.latent_shape, []).append(clip)
         first = min((self._turns[shape] for shape in groups if shape in self._turns), default=0)
         self._turns = {shape: self._turns.get(shape, first) for shape in groups}
-        shape = min(groups, key=self._turns.get)
-        self._turns[shape] += math.prod(shape)
-        return groups[shape]
+        return groups[min(groups, key=self._turns.get)]
 
     @torch.no_grad()
     def step(self, clips: list[Clip]) -> None:
         """The next step of each of these clips of one shape; they are as before where it fails."""
+        start, shape = time.perf_counter(), clips[0].denoiser.latent_shape
         denoisers = tuple(clip.denoiser for clip in clips)
-        batch = self._batches.get(denoisers[0].latent_shape)
+        batch = self._batches.get(shape)
         if batch is None or batch.denoisers != denoisers:
-            batch = self._batches[denoisers[0].latent_shape] = GuidedBatch(denoisers)
+            batch = self._batches[shape] = GuidedBatch(denoisers)
         steps = [clip.step for clip in clips]
         noise = None
         if any(clip.draws[clip.step] for clip in clips):
@@ -127,6 +127,8 @@ class Engine:
         for clip, *own in zip(clips, latents, x0, strict=True):
             clip.latents, clip.x0 = own
             clip.step += 1
+        seconds = (time.perf_counter() - start) / len(clips)
+        self._turns[shape] = self._turns.get(shape, 0) + seconds
 
     def frames(self, clip: Clip) -> Tensor:
         """Of a clip that is done: uint8 (T, H, W, 3) on the CPU. ValueError for what is not

@@ -4,11 +4,13 @@ import random
 import threading
 from concurrent.futures import CancelledError
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gentron_fast import GenTronPipeline
+from gentron_fast.guidance import GuidedBatch
 from gentron_fast.memory import held_at_most
 from gentron_fast.serving import (
     DeadlinePassed,
@@ -122,16 +124,25 @@ def test_a_long_clip_waits_for_no_short_one_and_keeps_none_waiting(pipeline):
     assert order == [*jobs, long]
 
 
-def test_a_small_shape_takes_more_turns(pipeline):
-    own = engine.Engine(pipeline, 4)
-    sizes = {"clip": (4, 64), "image": (1, 64), "other image": (1, 64)}
-    clips = {
-        own.join(pipeline.sampling("a star", steps=50, frames=frames, size=side)): name
-        for name, (frames, side) in sizes.items()
-    }
-    turns = [own.turn() for _ in range(10)]
-    assert sorted(len(turn) for turn in turns) == [1, 1, *[2] * 8]
-    assert clips[turns[[len(turn) for turn in turns].index(1)][0]] == "clip"
+def test_shapes_share_the_time_and_not_the_steps(pipeline, monkeypatch):
+    """Two images, four times as fast as a clip, take four steps beside one of it."""
+    own, now = engine.Engine(pipeline, 4), [0.0]
+    monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    of_step = GuidedBatch.step
+
+    def step(batch, latents, *args):
+        now[0] += len(latents) * latents.shape[2]  # a second a frame
+        return of_step(batch, latents, *args)
+
+    monkeypatch.setattr(GuidedBatch, "step", step)
+    for frames in (4, 1, 1):
+        own.join(pipeline.sampling("a star", steps=50, frames=frames, size=32))
+    turns = []
+    for _ in range(15):
+        clips = own.turn()
+        own.step(clips)
+        turns.append(len(clips))
+    assert turns.count(1) == 3 and turns.count(2) == 12
 
 
 def test_a_fault_in_a_batch_ends_one_clip(pipeline, monkeypatch):
