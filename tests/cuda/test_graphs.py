@@ -14,6 +14,7 @@ from gentron_fast import PRESETS, GenTronConfig
 from gentron_fast.compiled.graphs import Graph, sampling_graphs
 from gentron_fast.diffusion import SCHEDULER_CONFIG
 from gentron_fast.guidance import GuidedDenoiser
+from gentron_fast.guidance.contexts import mark_length_dynamic
 from gentron_fast.solvers import make_table
 
 
@@ -105,17 +106,26 @@ def test_compiled_blocks_sample(name, batch, loaded):
     table = make_table("dpm++", SCHEDULER_CONFIG, 4)
     with pretended_gpu.Host() as host, torch.no_grad():
         model = models.on_gpu(config)
-        model.compile_blocks()
         text, null_text = (
             models.texts(config, *sizes).to("cuda", torch.bfloat16)
             for sizes in ((batch, 20, 120), (1, 2, 1))
         )
         denoiser = GuidedDenoiser(model, text, null_text, table, 7.5, 1.2, shape)
-        plan = denoiser._plan(denoiser._active[0])
-        rows = [part[plan.conditions] for part in denoiser._modulation(0)]
-        latents = torch.rand(batch, *shape).to("cuda", torch.bfloat16)
-    with host.fakes, torch.no_grad():  # Dynamo compiles nothing under a mode that is not torch's
-        denoiser._forward(plan, latents, *rows)
+        calls = []  # Dynamo compiles nothing under a mode that is not torch's
+        hooks = [
+            block.register_forward_pre_hook(lambda *call: calls.append(call))
+            for block in model.blocks
+        ]
+        denoiser.step(torch.rand(batch, *shape).to("cuda"), 0)
+        for hook in hooks:
+            hook.remove()
+    model.compile_blocks()
+    with host.fakes, torch.no_grad():
+        for block, inputs in calls:
+            for context in inputs[4].parts:
+                mark_length_dynamic(context)
+            block(*inputs)
+    assert len(calls) == config.depth
     assert set(loaded.values()) == {pretended_gpu.ARCHITECTURE}
     assert "_forward_kernel" in loaded
     assert not config.temporal or "_temporal_attention_fwd_kernel" in loaded
