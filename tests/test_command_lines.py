@@ -19,6 +19,7 @@ from published import make_pixart
 from gentron_fast import convert, export, generate, serve
 from gentron_train import export_pipeline, shapes, shapes_score, shipped
 from gentron_train.data import precompute
+from gentron_train.findings import __main__ as findings
 from gentron_train.small_world import picture
 
 EACH = 40 * FAULTS
@@ -204,3 +205,21 @@ def test_shipped(assert_all_end_well_or_in_one_line, monkeypatch):
     options = {"--out": ["out"], "--config": ["stages.yaml"], "--assemble": []}
     lines = command_lines(options, [], range(EACH))
     assert_all_end_well_or_in_one_line(shipped.main, lines)
+
+
+def test_findings(tmp_path, monkeypatch, assert_all_end_well_or_in_one_line):
+    monkeypatch.setattr(findings, "_train", lambda *_: None)
+    (tmp_path / "runs.yaml").write_text(findings.TABLE.read_text())
+    options = {
+        "--pilot": [],
+        "--seed": ["1"],
+        "--lambda-m": ["1.3"],
+        "--out": ["runs"],
+        "--results": ["results"],
+        "--document": ["page.md"],
+        "--table": ["runs.yaml", str(findings.TABLE)],
+        "--device": ["cpu"],
+    }
+    lines = command_lines(options, [], range(EACH))
+    given = (["--results", "mine", "--document", "mine.md", *line] for line in lines)
+    assert_all_end_well_or_in_one_line(findings.main, given)

@@ -8,6 +8,7 @@ both, so an interval is a little wide, never narrow.
 
 # Shapes: S seeds, P prompts, R draws of the bootstrap.
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,10 +49,9 @@ def paired_interval(first: Sequence, second: Sequence) -> Interval:
     if seeds < 2:
         raise ValueError(f"{seeds} seed has no interval, wanted at least 2")
     means = np.nanmean(pairs, 1)
-    generator = np.random.default_rng(0)
     error = means.std(ddof=1) / math.sqrt(seeds)
-    spread = error * generator.standard_t(seeds - 1, DRAWS)
-    low, high = np.percentile(_resampled_means(pairs, generator) + spread, TAILS)
+    spread = error * np.random.default_rng(0).standard_t(seeds - 1, DRAWS)
+    low, high = np.percentile(_resampled_means(pairs) + spread, TAILS)
     return Interval(float(means.mean()), float(low), float(high))
 
 
@@ -68,12 +68,19 @@ def differences(first: Sequence, second: Sequence) -> np.ndarray:
     return pairs
 
 
-def _resampled_means(pairs: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+@functools.lru_cache(maxsize=4)
+def _times_drawn(prompts: int, draws: int) -> np.ndarray:
+    """How often each prompt is drawn, (R, P): the same for every comparison."""
+    generator = np.random.default_rng(1)
+    return generator.multinomial(prompts, np.full(prompts, 1 / prompts), draws).astype(np.float64)
+
+
+def _resampled_means(pairs: np.ndarray) -> np.ndarray:
     """Means (R,) with the prompts drawn anew, the same ones for every seed."""
     count = pairs.shape[1]
     if count == 1:
         return np.full(DRAWS, pairs.mean())
-    times = generator.multinomial(count, np.full(count, 1 / count), DRAWS).astype(np.float64)
+    times = _times_drawn(count, DRAWS)
     there = ~np.isnan(pairs)
     weight = times @ there.T
     sums = times @ np.where(there, pairs, 0.0).T
@@ -85,7 +92,7 @@ def _resampled_means(pairs: np.ndarray, generator: np.random.Generator) -> np.nd
 def prompt_error(first: Sequence, second: Sequence) -> float:
     """The standard error that the prompts alone leave in the mean of first - second, (S, P)."""
     pairs = differences(first, second)
-    return float(_resampled_means(pairs, np.random.default_rng(0)).std())
+    return float(_resampled_means(pairs).std())
 
 
 def seed_spread(scores: Sequence[Sequence[float]]) -> float:

@@ -43,7 +43,7 @@ def drawn(rng, seeds, prompts, of_seeds, of_prompts, of_pairs, truth=1.0):
     ids=str,
 )
 def test_the_interval_holds_the_truth_in_95_of_100(few_draws, seeds, deviations, most):
-    rng, trials, inside = np.random.default_rng(1), 300, 0
+    rng, trials, inside = np.random.default_rng(1), 400, 0
     for _ in range(trials):
         interval = paired_interval(*drawn(rng, seeds, 60, *deviations))
         inside += interval.low <= 1 <= interval.high
