@@ -36,13 +36,18 @@ def through_the_operator(function, inputs):
 
 
 def comparable(noted, known: dict):
-    """A launch with names of the tensors for its pointers; what it made itself is 'new'."""
+    """A launch with names of the tensors for its pointers; what it made itself is 'new', and flags
+    are their bytes, which the operator copies."""
     names = {tensor.data_ptr(): name for name, tensor in known.items()}
-    arguments = [
-        names.get(value.data_ptr(), "new") if isinstance(value, torch.Tensor) else value
-        for value in noted.arguments
-    ]
-    return noted.grid, noted.kernel, arguments
+
+    def named(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.dtype == torch.uint8:
+            return value.tolist()
+        return names.get(value.data_ptr(), "new")
+
+    return noted.grid, noted.kernel, [named(value) for value in noted.arguments]
 
 
 def cases():
