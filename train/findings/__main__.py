@@ -31,6 +31,13 @@ LENGTHS = {"clip": 16, "t5": 64}
 TURN = 1.0  # seconds in which one who waits for the cores gets them
 
 
+def in_checkout(path: Path) -> Path:
+    """A path as the commands, which run in the checkout, name it: relative where it is within, so
+    that results name no folder of this machine."""
+    path = path.absolute()
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
 def trained_folder(out: Path, name: str, seed: int) -> Path:
     """Where the trainer keeps a run of one seed."""
     return out / f"{name}-seed{seed}" / "train"
@@ -60,7 +67,7 @@ def _is_trained(out: Path, name: str, seed: int) -> bool:
 
 def training(job: Run, seed: int, table: Table, out: Path) -> list[str]:
     """The command that trains a run."""
-    train = ["deepspeed", f"train/{job.stage}.py", "--config", str(table.config)]
+    train = ["deepspeed", f"train/{job.stage}.py", "--config", str(in_checkout(table.config))]
     train += ["--run", str(trained_folder(out, job.name, seed)), "--seed", str(seed)]
     train += ["--data", str(out / "shapes")]
     if job.start is not None:
@@ -140,7 +147,7 @@ def _command(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
     table = read_table(args.table.absolute())
     args.out, args.results, args.document = (
-        _in_checkout(path) for path in (args.out, args.results, args.document)
+        in_checkout(path) for path in (args.out, args.results, args.document)
     )
     if args.score is not None:
         _score(args, table)
@@ -160,13 +167,6 @@ def _command(argv: list[str]) -> None:
     _write(args, table)
 
 
-def _in_checkout(path: Path) -> Path:
-    """A path as the commands, which run in the checkout, name it: relative where it is within, so
-    that results name no folder of this machine."""
-    path = path.absolute()
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-
-
 def _train(jobs: list[tuple[Run, int]], table: Table, args) -> None:
     if args.device.type == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or the trainer would take the GPU
@@ -174,7 +174,7 @@ def _train(jobs: list[tuple[Run, int]], table: Table, args) -> None:
     counts = ["--images", str(table.images), "--clips", str(table.clips)]
     shapes = ["python", "-m", "gentron_train.shapes", str(args.out / "shapes"), *counts]
     options = ["--out", str(args.out), "--results", str(args.results)]
-    options += ["--table", str(_in_checkout(args.table)), "--device", str(args.device)]
+    options += ["--table", str(in_checkout(args.table)), "--device", str(args.device)]
     for number, (job, seed) in enumerate(jobs, 1):
         print(f"run          {number} of {len(jobs)}: {job.name}, seed {seed}", flush=True)
         with all_cores():

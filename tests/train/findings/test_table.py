@@ -112,7 +112,9 @@ def test_the_commands_of_a_run(tmp_path):
     table = read_table()
     run = dataclasses.replace(table.runs["t2v-both"], changes={"p_image": 0.2, "in_memory": False})
     words = command.training(run, 3, table, tmp_path)
-    assert words[:2] == ["deepspeed", "train/t2v.py"]
+    assert words[:4] == [
+        *("deepspeed", "train/t2v.py", "--config", "train/configs/findings/settings.yaml")
+    ]
     assert words[-3:] == ["--p-image", "0.2", "--no-in-memory"]
     assert words[words.index("--init") + 1] == str(tmp_path / "both-seed3" / "train" / "pipeline")
     assert words[words.index("--run") + 1] == str(tmp_path / "t2v-both-seed3" / "train")
