@@ -7,13 +7,14 @@ pytest in a process that sees the H200.
 
 from pretended_gpu.device import ARCHITECTURE, PROPERTIES, is_pretended, loaded, pretend
 from pretended_gpu.host import Event, Host
-from pretended_gpu.inductor import cubins
+from pretended_gpu.inductor import architecture, cubins
 
 __all__ = [
     "ARCHITECTURE",
     "PROPERTIES",
     "Event",
     "Host",
+    "architecture",
     "cubins",
     "is_pretended",
     "loaded",
