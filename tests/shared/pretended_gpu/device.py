@@ -192,7 +192,7 @@ class _Stream:
     cuda_stream, stream_id, device_index = 0, 0, 0
 
     def __init__(self, device=None, priority=0):
-        self.device = torch.device("cuda", 0)
+        self.device = torch.device("cuda" if device is None else device)
 
     def wait_stream(self, stream) -> None:
         """On the device alone, as `wait_event` and `record_event`."""
