@@ -86,6 +86,7 @@ HEADLINE_DTYPES = ("float32", "bfloat16")
 def main() -> None:
     rows = newest_rows(RESULTS)
     text = section(rows) + work_section(newest_rows(RESULTS, "saved"))
+    text += serve_section(newest_rows(RESULTS, "served"))
     readme = headline(rows)
     if plot_roofline(rows, PLOT):
         text += f"\n![Roofline]({PLOT.name})\n"
@@ -155,6 +156,21 @@ def work_section(rows: list[dict]) -> str:
     shape = " × ".join(map(str, rows[0]["shape"]))
     title = f"### Work saved in a guided step, latents {shape} (`python bench/work.py`)"
     return f"\n{title}\n\n{_markdown(lines)}\n"
+
+
+def serve_section(rows: list[dict]) -> str:
+    """The table of bench/bench_serve.py, one a device; nothing without rows."""
+    parts = []
+    for row in rows:
+        head = ["requests of clips and images", "a minute, all at once", "p50, s", "p95, s"]
+        lines = [head, ["---"] * len(head)]
+        for way, figures in row["served"].items():
+            lines.append([way, *(_figure(figures[key]) for key in ("a_minute", "p50", "p95"))])
+        title = f"### Serving, {row['device']} (`{row['command']}`, commit {row['commit']})"
+        rate = f"p50 and p95 at {_figure(row['arrivals_a_minute'])} requests a minute"
+        parts.append(f"\n{title}\n\n{rate}, at most {row['max_batch']} at a time.\n\n")
+        parts.append(f"{_markdown(lines)}\n")
+    return "".join(parts)
 
 
 def replace_section(readme: str, text: str) -> str:

@@ -240,6 +240,14 @@ def test_the_report_leaves_the_rest_of_the_readme_alone():
     assert report.replace_section((ROOT / "README.md").read_text(), "new\n")
 
 
+def test_the_report_tells_of_serving():
+    figures = {"a_minute": 123.4, "p50": 0.25, "p95": 1.5}
+    row = row_of(served={"scheduler": figures}, max_batch=8, arrivals_a_minute=61.7)
+    text = report.serve_section([row])
+    assert "| scheduler | 123 | 0.25 | 1.5 |" in text and "at 61.7 requests a minute" in text
+    assert report.serve_section([]) == ""
+
+
 def test_the_roofline_is_a_picture_of_rows_with_flops(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "docs/roofline.png"
