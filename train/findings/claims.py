@@ -170,13 +170,15 @@ def smallest(
 ) -> tuple[float, bool] | None:
     """The smallest difference that the planned seeds and prompts can show, from the pilot, in the
     measure's unit; and whether it holds the spread over the seeds, else the prompts alone. None
-    where the pilot has no results of it."""
+    where the pilot has no results of it, or nothing to tell a spread by."""
     pairs = _pairs(comparison, measure, records, table.pilot[:1])
     if not pairs:
         return None
     ahead, behind = (np.array(part) for part in zip(*pairs, strict=True))
     error = 0.0 if ahead.shape[1] == 1 else prompt_error(ahead, behind)
     spread = pilot_spread(measure, records, table)
+    if spread is None and not error:
+        return None
     least = smallest_difference(spread or 0.0, error, len(table.seeds))
     return least * MEASURES[measure].scale, spread is not None
 

@@ -128,19 +128,20 @@ def _pilot(records, table: Table) -> str:
         f"{len(table.runs)} runs measured). The smallest difference that is seen in 80 of 100 "
         "repetitions:",
         "",
-        "| | in | smallest difference |",
-        "|---|---|---|",
+        "| | smallest difference (*: by the prompts alone) |",
+        "|---|---|",
     ]
     for finding in claims.findings(table):
         for comparison in finding.comparisons:
+            cells = []
             for name in comparison.measures:
                 least = claims.smallest(comparison, name, records, table)
                 if least is not None:
-                    measure, alone = MEASURES[name], "" if least[1] else ", by the prompts alone"
-                    lines.append(
-                        f"| {comparison.name} | {measure.title} | "
-                        f"{least[0]:.{measure.digits}f} {measure.unit}{alone} |"
-                    )
+                    measure, mark = MEASURES[name], "" if least[1] else "*"
+                    shown = f"{least[0]:.{measure.digits}f} {measure.unit}".strip()
+                    cells.append(f"{measure.title} {shown}{mark}")
+            if cells:
+                lines.append(f"| {comparison.name} | {', '.join(cells)} |")
     lines += ["", "| run | steps a second | minutes, all told |", "|---|---|---|"]
     for name, seconds in hours.seconds.items():
         own = [r for r in records if (r["run"], r["seed"]) == (name, table.pilot[0])]
@@ -249,9 +250,11 @@ def draw(records: Sequence[dict], table: Table, folder: Path) -> list[Path]:
         extra = _extra(finding, own, table)
         panels = len(names) + bool(extra)
         rows = len({one.comparison.name for one in verdicts})
-        size = 3.1 * min(panels, 3), (1.3 + 0.45 * rows) * -(-panels // 3)
-        figure = Figure(figsize=(max(size[0], 5), max(size[1], 2.5)), layout="constrained")
-        axes = figure.subplots(-(-panels // 3), min(panels, 3), squeeze=False).flatten()
+        columns = 2 if panels == 4 else min(panels, 3)
+        lines = -(-panels // columns)
+        size = max(3.3 * columns, 5), max((1.3 + 0.45 * rows) * lines, 2.5)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(lines, columns, squeeze=False).flatten()
         for axis, name in zip(axes, names, strict=False):
             _draw_differences(axis, [one for one in verdicts if one.measure == name])
         if extra:

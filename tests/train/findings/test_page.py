@@ -156,6 +156,8 @@ def test_the_pilot_tells_hours_and_the_smallest_difference(table, records):
     wider, has_spread = claims.smallest(comparison, "psnr", [*records, *again], table)
     assert has_spread and wider > 3
     assert claims.smallest(comparison, "psnr", [], table) is None
+    size = findings(table)[2].comparisons[0]
+    assert claims.smallest(size, "loss", records, table) is None  # one figure, one seed
 
 
 def test_results_are_read_as_they_were_written(records, tmp_path):
