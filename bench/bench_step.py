@@ -329,9 +329,6 @@ def compete(measure, contest, name, config, shape, dtype, peers=PEERS):
         amdahl_ceiling=plain / shared,
         work=step.denoiser().describe(),
     )
-    if row["product_tflops"]:
-        floor = shared / row["product_tflops"] / 1e9
-        print(f"\n{name}: {floor:.3g} ms is the floor, ours' FLOPs at the rate of a large product")
     latte = at_equal_flops(row, plain)
     print(
         f"\n{name}: {plain / 1e9:.1f} GFLOP plain, {shared / 1e9:.1f} ours; "

@@ -324,6 +324,8 @@ def table(rows: Sequence[dict]) -> list[str]:
         lines += ["", f"{title} {tuple(row['shape'])} {row['dtype']}"]
         entries = row["contenders"] | ({COPY: row["copy"]} if row["copy"] else {})
         lines += [f"  {name:<22}{_columns(entry)}" for name, entry in entries.items()]
+        if row.get("floor_ms"):
+            lines.append(f"  {'floor':<22}{row['floor_ms']:10.4f} ms")
     return lines
 
 
@@ -350,8 +352,12 @@ def _summary(seconds: list[float]) -> dict:
 
 
 def _add_rates(row: dict) -> None:
-    """GB/s, TFLOP/s, % of copy and the speed-up of ours over each contender that was timed."""
+    """GB/s, TFLOP/s, % of copy and the speed-up of ours over each contender that was timed; the
+    floor: what the FLOPs take at a large product's rate, or the bytes at a copy's, if that is more.
+    """
     copy, timed = row["copy"], [e for e in row["contenders"].values() if "ms" in e]
+    of_flops = row["flops"] / row["product_tflops"] / 1e9 if row["product_tflops"] else 0.0
+    row["floor_ms"] = max(of_flops, copy["ms"] if copy else 0.0) or None
     for entry in [*timed, *([copy] if copy else [])]:
         if row["bytes"] is not None:
             entry["gbs"] = row["bytes"] / entry["ms"] / 1e6

@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 INPLACE = {"gentron_kernels": "kernels", "gentron_fast": "gentron_fast", "gentron_train": "train"}
 SCRATCH = ROOT / "build/gpu"
+FOLDERS = ("bench/", "tests/")  # of the files that the steps name
 FAILED, NO_CUDA, NOTHING_LEFT, OUT_OF_TIME = 1, 2, 3, 124
 LIMIT, REST_LIMIT, PART_LIMIT = 540.0, 240.0, 465.0  # seconds of a call
 LEAST = 10.0  # seconds without which no step begins
@@ -158,7 +159,10 @@ def run_plan(steps, record: Path, limit: float, rest: bool = False) -> int:
 def run_step(step: Step, record: Path, seconds: float, rest: bool, build: "Build") -> dict:
     """What came of it: its state, done, failed or cut, seconds, tests, the error in one line."""
     start, since = time.monotonic(), len(lines_of(record))
-    if step.builds and (reason := build.wait(seconds)):
+    files = [name.partition("::")[0] for name in step.arguments if name.startswith(FOLDERS)]
+    missing_files = [name for name in files if not (ROOT / name).exists()]
+    reason = f"no such file: {', '.join(missing_files)}" if missing_files else None
+    if reason := reason or (build.wait(seconds) if step.builds else None):
         return {"state": "failed", "seconds": time.monotonic() - start, "error": reason}
     SCRATCH.mkdir(parents=True, exist_ok=True)
     logs = [SCRATCH / f"{step.name}-{share}.txt" for share in range(step.shares)]
@@ -184,8 +188,9 @@ def run_step(step: Step, record: Path, seconds: float, rest: bool, build: "Build
         errors.insert(0, f"ended after {seconds:.0f} s")
     elif failed and not errors:
         words = [line for line in logs[0].read_text(errors="replace").splitlines() if line.strip()]
-        signalled = f"ended by signal {-failed[0]}" if failed[0] < 0 else ""
-        errors.append(signalled or (words or ["no word"])[-1])
+        named = [line for line in words if "error: " in line.lower()]
+        signalled = [f"ended by signal {-failed[0]}"] if failed[0] < 0 else []
+        errors.append([*signalled, *named, *words[-1:], "no word"][0])
     elif not errors and not counts["passed"]:
         errors.append("no test ran: " + next((line["error"] for line in tests), "none was found"))
     found = {

@@ -86,7 +86,7 @@ def row_of(**changes) -> dict:
 def test_a_row_holds_its_figures_and_where_they_come_from(contest):
     eager = Contender("eager", lambda x: x + x, "added", flops=256)
     contenders = [Contender(OURS, double), eager]
-    row = measure(contest, [*contenders, absent("peer", "not installed")], preset="XL/2", floor=3)
+    row = measure(contest, [*contenders, absent("peer", "not installed")], preset="XL/2", seed=3)
     ours, eager, peer = row["contenders"].values()
     assert ours["gbs"] == pytest.approx(1024 / ours["ms"] / 1e6)
     assert ours["tflops"] == pytest.approx(128 / ours["ms"] / 1e9)
@@ -95,7 +95,9 @@ def test_a_row_holds_its_figures_and_where_they_come_from(contest):
     assert eager["speedup"] == pytest.approx(eager["ms"] / ours["ms"]) and "speedup" not in ours
     assert ours["iqr"][0] <= ours["ms"] <= ours["iqr"][1] and ours["samples"] >= 3
     assert eager["note"] == "added" and peer == {"absent": "not installed"}
-    assert (row["shape"], row["dtype"], row["floor"]) == ([4, 32], "float32", 3)
+    assert (row["shape"], row["dtype"], row["seed"]) == ([4, 32], "float32", 3)
+    of_flops = 128 / row["product_tflops"] / 1e9
+    assert row["floor_ms"] == pytest.approx(max(of_flops, row["copy"]["ms"]))
     assert row["torch"] == torch.__version__ and row["commit"] and row["command"] == "pytest bench"
     assert json.loads(json.dumps(row)) == row
     text = "\n".join(measuring.table([row]))
@@ -305,7 +307,7 @@ def test_a_step_that_fails_or_hangs_costs_its_share_alone(plan, tmp_path, capsys
     plan(
         good=(60, PASSES + "def test_too(): pass\n"),
         wrong=(60, "def test():\n    print('seen before')\n    assert 1 == 2, 'not equal'\n"),
-        endless=(3, HANGS),
+        endless=(2, HANGS),
         unknown=(60, "import no_such_module\n"),
         killed=(60, "import os\ndef test(): os.kill(os.getpid(), 9)\n"),
         absent=(60, "import pytest\npytest.importorskip('no_such_module')\n"),
@@ -319,7 +321,7 @@ def test_a_step_that_fails_or_hangs_costs_its_share_alone(plan, tmp_path, capsys
     }
     assert steps["good"]["tests"] == {"passed": 2} and "error" not in steps["good"]
     assert steps["wrong"]["error"] == "AssertionError: not equal"
-    assert steps["endless"]["error"] == "ended after 3 s"
+    assert steps["endless"]["error"] == "ended after 2 s"
     unknown = "ModuleNotFoundError: No module named 'no_such_module'"
     assert steps["unknown"]["error"] == unknown
     assert steps["killed"]["error"] == "ended by signal 9"
@@ -524,6 +526,35 @@ def test_the_rehearsal_has_what_a_clone_has(tmp_path, monkeypatch):
     rehearsal.copy_checkout(root, copy)
     files = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
     assert files == {".gitignore", "kept/a.py", "kernels/libgentron.so"}
+
+
+def test_the_rehearsal_finds_what_would_waste_minutes(tmp_path):
+    """A package that is not there, a file that is not, and a wrong argument."""
+    faults = {
+        "bench_layernorm_modulate.py": ("import math\n", "import math\nimport diffusers\n"),
+        "bench_step.py": ("texts = self.text, self.null_text", "texts = self.text, self.null_tex"),
+    }
+    rehearsal.copy_checkout(ROOT, tmp_path)
+    for name, (right, wrong) in faults.items():
+        text = (tmp_path / "bench" / name).read_text()
+        assert text.count(right) == 1
+        (tmp_path / "bench" / name).write_text(text.replace(right, wrong))
+    (tmp_path / "bench/bench_train.py").unlink()
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    steps = "chain", "small-step", "training-step"
+    code = f"import gpu, rehearsal\nrehearsal.rehearse([gpu.PARTS[n] for n in {steps}], 500)"
+    command = [sys.executable, "-c", code]
+    paths = {"PYTHONPATH": str(tmp_path / "bench")}
+    run = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True
+    )
+    lines = iter(run.stdout.splitlines())
+    errors = {line.split()[0]: next(lines).strip() for line in lines if "  failed" in line[:24]}
+    assert errors == {
+        "chain": "ModuleNotFoundError: import of diffusers halted; None in sys.modules",
+        "small-step": "AttributeError: 'Step' object has no attribute 'null_tex'",
+        "training-step": "no such file: bench/bench_train.py",
+    }
 
 
 def test_the_rehearsal_takes_no_argument_that_torch_2_11_lacks():
