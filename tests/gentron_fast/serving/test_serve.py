@@ -64,9 +64,9 @@ def test_clips_are_the_pipelines_and_outlive_kill_9_and_sigterm(
         ]
         process.send_signal(signal.SIGTERM)
         start = time.monotonic()
+        assert process.stdout.readline() == "stopped\n"
+        assert time.monotonic() - start < 2 + 8  # its grace and a step, on a busy machine
         assert process.wait(30) == 0
-        assert time.monotonic() - start < 2 + 8  # its grace, a step, and the end of the process
-        assert process.stdout.read() == "stopped\n"
     records = {video.id: json.loads((out / f"{video.id}.json").read_text()) for video in longs}
     assert json.loads((out / f"{short.id}.json").read_text())["status"] == "completed"
     assert records[longs[-1].id]["error"]["code"] == "server_stopped"
