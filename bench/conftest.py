@@ -72,7 +72,11 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture(scope="session", autouse=True)
 def alone(request):
     """No long run of ours that asks for the cores shares them with a measurement."""
-    with contextlib.nullcontext() if request.config.stash[_CONTEST].smoke else all_cores():
+    with contextlib.ExitStack() as stack:
+        if not request.config.stash[_CONTEST].smoke:
+            capture = request.config.pluginmanager.getplugin("capturemanager")
+            with capture.global_and_fixture_disabled():  # whom it waits for is seen
+                stack.enter_context(all_cores())
         yield
 
 
