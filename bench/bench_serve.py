@@ -137,7 +137,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="the largest batch (default: as measured)")
     args = parser.parse_args()
     pipeline = GenTronPipeline.from_pretrained()
-    scheduler = Scheduler(pipeline, queue_size=args.requests, max_batch=args.batch)
+    queue = max(args.requests, WARM_UP)
+    scheduler = Scheduler(pipeline, queue_size=queue, max_batch=args.batch)
     most, frames = scheduler.max_batch, pipeline.default_frames
     ways = {
         "one at a time": by_the_pipeline(pipeline, 1),
