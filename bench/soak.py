@@ -93,12 +93,14 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
 class Client(threading.Thread):
     """One client, that does one thing after another."""
 
-    def __init__(self, number: int, address: str, until: float, clips, images, findings: Findings):
+    def __init__(
+        self, number: int, address: str, until: float, folder: Path, clips, images, findings
+    ):
         super().__init__(name=f"client {number}")
         self.chance, self.until, self.address = random.Random(number), until, address
         self.clips, self.images, self.findings = clips, images, findings
         self.openai = openai.OpenAI(base_url=f"{address}v1", api_key="none", max_retries=0)
-        self.folder = Path(tempfile.mkdtemp(prefix="soak-"))
+        self.folder = Path(tempfile.mkdtemp(dir=folder))
 
     def run(self) -> None:
         work = [self.make_clip] * 6 + [self.make_image] * 3
@@ -247,7 +249,8 @@ def main(minutes: float) -> int:
             findings, until = Findings(), time.monotonic() + 60 * minutes
             watch = Watch(server.pid, until)
             clients = [
-                Client(number, address, until, clips, images, findings) for number in range(CLIENTS)
+                Client(number, address, until, folder, clips, images, findings)
+                for number in range(CLIENTS)
             ]
             for thread in (watch, *clients):
                 thread.start()
