@@ -150,6 +150,15 @@ def choose_device(name: str | None):
         raise ValueError(f"no device {name} here: {str(error).splitlines()[0]}") from error
 
 
+def check_ray(args: argparse.Namespace) -> None:
+    """ValueError where --cores or --device do not go with --ray, or with its absence."""
+    if args.ray is None:
+        if args.cores is not None:
+            raise ValueError("--cores is for --ray, and there is none")
+    elif str(args.device) not in ("None", "cpu", "cuda"):
+        raise ValueError(f"--ray goes with --device cpu or cuda, got {str(args.device)!r}")
+
+
 def usable_device(text: str):
     """The argparse type of devices, each tried out."""
     try:

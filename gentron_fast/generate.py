@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gentron_fast.commandline import (
+    check_ray,
     check_writable,
     choose_device,
     number,
@@ -249,7 +250,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if args.compiled is None and args.sha256 is not None:
         raise ValueError("--sha256 is for the file of --compiled, and there is none")
     check_precision(args)
-    check_ray(args)
+    check_work_on_ray(args)
     if args.compiled is not None and (fixed := sorted(given & set(FIXED))):
         raise ValueError(f"{fixed[0]} is fixed in a compiled sampler: leave it out")
     return args
@@ -279,19 +280,16 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true")
 
 
-def check_ray(args: argparse.Namespace) -> None:
+def check_work_on_ray(args: argparse.Namespace) -> None:
     """ValueError where --ray stands beside what it does not go with."""
+    check_ray(args)
     if args.ray is None:
-        if args.cores is not None:
-            raise ValueError("--cores is for --ray, and there is none")
         return
     if args.prompts is None:
         raise ValueError("--ray makes the clips of a file: --prompts FILE")
     for name in ("compiled", "offload"):
         if getattr(args, name):
             raise ValueError(f"--ray does not go with --{name}")
-    if args.device not in (None, "cpu", "cuda"):
-        raise ValueError(f"--ray goes with --device cpu or cuda, got {args.device!r}")
 
 
 def check_precision(args: argparse.Namespace) -> None:

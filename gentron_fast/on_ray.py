@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from gentron_fast import __version__
 
@@ -69,6 +70,7 @@ def cluster(address: str) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anyone
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # else a late thread starts a cluster
     check_installed()
     import ray
 
@@ -130,8 +132,7 @@ def on_all(
 
     make(device): the worker of an actor, made once in it; it gets `at_once` pieces a call, which
     must be different, and may get one again whose actor died, so that making twice must be the
-    same as once. gpus: an actor a GPU, None where the cluster has one; else an actor for each
-    `cores` cores (all of the smallest node). ValueError for what the worker raises as OSError or
+    same as once. gpus, cores: as of `layout`. ValueError for what the worker raises as OSError or
     ValueError, and where actors die without anything made.
     """
     import ray
@@ -142,11 +143,11 @@ def on_all(
     # What is lost with an actor is made in the next round, by those that are there then. Ray's own
     # retries would wait for the actor to come back, for ever where its node does not.
     context.max_errored_blocks = -1
-    for name in ("ray", "ray.data"):
+    for name in ("ray", "ray.data", "ray.serve"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     left = {json.dumps(piece): piece for piece in work}
     while left:
-        device, cores_each, actors = _layout(gpus, cores)
+        device, cores_each, actors = layout(gpus, cores)
         before = len(left)
         blocks = min(-(-len(left) // at_once), MOST_BLOCKS)
         rows = ray.data.from_items([{"work": text} for text in left], override_num_blocks=blocks)
@@ -182,8 +183,17 @@ def on_all(
             print(f"{len(left)} were lost with their actors: once more", file=sys.stderr)
 
 
-def _layout(gpus: bool | None, cores: int | None) -> tuple[str, int, int]:
-    """The device of an actor, its cores, and how many actors the cluster has room for now."""
+class Layout(NamedTuple):
+    """An actor's device, cpu or cuda, its cores, and how many a cluster has room for."""
+
+    device: str
+    cores: int
+    actors: int
+
+
+def layout(gpus: bool | None, cores: int | None) -> Layout:
+    """As the cluster is now: an actor for each GPU (None: where it has one), or for each `cores`
+    cores (None: all of the smallest node). ValueError where it has no room for one."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -205,4 +215,4 @@ def _layout(gpus: bool | None, cores: int | None) -> tuple[str, int, int]:
     room = [
         min(node["CPU"] // cores, node["GPU"] if gpus else node["CPU"] // cores) for node in useful
     ]
-    return "cuda" if gpus else "cpu", cores, max(1, int(sum(room)))
+    return Layout("cuda" if gpus else "cpu", cores, max(1, int(sum(room))))

@@ -6,9 +6,11 @@ import logging
 import os
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from gentron_fast.commandline import (
+    check_ray,
     check_writable,
     choose_device,
     number,
@@ -36,6 +38,9 @@ PIPELINE            pipeline folder (the small model that ships)
 --device D          cpu, cuda, cuda:1
 --dtype T           float32, bfloat16, float16
 --max-batch N       clips made at a time (what the memory takes)
+--ray ADDRESS       made by replicas on a Ray cluster, more while more is asked
+                    for: auto, local or HOST:PORT
+--cores N           of each replica, where there is no GPU (a node's)
 --queue N           requests that wait; then 429 (64)
 --max-frames N --max-steps N --max-side N
                     the most of one request ({MAX_FRAMES}, 200, twice the model's own)
@@ -64,15 +69,20 @@ def serve(args: argparse.Namespace) -> None:
     token = choose_token("--key", args.key or os.environ.get(KEY_VARIABLE), args.host)
     check_writable([args.out / "clip.mp4"])
     silence_libraries()
-    from gentron_fast.serving.app import application
-    from gentron_fast.serving.fields import Limits
-    from gentron_fast.serving.server import Server
-    from gentron_fast.serving.service import Service
     from gentron_fast.serving.store import ClipStore
 
     listening = listen(args.host, args.port)
     store = ClipStore(args.out, 3600 * args.keep, args.most)
-    model, scheduler = load(args)
+    with ExitStack() as until_the_end:
+        _serve(args, listening, store, token, *load(args, until_the_end))
+
+
+def _serve(args: argparse.Namespace, listening, store, token, model, scheduler) -> None:
+    from gentron_fast.serving.app import application
+    from gentron_fast.serving.fields import Limits
+    from gentron_fast.serving.server import Server
+    from gentron_fast.serving.service import Service
+
     limits = Limits(args.max_frames, args.max_steps, args.max_side or 2 * max(model.size))
     service = Service(scheduler, model, store, limits, args.fps)
     print(f"clips        {args.out}, each kept {args.keep:g} hours")
@@ -92,8 +102,8 @@ def check_extra() -> None:
             raise ImportError(f'the server needs {name}: pip install "gentron_fast[serve]"')
 
 
-def load(args: argparse.Namespace):
-    """What is served, and the scheduler that makes it."""
+def load(args: argparse.Namespace, until_the_end: ExitStack):
+    """What is served, and the scheduler that makes it, on Ray with --ray."""
     import torch
 
     from gentron_fast.pipeline import ASSETS, GenTronPipeline
@@ -101,15 +111,30 @@ def load(args: argparse.Namespace):
     from gentron_fast.serving.fields import ServedModel
 
     start, folder = time.perf_counter(), args.pipeline or ASSETS
-    device = choose_device(args.device)
+    device = choose_device(args.device if args.ray is None else "cpu")
     try:
         pipeline = GenTronPipeline.from_pretrained(folder, getattr(torch, args.dtype), device)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot load {folder}: {error}") from error
     name = args.name or (folder.resolve().name if args.pipeline else "gentron-small")
-    scheduler = Scheduler(pipeline, queue_size=args.queue, max_batch=args.max_batch)
+    if args.ray is None:
+        scheduler = Scheduler(pipeline, queue_size=args.queue, max_batch=args.max_batch)
+        where = str(device)
+    else:
+        from gentron_fast.on_ray import cluster, layout
+        from gentron_fast.serving.replicas import replicas
+
+        until_the_end.enter_context(cluster(args.ray))
+        place = layout(None if args.device is None else args.device == "cuda", args.cores)
+        application = f"gentron-{os.getpid()}"
+        made = replicas(folder.absolute(), args.dtype, place, args.max_batch, application)
+        engine = until_the_end.enter_context(made)
+        for part in (pipeline.transformer, pipeline.text_encoder, pipeline.vae):
+            part.to("meta")  # here it only checks what is asked for
+        scheduler = Scheduler(pipeline, queue_size=args.queue, engine=engine)
+        where = f"1 to {place.actors} replicas by Ray, {place.device},"
     seconds = time.perf_counter() - start
-    print(f"model        {name} on {device} in {args.dtype}, loaded in {seconds:.1f} s")
+    print(f"model        {name} on {where} in {args.dtype}, loaded in {seconds:.1f} s")
     return ServedModel.of(name, pipeline), scheduler
 
 
@@ -125,6 +150,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--max-batch", type=whole_number(1, 4096))
+    parser.add_argument("--ray")
+    parser.add_argument("--cores", type=whole_number(1))
     parser.add_argument("--queue", type=whole_number(1, 100_000), default=64)
     parser.add_argument("--max-frames", type=whole_number(1, MAX_FRAMES), default=MAX_FRAMES)
     parser.add_argument("--max-steps", type=whole_number(1, 1000), default=200)
@@ -136,6 +163,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--grace", type=whole_number(0, 86400), default=30)
     parser.add_argument("--verbose", action="store_true")
     args = parser.parse_args(argv)
+    check_ray(args)
     if args.keep <= 0:
         raise ValueError(f"--keep is {args.keep:g}, wanted more than 0 hours")
     return args

@@ -32,7 +32,7 @@ ONLY_IN = {
     "prometheus_client": {"gentron_fast/serving/metrics.py"},
     "deepspeed": {"train/assembly.py", "train/ema.py", "train/process.py", "train/sharding.py"},
     "webdataset": {"train/data/shards.py", "train/small_world/autoencoder.py"},
-    "ray": {"gentron_fast/on_ray.py"},
+    "ray": {"gentron_fast/on_ray.py", "gentron_fast/serving/replicas.py"},
     "av": {"gentron_fast/media.py", "train/data/decode.py", "train/small_world/renderer.py"},
 }
 # The room of evaluation serves commands alone: nothing that samples or trains needs it.

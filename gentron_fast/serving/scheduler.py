@@ -37,14 +37,21 @@ class Scheduler:
     """
 
     def __init__(
-        self, pipeline: GenTronPipeline, *, queue_size: int = 64, max_batch: int | None = None
+        self,
+        pipeline: GenTronPipeline,
+        *,
+        queue_size: int = 64,
+        max_batch: int | None = None,
+        engine=None,
     ):
         """queue_size: how many requests may wait; max_batch: how many clips are made at a time,
         clips of the pipeline's own frames and size: of larger ones fewer. None: as many as there
-        is memory for, measured here, but no more than `engine.MOST_CLIPS` of the device."""
+        is memory for, measured here, but no more than `engine.MOST_CLIPS` of the device. engine:
+        what makes the clips in the pipeline's place, which then only checks what is asked for."""
         self.pipeline, self.queue_size = pipeline, queue_size
-        self.max_batch = measured_batch(pipeline) if max_batch is None else max_batch
-        self._engine = Engine(pipeline, self.max_batch)
+        if engine is None:
+            engine = Engine(pipeline, measured_batch(pipeline) if max_batch is None else max_batch)
+        self.max_batch, self._engine = engine.max_batch, engine
         self._changed = threading.Condition()
         self._queue: deque[tuple[Job, Sampling]] = deque()
         self._jobs: dict[Clip, Job] = {}

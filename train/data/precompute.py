@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gentron_fast.commandline import (
+    check_ray,
     check_writable,
     choose_device,
     rank_and_world,
@@ -486,8 +487,7 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
 def _precompute(args: argparse.Namespace) -> None:
     """Check the arguments, encode what is missing, and tell what there is."""
     sizes = () if args.size is None else parse_sizes("--size", args.size)
-    if args.cores is not None and args.ray is None:
-        raise ValueError("--cores is for --ray, and there is none")
+    check_ray(args)
     workers = os.cpu_count() if args.workers is None else args.workers
     settings = DataSettings(  # checks the values
         size=sizes[0] if len(sizes) == 1 else None,

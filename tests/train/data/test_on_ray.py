@@ -11,17 +11,20 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
+from gentron_fast import GenTronPipeline, serve
 from gentron_fast.generate import main as generate
+from gentron_fast.serving import Request
 from gentron_train.data.precompute import main as precompute
 from gentron_train.small_world.renderer import seen_prompts
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
 PROMPTS = int(os.environ.get("RAY_PROMPTS", 14))
 STORE = 100 * 2**20  # bytes
 
@@ -42,10 +45,10 @@ class TwoNodes:
         self.cluster.remove_node(self.second, allow_graceful=False)
         return True
 
-    def kill_worker(self) -> bool:
+    def kill_worker(self, kind: str = "MapWorker") -> bool:
         """An actor's process; False while there is none."""
         for process in psutil.Process().children(recursive=True):
-            if "MapWorker" in "".join(process.cmdline()):
+            if kind in "".join(process.cmdline()):
                 process.send_signal(signal.SIGKILL)
                 return True
         return False
@@ -53,7 +56,8 @@ class TwoNodes:
 
 @pytest.fixture(scope="module")
 def nodes():
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_AUTO_CONNECT"):
+        os.environ[name] = "0"
     nodes = TwoNodes()
     yield nodes
     nodes.cluster.shutdown()
@@ -106,12 +110,41 @@ def test_a_worker_that_dies_loses_no_shard(nodes, shards, models, tmp_path, caps
     assert told[0] == told[1] and "1 shard cut off" in told[0]
 
 
+def test_a_replica_that_dies_loses_no_request(nodes, tiny_pipeline_folder):
+    wanted = [Request("a red circle", seed=seed, steps=40, solver="ddim") for seed in range(4)]
+    options = [str(tiny_pipeline_folder), f"--ray={nodes.address}", "--max-batch=2", "--queue=5"]
+    with ExitStack() as until_the_end:
+        model, scheduler = serve.load(serve.parse_arguments(options), until_the_end)
+        assert (model.frames, scheduler.stats()["max_batch"]) == (4, 4)
+        with pytest.raises(ValueError, match="steps must be a whole number"):
+            scheduler.submit(Request("a red circle", steps=0))
+        long = scheduler.submit(Request("a red circle", steps=1000))
+        late = scheduler.submit(Request("a red circle", steps=1000, deadline=0.5))
+        jobs = [scheduler.submit(request) for request in wanted]
+        while not jobs[0].progress.step:
+            assert jobs[0].state in ("queued", "running")
+            time.sleep(0.05)
+        assert nodes.kill_worker("ServeReplica:gentron")
+        long.cancel()
+        made = [job.result(120) for job in jobs]
+        assert (long.state, late.state) == ("cancelled", "failed")
+        stats = scheduler.stats()
+        assert (stats["done"], stats["submitted"], stats["queue_length"]) == (4, 6, 0)
+        assert all(job.progress == (40, 40) for job in jobs)
+        scheduler.close(5)
+    pipeline = GenTronPipeline.from_pretrained(tiny_pipeline_folder)
+    for request, frames in zip(wanted, made, strict=True):
+        asked = {"seed": request.seed, "steps": 40, "solver": "ddim", "progress": False}
+        alone = pipeline("a red circle", **asked).frames[0]
+        assert (frames.int() - alone.int()).abs().max() <= 1
+
+
 def test_a_node_that_dies_loses_no_clip(nodes, tiny_pipeline_folder, tmp_path, capsys):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "ray"
     prompts.write_text("".join(f"{prompt}\n" for prompt, _ in seen_prompts(PROMPTS)))
     count = len(set(prompts.read_text().splitlines()))
-    model = [] if "RAY_PROMPTS" in os.environ else [f"--model={tiny_pipeline_folder}", "--steps=20"]
-    options = [f"--prompts={prompts}", "--device=cpu", "--grid", *model]
+    model = [] if "RAY_PROMPTS" in os.environ else [f"--model={tiny_pipeline_folder}"]
+    options = [f"--prompts={prompts}", "--device=cpu", "--grid", "--steps=20", *model]
     assert generate([*options, f"--out={tmp_path / 'one'}/"]) == 0
     capsys.readouterr()
     with killed_after(out, "*.png", count // 3, nodes.kill_node):
