@@ -19,6 +19,7 @@ from gentron_train.checkpoint import EXPORTED
 from gentron_train.findings import page as pages
 from gentron_train.findings.scoring import read_records, record, result_name, write_record
 from gentron_train.findings.table import TABLE, Run, Table, read_table
+from gentron_train.flops import parameter_count, training_flops
 from gentron_train.shipped import ROOT, run_command, run_stages
 
 NAME = "gentron_train.findings"
@@ -83,8 +84,6 @@ def scoring(job: Run, seed: int, scale: float | None, options: list[str]) -> lis
 
 def plan(table: Table, jobs: list[tuple[Run, int]], records: list[dict]) -> list[str]:
     """What would be run, with an estimate: of the pilot's times, or before it by the FLOPs."""
-    from gentron_train.flops import parameter_count
-
     told = pages.estimate(records, table)
     known = {} if told is None else told.seconds
     lines = [f"{'run':18}{'stage':7}{'parameters':>11}{'steps':>8}{'minutes':>9}  seeds"]
@@ -106,8 +105,6 @@ def plan(table: Table, jobs: list[tuple[Run, int]], records: list[dict]) -> list
 
 def rough_seconds(own: Run, table: Table) -> float:
     """A run's training and scoring, by what it computes."""
-    from gentron_train.flops import training_flops
-
     settings, config = own.settings(table.config), table.model(own)
     latents = config.in_channels, settings.frames if own.stage == "t2v" else 1, 8, 8
     flops = training_flops(config, latents, LENGTHS, settings.draws)
@@ -184,10 +181,9 @@ def _train(jobs: list[tuple[Run, int]], table: Table, args) -> None:
             for scale in table.scales(job):
                 if not (ROOT / args.results / result_name(job.name, seed, scale)).exists():
                     run_command(scoring(job, seed, scale, options), f"scoring {job.name}")
+                    _write(args, table)  # at no time do results lie here that the page lacks
         if number < len(jobs):
             time.sleep(TURN)
-            if jobs[number][1] != seed:
-                _write(args, table)
 
 
 def _score(args, table: Table) -> None:

@@ -12,9 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from gentron_fast.files import read_json, whole_file
+from gentron_fast.commandline import choose_device
+from gentron_fast.files import read_json, read_json_lines, whole_file
 from gentron_fast.schema import OBJECT, TEXT, each, optional, real, several, whole
+from gentron_train.checkpoint import EXPORTED, latest_checkpoint, read_info
 from gentron_train.findings.table import Run, Table
+from gentron_train.flops import parameter_count, training_flops
+from gentron_train.log import LOG_NAME
 from gentron_train.shipped import STATE, commit
 from gentron_train.small_world.evaluator import COLUMNS, judge
 from gentron_train.small_world.fidelity import BROKEN, fit_scene
@@ -160,10 +164,6 @@ def record(
 ) -> dict:
     """What is kept of a run that `run_stages` trained first, in the folder above `trained`."""
     from gentron_fast import GenTronPipeline
-    from gentron_fast.commandline import choose_device
-    from gentron_train.checkpoint import EXPORTED, latest_checkpoint, read_info
-    from gentron_train.flops import parameter_count, training_flops
-    from gentron_train.log import LOG_NAME, read_log
 
     began = time.monotonic()
     info = read_info(latest_checkpoint(trained))
@@ -174,7 +174,7 @@ def record(
         for name, (ids, _) in pipeline.text_encoder.tokenize(prompts_of(2)[0]).items()
     }
     flops = training_flops(config, info["latents"], lengths, settings.draws)
-    rows = [row for row in read_log(trained / LOG_NAME) if row["loss"] is not None]
+    rows = [row for row in read_json_lines(trained / LOG_NAME) if row["loss"] is not None]
     last = [row["loss"] for row in rows if row["step"] > (1 - LAST) * info["step"]]
     scores = sample_and_score(pipeline, table.prompts, seed, lambda_m)
     is_start = run.stage == "t2i" and lambda_m is None
