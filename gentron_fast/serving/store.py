@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gentron_fast.files import lock_folder, read_json, whole_file, write_json
 from gentron_fast.media import write_media
-from gentron_fast.schema import OBJECT, TEXT, check_fields, one_of, optional, real, whole
+from gentron_fast.schema import OBJECT, TEXT, one_of, optional, real, whole
 
 STATES = ("queued", "in_progress", "completed", "failed")
 MOST_SECONDS = 10**12
@@ -38,8 +38,9 @@ class ClipStore:
     """The clips of a folder that this process alone serves. Any thread may call any method.
 
     A clip is there whole or not at all, under an id of 128 random bits, and goes after `keep`
-    seconds, or where more than `most` are there, the oldest first. What was not finished when an
-    earlier process ended is told as failed. ValueError where another process serves the folder.
+    seconds, or where more than `most` are there, the oldest first; so do, apart from them, images
+    and the records of what failed. What was not finished when an earlier process ended is told as
+    failed. ValueError where another process serves the folder.
     """
 
     def __init__(self, folder: Path, keep: float, most: int):
@@ -60,17 +61,21 @@ class ClipStore:
             ):
                 self.fail(record["id"], "server_stopped", "the server ended before it was done")
         for path in folder.glob("video_*.mp4"):
-            if OURS.fullmatch(path.name) and path.stem not in self._records:
+            # Only a removal that was cut short leaves a clip without a record; one whose record
+            # cannot be read, or is another version's, may be all that its owner has.
+            if OURS.fullmatch(path.name) and not path.with_suffix(".json").exists():
                 path.unlink()
         self.sweep()
 
     def _read(self, path: Path) -> dict | None:
-        """The record in a file; None, and a warning, where it holds none."""
+        """The record in a file, what other versions wrote into it too; None, and a warning, where
+        it holds none."""
         if not OURS.fullmatch(path.name):
             return None
         try:
-            record = read_json(path)
-            check_fields(record, RECORD_SCHEMA, str(path))
+            record = read_json(path, RECORD_SCHEMA)
+            if missing := RECORD_SCHEMA.keys() - record:
+                raise ValueError(f"{path} has no {', '.join(sorted(missing))}")
             if record["id"] != path.stem:
                 raise ValueError(f"{path} holds the record of {record['id']}")
         except (OSError, ValueError) as error:
@@ -166,9 +171,11 @@ class ClipStore:
     def sweep(self) -> None:
         """Remove what is too old, and the oldest of what is too much."""
         with self._lock:
-            ended = [record for record in self._records.values() if record["expires_at"]]
-            surplus = max(len(ended) - self.most, 0)
-            gone = [*ended[:surplus], *filter(self._is_over, ended[surplus:])]
+            records = list(self._records.values())
+        gone = [record for record in records if self._is_over(record)]
+        for status in STATES[2:]:  # apart: requests that fail push out nobody's clips
+            ended = [record for record in records if record["status"] == status]
+            gone += ended[: max(len(ended) - self.most, 0)]
         for record in gone:
             self.remove(record["id"])
         images = [path for path in self.folder.glob("image_*") if OURS.fullmatch(path.name)]

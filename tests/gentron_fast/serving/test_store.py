@@ -53,7 +53,15 @@ def test_a_damaged_record_is_left_out_and_left_alone(tmp_path, damage):
     with pytest.warns(UserWarning, match=f"left out: .*{bad}"):
         store = store_in(tmp_path)
     assert store.get(bad) is None and store.get(good)
-    assert path.read_text() == before
+    assert path.read_text() == before and store.path(bad).is_file()
+
+
+def test_a_record_of_another_version_is_taken(tmp_path):
+    store = store_in(tmp_path)
+    clip = made(store)
+    path = tmp_path / f"{clip}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"of_tomorrow": [1]}))
+    assert store_in(tmp_path).get(clip)["of_tomorrow"] == [1]
 
 
 def test_clips_go_by_age_and_by_number(tmp_path):
@@ -66,6 +74,11 @@ def test_clips_go_by_age_and_by_number(tmp_path):
     assert [bool(store.get(clip)) for clip in (*clips, begun)] == [False, True, True, True]
     assert sum(store.image(name) is not None for name in images) == 2
     assert store.image(images[1]) is None
+    failed = [store.add(**VALUES)["id"] for _ in range(3)]
+    for clip in failed:
+        store.fail(clip, "deadline_passed", "x")
+    store.sweep()
+    assert [bool(store.get(clip)) for clip in (*clips, *failed)] == [False, True, True] * 2
     store = store_in(tmp_path, keep=0.5)
     late = made(store)
     time.sleep(2)
