@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from gentron_fast.media import encode_image
 from gentron_fast.serving import QueueFull, SchedulerClosed
 from gentron_fast.serving.fields import WrongField, read_form_fields, read_json_fields
-from gentron_fast.serving.service import Service, told
+from gentron_fast.serving.service import FAULT, Service, told
 from gentron_fast.web import LOOPBACK, POLICY, bears, is_loopback
 
 BODY_SECONDS = 30  # in which a body must be here
@@ -183,6 +183,7 @@ def application(service: Service, token: str | None) -> FastAPI:
             try:
                 frame = job.result(0)[0]
             except Exception as error:
+                service.log(f"an image of seed {asked.seed}", error)
                 raise _failed(error) from error
             picture = encode_image(frame, form["output_format"], form["output_compression"])
             if form["response_format"] == "url" and not form["stream"]:
@@ -304,7 +305,7 @@ def _refused(request: Request, error: Exception) -> Refused:
         case HTTPException():
             asked = f"{request.method} {request.url.path[:64]}"
             return Refused(error.status_code, f"{error.detail}: {asked}", headers=error.headers)
-    return Refused(500, "a fault of the server, which its log tells")
+    return Refused(500, FAULT)
 
 
 def _failed(error: Exception) -> Refused:

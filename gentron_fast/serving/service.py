@@ -21,6 +21,8 @@ from gentron_fast.serving.metrics import Metrics
 from gentron_fast.serving.store import ClipStore
 from gentron_fast.solvers import SOLVERS
 
+FAULT = "a fault of the server, which its log tells"
+
 
 class Service:
     """Clips and images of one scheduler. Any thread may call any method.
@@ -72,20 +74,24 @@ class Service:
     def _end(self, clip_id: str, job: Job) -> None:
         """Keep what became of a clip."""
         try:
+            self.store.finish(clip_id, job.result(0), self.fps)
+            self.metrics.took("video", time.time() - job.created_at)
+        except Exception as error:
+            self.log(f"the clip {clip_id}", error)
             try:
-                self.store.finish(clip_id, job.result(0), self.fps)
-                self.metrics.took("video", time.time() - job.created_at)
-            except Exception as error:
                 self.store.fail(clip_id, *told(error))
-                raise
-        except SchedulerClosed:
-            self.is_broken |= not self.is_stopping
-        except (CancelledError, DeadlinePassed):
-            pass
-        except Exception:
-            logging.exception("the clip %s failed", clip_id)
+            except OSError:
+                logging.exception("that the clip %s failed could not be kept", clip_id)
         finally:
             del self._jobs[clip_id]
+
+    def log(self, what: str, error: Exception) -> None:
+        """Log the failure of a clip or an image, where it is the server's fault, for those who
+        watch over it: its client is told what `told` says."""
+        if isinstance(error, SchedulerClosed):
+            self.is_broken |= not self.is_stopping
+        elif not isinstance(error, (CancelledError, DeadlinePassed)):
+            logging.error("%s failed", what, exc_info=error)
 
     def video(self, clip_id: str) -> dict | None:
         """A clip's record as of now; None where there is none."""
@@ -176,4 +182,6 @@ def told(error: BaseException) -> tuple[str, str]:
         return "server_stopped", "the server was stopped before it was done: ask again"
     if isinstance(error, DeadlinePassed):
         return "deadline_passed", str(error)
-    return "generation_failed", str(error) or type(error).__name__
+    if isinstance(error, ValueError):  # of the model: the latents are not finite
+        return "generation_failed", str(error)
+    return "generation_failed", FAULT
