@@ -21,7 +21,7 @@ from gentron_fast.commandline import (
     whole_number,
 )
 from gentron_fast.config import MAX_FRAMES, MAX_SIDE
-from gentron_fast.web import LOOPBACK, address, choose_token, listen
+from gentron_fast.web import LOOPBACK, address, bind, choose_token
 
 NAME = "gentron_fast.serve"
 KEY_VARIABLE = "GENTRON_KEY"
@@ -66,12 +66,15 @@ def main(argv: list[str] | None = None) -> int:
 def serve(args: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises ValueError, OSError or ImportError."""
     check_extra()
-    token = choose_token("--key", args.key or os.environ.get(KEY_VARIABLE), args.host)
+    name, key = "--key", args.key
+    if key is None:
+        name, key = KEY_VARIABLE, os.environ.get(KEY_VARIABLE)
+    token = choose_token(name, key, args.host)
     check_writable([args.out / "clip.mp4"])
     silence_libraries()
     from gentron_fast.serving.store import ClipStore
 
-    listening = listen(args.host, args.port)
+    listening = bind(args.host, args.port)
     store = ClipStore(args.out, 3600 * args.keep, args.most)
     with ExitStack() as until_the_end:
         _serve(args, listening, store, token, *load(args, until_the_end))
@@ -79,12 +82,18 @@ def serve(args: argparse.Namespace) -> None:
 
 def _serve(args: argparse.Namespace, listening, store, token, model, scheduler) -> None:
     from gentron_fast.serving.app import application
-    from gentron_fast.serving.fields import Limits
+    from gentron_fast.serving.fields import MOST_IMAGES, Limits
     from gentron_fast.serving.server import Server
     from gentron_fast.serving.service import Service
 
-    limits = Limits(args.max_frames, args.max_steps, args.max_side or 2 * max(model.size))
+    limits = Limits(
+        args.max_frames,
+        args.max_steps,
+        args.max_side or 2 * max(model.size),
+        images=min(MOST_IMAGES, args.queue),
+    )
     service = Service(scheduler, model, store, limits, args.fps)
+    listening.listen()
     print(f"clips        {args.out}, each kept {args.keep:g} hours")
     print(f"open         {address(args.host, listening, token)}", flush=True)
     if args.verbose:

@@ -16,10 +16,13 @@ POLICY = (
 
 
 def choose_token(option: str, token: str | None, host: str) -> str | None:
-    """What others must know, of the command line's option; one is made where `host` reaches more
-    than this machine. None: nothing. ValueError for one that is too easy."""
+    """What others must know, of the option or variable called so; one is made where `host` reaches
+    more than this machine. None: nothing. ValueError for one that is too easy."""
     if token is not None and not re.fullmatch(r"[A-Za-z0-9_-]{8,}", token):
-        raise ValueError(f"{option} is {token!r}, wanted 8 or more letters, digits, - and _")
+        # Not told itself: what was meant as a secret would be in a log.
+        raise ValueError(
+            f"{option} has {len(token)} characters, wanted 8 or more letters, digits, - and _"
+        )
     return secrets.token_urlsafe(16) if token is None and host not in LOOPBACK else token
 
 
@@ -37,13 +40,23 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there; port 0 is any free one. ValueError where it cannot be had."""
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with that address, which refuses clients until it listens; port 0 is any free one.
+    ValueError where it cannot be had."""
     try:
         family, *_, where = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        return socket.create_server(where[:2], family=family)
+        bound = socket.socket(family)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            bound.bind(where[:2])
+        except BaseException:
+            bound.close()
+            raise
+        return bound
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot serve on {host}, port {port}: {reason}") from error

@@ -4,7 +4,7 @@ from importlib.resources import files
 
 from gentron_fast.evaluation.study import MEDIA_NAME, Study
 from gentron_fast.evaluation.votes import ANSWERS
-from gentron_fast.web import LOOPBACK, POLICY, address, bears, is_loopback, listen
+from gentron_fast.web import LOOPBACK, POLICY, address, bears, bind, is_loopback
 
 try:
     import bottle
@@ -107,7 +107,7 @@ def application(study: Study, token: str | None) -> bottle.Bottle:
 
 def serve_study(study: Study, host: str, port: int, token: str | None) -> None:
     """Serve a study until Ctrl-C. ValueError where the address cannot be had."""
-    app, listening = application(study, token), listen(host, port)
+    app, listening = application(study, token), bind(host, port)
     server = waitress.create_server(
         app, sockets=[listening], threads=8, max_request_body_size=2**16
     )

@@ -31,13 +31,14 @@ class WrongField(ValueError):
 @dataclass(frozen=True)
 class Limits:
     """The most that one request may ask for: frames, steps, pixels of a side, letters of a prompt,
-    bytes of a body."""
+    bytes of a body, and images, which must have room in the queue."""
 
     frames: int
     steps: int
     side: int
     prompt: int = 2000
     body: int = 2**16
+    images: int = MOST_IMAGES
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def wanted_video(values: dict, model: ServedModel, limits: Limits, fps: int) -> 
 def wanted_images(values: dict, model: ServedModel, limits: Limits) -> Wanted:
     """Images. WrongField, in one line, for the first field that is wrong."""
     schema = _schema(limits) | {
-        "n": whole(1, MOST_IMAGES),
+        "n": whole(1, limits.images),
         "response_format": one_of("b64_json", "url"),
         "output_format": one_of(*IMAGE_FORMATS),
         "output_compression": whole(0, 100),

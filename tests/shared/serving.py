@@ -20,10 +20,10 @@ from gentron_fast.serving.fields import Limits, ServedModel
 from gentron_fast.serving.server import Server
 from gentron_fast.serving.service import Service
 from gentron_fast.serving.store import ClipStore
-from gentron_fast.web import address, listen
+from gentron_fast.web import address, bind
 
 MODEL = ServedModel("tiny", True, 4, (64, 48), SamplingDefaults(steps=10, lambda_t=3.0))
-LIMITS = Limits(frames=16, steps=20, side=96, prompt=100, body=2000)
+LIMITS = Limits(frames=16, steps=20, side=96, prompt=100, body=2000, images=4)
 
 
 class StandIn:
@@ -100,7 +100,8 @@ def make_service(folder: Path, scheduler=None, model=MODEL, keep=3600.0, most=10
 @contextmanager
 def served(service: Service, token: str | None = None):
     """The application on uvicorn, in a thread; yields its address."""
-    listening = listen("127.0.0.1", 0)
+    listening = bind("127.0.0.1", 0)
+    listening.listen()
     server = Server(application(service, token), service, grace=5)
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()

@@ -158,6 +158,23 @@ def test_a_failure_is_told(client, slow, outcome, code, message, caplog):
     assert (clip.status, clip.error.code) == ("failed", code) and message in clip.error.message
 
 
+def test_a_fault_is_logged_and_not_shown(client, slow, caplog):
+    clip = client.videos.create(prompt="a circle")
+    slow.end(slow.jobs[0], RuntimeError("CUDA error in /srv/model"))
+    clip = client.videos.poll(clip.id, poll_interval_ms=20)
+    with ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(client.images.generate, prompt="a circle", extra_body={"seed": 3})
+        wait(lambda: len(slow.jobs) == 2)
+        slow.end(slow.jobs[1], RuntimeError("CUDA error in /srv/model"))
+        error = asked.exception()
+    assert isinstance(error, openai.InternalServerError) and error.code == "generation_failed"
+    for told in (clip.error.message, str(error)):
+        assert "which its log tells" in told and "CUDA" not in told
+    for what in (f"the clip {clip.id} failed", "an image of seed 3 failed"):
+        (record,) = [record for record in caplog.records if record.message == what]
+        assert "CUDA error" in str(record.exc_info[1])
+
+
 def test_who_no_longer_waits_for_images_frees_their_place(address, slow):
     body = json.dumps({"prompt": "a circle", "n": 2}).encode()
     head = f"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
@@ -212,7 +229,7 @@ WRONG = [
     ({"input_reference": {"image_url": "x"}}, "input_reference", "no clip starts from a picture"),
 ]
 WRONG_IMAGES = [
-    ({"n": 11}, "n", "from 1 to 10"),
+    ({"n": 5}, "n", "from 1 to 4"),  # as many as the queue takes
     ({"frames": 2}, "frames", "there is no field"),
     ({"stream": "yes"}, "stream", "wanted true or false"),
     ({"output_format": "gif"}, "output_format", "one of png, jpeg, webp"),
