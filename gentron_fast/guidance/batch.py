@@ -177,6 +177,8 @@ def fill_rows(denoisers: Sequence[GuidedDenoiser], steps: Sequence[int]) -> None
     text = texts[0] if len(texts) == 1 else TextCondition.cat(list(texts))
     size = None if sizes[0] is None else torch.cat(sizes)
     shared.fill(places, torch.cat(timesteps), text, size)
+    for denoiser, step in missing:
+        denoiser.rows_are_made(step)
 
 
 def make_plan(denoisers: Sequence[GuidedDenoiser], active: tuple[Branches, ...]) -> Plan:

@@ -242,14 +242,18 @@ class GuidedDenoiser:
         return self._place + step % self._chunk * self._pooled.batch
 
     def conditions_from(self, step: int) -> tuple[range, Tensor, TextCondition, Tensor | None]:
-        """What `SharedWork.fill` makes the rows of a step and its chunk of; they are then there."""
-        self._chunk_start = step - step % self._chunk
-        timesteps = self._timesteps[self._chunk_start :][: self._chunk]
+        """What `SharedWork.fill` makes the rows of a step and its chunk of, in the place of those
+        before; once they are there, `rows_are_made` is to be told."""
+        self._chunk_start = None  # until then the place holds no step's rows
+        timesteps = self._timesteps[step - step % self._chunk :][: self._chunk]
         steps, conditions = len(timesteps), self._pooled.batch
         text = self._pooled.map(lambda t: t.repeat(steps, *(1,) * (t.ndim - 1)))
         size = None if self._size is None else self._size.repeat(steps, 1)
         rows = range(self._place, self._place + steps * conditions)
         return rows, timesteps.repeat_interleave(conditions), text, size
+
+    def rows_are_made(self, step: int) -> None:
+        self._chunk_start = step - step % self._chunk
 
     def describe(self) -> str:
         """In one line: branches a step, the form of each text, the share of the work saved."""
