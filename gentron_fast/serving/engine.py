@@ -62,9 +62,8 @@ class Engine:
         self._texts: WeakValueDictionary[str, PreparedText] = WeakValueDictionary()
         self._null_text = self._prepared("")
         self._batches: dict[tuple, GuidedBatch] = {}
-        self._turns: dict[
-            tuple, int
-        ] = {}  # elements of a clip that each shape has had its turn for
+        # Seconds of a clip's steps that each shape has had, the one of the last turn last.
+        self._turns: dict[tuple, float] = {}
 
     def has_room(self, shape: tuple[int, int, int, int]) -> bool:
         """Whether a clip with latents of this shape can join; alone any can."""
@@ -99,14 +98,16 @@ class Engine:
         """The clips of one shape whose turn it is to take a step.
 
         Shapes take turns by the time of their steps, so that a clip has the same share of it
-        whatever its shape: an image takes several steps beside one of a clip.
+        whatever its shape: an image takes several steps beside one of a clip. Where several shapes
+        had the same, the one whose turn is longest ago; one that comes is behind them all.
         """
         groups: dict[tuple, list[Clip]] = {}
         for clip in self.clips:
             groups.setdefault(clip.denoiser.latent_shape, []).append(clip)
         first = min((self._turns[shape] for shape in groups if shape in self._turns), default=0)
-        self._turns = {shape: self._turns.get(shape, first) for shape in groups}
-        return groups[min(groups, key=self._turns.get)]
+        turns = {shape: spent for shape, spent in self._turns.items() if shape in groups}
+        self._turns = turns | {shape: first for shape in groups if shape not in turns}
+        return groups[min(self._turns, key=self._turns.get)]
 
     @torch.no_grad()
     def step(self, clips: list[Clip]) -> None:
@@ -128,7 +129,7 @@ class Engine:
             clip.latents, clip.x0 = own
             clip.step += 1
         seconds = (time.perf_counter() - start) / len(clips)
-        self._turns[shape] = self._turns.get(shape, 0) + seconds
+        self._turns[shape] = self._turns.pop(shape, 0) + seconds  # to the end: of equals the last
 
     def frames(self, clip: Clip) -> Tensor:
         """Of a clip that is done: uint8 (T, H, W, 3) on the CPU. ValueError for what is not

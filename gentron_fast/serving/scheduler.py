@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+import traceback
 from collections import Counter, deque
 
 import torch
@@ -74,6 +75,7 @@ class Scheduler:
             if self._closing:
                 raise SchedulerClosed("the scheduler is closed")
             if len(self._queue) >= self.queue_size:
+                self._counts["rejected"] += 1
                 raise QueueFull(len(self._queue), self._seconds_to_a_place())
             self._queue.append((job, sampling))
             self._counts["submitted"] += 1
@@ -163,39 +165,52 @@ class Scheduler:
                 job, sampling = self._queue.popleft()
             job.start()
             try:
-                self._jobs[self._engine.join(sampling)] = job
+                clip = self._engine.join(sampling)
             except Exception as error:
-                self._finish(job, error)
+                self._finish(job, without_locals(error))
+            else:
+                with self._changed:
+                    self._jobs[clip] = job
 
     def _step(self, clips: list[Clip]) -> None:
         """A step of clips of one shape. Where they fail together each is tried alone, so that
         one's fault, or a lack of memory, ends no other."""
+        fault = None
         try:
             self._engine.step(clips)
         except Exception as error:
+            fault = without_locals(error)
+        if fault is not None:
             if len(clips) == 1:
-                return self._leave(clips[0], error)
+                return self._leave(clips[0], fault)
             for clip in clips:
                 self._step([clip])
             return
         with self._changed:
             self._counts["steps"] += len(clips)
             self._recent.append((time.monotonic(), len(clips)))
+            self._forget_old_steps()
         for clip in clips:
             job = self._jobs[clip]
             job.progress = Progress(clip.step, job.progress.steps)
             if clip.is_done:
-                try:
-                    frames = self._engine.frames(clip)
-                except Exception as error:
-                    frames = error
-                self._leave(clip, frames)
+                self._leave(clip, job.reason_to_drop() or self._frames(clip))
+
+    def _frames(self, clip: Clip) -> Tensor | Exception:
+        try:
+            return self._engine.frames(clip)
+        except Exception as error:
+            return without_locals(error)
 
     def _leave(self, clip: Clip, outcome: Tensor | BaseException) -> None:
         self._engine.leave(clip)
-        self._finish(self._jobs.pop(clip), outcome)
+        with self._changed:
+            job = self._jobs.pop(clip)
+        self._finish(job, outcome)
 
-    def _finish(self, job: Job, outcome) -> None:
+    def _finish(self, job: Job, outcome: Tensor | BaseException) -> None:
+        if isinstance(outcome, Tensor):  # decoding takes its time too
+            outcome = job.reason_to_drop() or outcome
         with self._changed:
             if isinstance(outcome, Tensor):
                 self._latencies.append(time.monotonic() - job.submitted)
@@ -203,21 +218,33 @@ class Scheduler:
         with self._changed:
             self._counts[job.state] += 1
 
-    def _steps_per_second(self) -> float:
-        now = time.monotonic()
-        while self._recent and self._recent[0][0] < now - WINDOW:
+    def _forget_old_steps(self) -> None:
+        start = time.monotonic() - WINDOW
+        while self._recent and self._recent[0][0] < start:
             self._recent.popleft()
+
+    def _steps_per_second(self) -> float:
+        self._forget_old_steps()
         return sum(count for _, count in self._recent) / WINDOW
 
     def _seconds_to_a_place(self) -> float:
         """Seconds until the next clip should be done, at the rate of steps so far; at least 1."""
-        self._counts["rejected"] += 1
         rate = self._steps_per_second()
         left = [job.progress.steps - job.progress.step for job in self._jobs.values()]
         return max(1.0, min(left, default=0) * len(left) / rate if rate else 1.0)
 
 
 _COUNTS = ("submitted", "done", "failed", "cancelled", "rejected", "steps")
+
+
+def without_locals(error: Exception) -> Exception:
+    """The error, told with the lines it came from, and without what was held there: tensors, that
+    others need the memory of, and a clip's place."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    return error
 
 
 def _percentile(values, share: float) -> float | None:

@@ -2,6 +2,8 @@
 
 import random
 import threading
+import traceback
+import weakref
 from concurrent.futures import CancelledError
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -161,6 +163,95 @@ def test_a_fault_in_a_batch_ends_one_clip(pipeline, monkeypatch):
     assert str(jobs[1].error) == "a fault"
 
 
+@pytest.mark.parametrize("negative", [None, "a star"])
+def test_shapes_that_come_and_go_starve_no_clip(pipeline, monkeypatch, negative):
+    """Images of one step, each of another size than the one before, beside a long clip."""
+    own = engine.Engine(pipeline, 4)
+    monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+    others = {"negative_prompt": None if negative else "a star"}
+    long = own.join(pipeline.sampling("a star", negative_prompt=negative, steps=60, size=32))
+    turns = []
+    for number in range(12):
+        image = {"frames": 1, "size": (32, 32 + 16 * (number % 2)), "steps": 1}
+        if len(own.clips) == 1:
+            own.join(pipeline.sampling("a star", **image, **others))
+        (clip,) = own.turn()
+        own.step([clip])
+        turns.append(clip)
+        if clip.is_done:
+            own.leave(clip)
+    assert turns.count(long) == 6
+
+
+def test_a_fault_before_the_step_leaves_the_others_right(pipeline, monkeypatch):
+    """The modulation rows of three clips are not made, once: each is made alone all the same."""
+    scheduler = Scheduler(pipeline, max_batch=3)
+    fill, failed = scheduler._engine._shared.fill, []
+
+    def short_of_memory(*args):
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("once")
+        fill(*args)
+
+    monkeypatch.setattr(scheduler._engine._shared, "fill", short_of_memory)
+    with scheduler._changed:  # so that the three come together
+        jobs = [scheduler.submit(Request("a star", seed=seed, **SMALL)) for seed in range(3)]
+    scheduler.close()
+    own = {"steps": 3, "frames": 2, "size": 32, "progress": False}
+    for seed, job in enumerate(jobs):
+        wanted = pipeline("a star", seed=seed, **own).frames[0]
+        assert (job.result().int() - wanted.int()).abs().max() <= 1
+
+
+def test_what_failed_holds_no_memory(pipeline, monkeypatch):
+    """Neither while the clips of a failed batch are tried alone, nor as the error of a job."""
+    scheduler, held, seen = Scheduler(pipeline, max_batch=3), [], []
+
+    def fault(batch, latents, *args):
+        seen.extend(part() for part in held)
+        big = torch.empty(1)
+        held.append(weakref.ref(big))
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(GuidedBatch, "step", fault)
+    with scheduler._changed:
+        jobs = [scheduler.submit(Request("a star", seed=seed, **SMALL)) for seed in range(3)]
+    scheduler.close()
+    assert len(held) == 4 and seen == [None] * (1 + 2 + 3)
+    for job in jobs:
+        assert any(line.name == "fault" for line in traceback.extract_tb(job.error.__traceback__))
+
+
+def test_what_cannot_join_gives_its_place_back(scheduler, monkeypatch):
+    noise = engine.portable_noise
+    monkeypatch.setattr(engine, "portable_noise", lambda *args: 1 / 0)
+    broken = scheduler.submit(Request("a star", **SMALL))
+    with pytest.raises(ZeroDivisionError):
+        broken.result(WAIT)
+    monkeypatch.setattr(engine, "portable_noise", noise)
+    assert scheduler.submit(Request("a star", **SMALL)).result(WAIT).shape == (2, 32, 32, 3)
+
+
+def test_what_other_threads_read_is_locked_and_forgotten_in_time(pipeline, monkeypatch):
+    scheduler, locked = Scheduler(pipeline), []
+
+    class Jobs(dict):
+        def __setitem__(self, *item):
+            locked.append(scheduler._changed._is_owned())
+            super().__setitem__(*item)
+
+        def pop(self, *key):
+            locked.append(scheduler._changed._is_owned())
+            return super().pop(*key)
+
+    monkeypatch.setattr(scheduler, "_jobs", Jobs())
+    monkeypatch.setattr("gentron_fast.serving.scheduler.WINDOW", 0.0)
+    scheduler.submit(Request("a star", **SMALL))
+    scheduler.close()
+    assert locked == [True, True] and len(scheduler._recent) <= 1
+
+
 def test_the_largest_batch_is_measured(pipeline, monkeypatch):
     def batch(free):
         monkeypatch.setattr(engine, "free_memory", lambda device: free)
@@ -211,6 +302,30 @@ def test_a_deadline_ends_what_is_late(scheduler, held):
     with pytest.raises(DeadlinePassed, match="step 0 of 3"):
         late.result(WAIT)
     assert late.state == "failed" and scheduler.stats()["failed"] == 1
+
+
+@pytest.mark.parametrize("asked,state", [("deadline", "failed"), ("cancel", "cancelled")])
+def test_what_is_late_or_cancelled_while_it_is_decoded_is_not_done(
+    scheduler, pipeline, monkeypatch, held, asked, state
+):
+    job, go = held
+    late = scheduler.submit(Request("a star", deadline=600, **SMALL))
+    decode = pipeline.decode
+
+    def slow(latents):
+        if scheduler._jobs and late in scheduler._jobs.values():
+            if asked == "cancel":
+                assert late.cancel()
+            else:
+                late.submitted -= 600
+        return decode(latents)
+
+    monkeypatch.setattr(pipeline, "decode", slow)
+    go.set()
+    with pytest.raises((DeadlinePassed, CancelledError)):
+        late.result(WAIT)
+    scheduler.close()
+    assert late.state == state and job.state == "done" and scheduler.stats()[state] == 1
 
 
 def test_closing_finishes_what_was_submitted(pipeline):
