@@ -13,6 +13,7 @@ from serving import MODEL, StandIn, make_service, served
 
 pytestmark = NEEDED
 KEY = "a-key-for-tests"
+SEED = 2**64 - 1  # more than a number of JavaScript holds
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +66,10 @@ def settings(browser):
 def test_a_clip_from_prompt_to_copied_settings(browser, scheduler, address):
     opened(browser, address)
     numbers = {"lambda_t-number": "4.25", "steps-number": "8", "frames-number": "6"}
-    job = ask(browser, scheduler, prompt="a <b>red</b> circle", seed="12", size="48x64", **numbers)
+    words = 'a <b>red</b> "seed": 3 circle'
+    job = ask(browser, scheduler, prompt=words, seed=str(SEED), size="48x64", **numbers)
     request = job.request
-    assert (request.prompt, request.seed, request.lambda_t) == ("a <b>red</b> circle", 12, 4.25)
+    assert (request.prompt, request.seed, request.lambda_t) == (words, SEED, 4.25)
     assert (request.steps, request.frames, request.width, request.height) == (8, 6, 48, 64)
     browser.wait(lambda: browser.one("#state").text == "Waiting for its turn")
     for step in (2, 6):
@@ -79,9 +81,9 @@ def test_a_clip_from_prompt_to_copied_settings(browser, scheduler, address):
     browser.wait(lambda: video.get_property("videoWidth") == 48)
     browser.wait(lambda: video.get_property("currentTime") > 0.2)  # it plays
     assert video.get_property("loop") and video.get_property("duration") == pytest.approx(1.5)
-    assert browser.one("#words").text == "a <b>red</b> circle"
+    assert browser.one("#words").text == words
     told = settings(browser)
-    assert told[told.index("Seed") + 1] == "12" and told[told.index("Steps") + 1] == "8"
+    assert told[told.index("Seed") + 1] == str(SEED) and told[told.index("Steps") + 1] == "8"
     browser.driver.execute_script(
         "navigator.clipboard.writeText = async text => { window.copied = text; }"
     )
@@ -89,7 +91,7 @@ def test_a_clip_from_prompt_to_copied_settings(browser, scheduler, address):
     browser.wait(lambda: browser.one("#copy").text == "Copied")
     copied = json.loads(browser.driver.execute_script("return window.copied"))
     assert copied == {
-        **{"prompt": "a <b>red</b> circle", "seed": 12, "steps": 8, "solver": "dpm++"},
+        **{"prompt": words, "seed": SEED, "steps": 8, "solver": "dpm++"},
         **{"lambda_t": 4.25, "lambda_m": 1.2, "rescale": 0, "frames": 6, "size": "48x64"},
         "negative_prompt": None,
     }
@@ -154,10 +156,10 @@ def test_a_model_of_images_the_key_and_a_phone(browser, tmp_path):
         try:
             opened(browser, f"{address}#{KEY}")
             assert not browser.one("#frames").is_displayed()
-            ask(browser, scheduler, prompt="a circle", seed="5")
+            ask(browser, scheduler, prompt="a circle", seed=str(SEED))
             picture = browser.wait(lambda: browser.all("#stage img"))[0]
             browser.wait(lambda: picture.get_property("naturalWidth") == 48)
-            assert settings(browser)[1] == "5"
+            assert settings(browser)[1] == str(SEED)
             assert int(browser.one("html").get_property("scrollWidth")) == 375
         finally:
             browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
