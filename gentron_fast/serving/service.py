@@ -4,8 +4,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError
 from dataclasses import asdict
+from queue import SimpleQueue
 
 from gentron_fast.media import contact_sheet, encode_image, read_video
 from gentron_fast.serving import DeadlinePassed, Job, Request, SchedulerClosed
@@ -21,6 +22,7 @@ from gentron_fast.serving.metrics import Metrics
 from gentron_fast.serving.store import ClipStore
 from gentron_fast.solvers import SOLVERS
 
+WRITE_SECONDS = 10  # for the clips that are done when all else has ended
 FAULT = "a fault of the server, which its log tells"
 
 
@@ -39,7 +41,9 @@ class Service:
         self.is_broken = False  # the scheduler ended by itself, of a fault
         self._jobs: dict[str, Job] = {}
         # Encoding a clip takes milliseconds in which the scheduler's thread goes on.
-        self._writer = ThreadPoolExecutor(1, "writer")
+        self._ended: SimpleQueue[tuple[str, Job] | None] = SimpleQueue()
+        self._writer = threading.Thread(target=self._write, name="writer", daemon=True)
+        self._writer.start()
 
     def make_video(self, values: dict) -> dict:
         """Begin a clip; its record. WrongField, QueueFull, SchedulerClosed; OSError where it could
@@ -59,7 +63,7 @@ class Service:
             job.cancel()
             raise
         self._jobs[record["id"]] = job
-        job.add_done_callback(lambda job: self._writer.submit(self._end, record["id"], job))
+        job.add_done_callback(lambda job: self._ended.put((record["id"], job)))
         return record
 
     def _submit(self, request: Request) -> Job:
@@ -71,6 +75,10 @@ class Service:
             self.is_broken |= not self.is_stopping
             raise
 
+    def _write(self) -> None:
+        while ended := self._ended.get():
+            self._end(*ended)
+
     def _end(self, clip_id: str, job: Job) -> None:
         """Keep what became of a clip."""
         try:
@@ -80,7 +88,7 @@ class Service:
             self.log(f"the clip {clip_id}", error)
             try:
                 self.store.fail(clip_id, *told(error))
-            except OSError:
+            except Exception:
                 logging.exception("that the clip %s failed could not be kept", clip_id)
         finally:
             del self._jobs[clip_id]
@@ -163,12 +171,16 @@ class Service:
 
     def stop(self, seconds: float) -> None:
         """Take nothing more, finish what can be within so many seconds and hand back the rest as
-        failed; `is_stopped` is true then. Called again, the shorter time counts."""
+        failed; `is_stopped` is true then. Called again, the shorter time counts.
+
+        What the disk has not taken WRITE_SECONDS later is told as failed by the next start.
+        """
         self.is_stopping = True
 
         def end() -> None:
             self.scheduler.close(seconds)
-            self._writer.shutdown()
+            self._ended.put(None)
+            self._writer.join(WRITE_SECONDS)
             self.is_stopped = True
 
         threading.Thread(target=end, name="stop", daemon=True).start()

@@ -5,6 +5,7 @@ import io
 import json
 import random
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -296,6 +297,25 @@ def test_a_slow_body_is_given_up(address, monkeypatch):
         assert slow.recv(100).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.parametrize("begun", [b"", b"GET /health HTTP/1.1\r\nHost: local"])
+def test_who_asks_for_nothing_is_given_up(address, monkeypatch, begun):
+    monkeypatch.setattr("gentron_fast.serving.server.HEAD_SECONDS", 0.3)
+    port = int(address[:-1].rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as idle:
+        idle.sendall(begun)
+        assert idle.recv(100) == b""  # closed
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as slow:
+        for part in (
+            b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\n",
+            b"Content-Length: 1\r\n\r\n",
+        ):
+            slow.sendall(part)
+            time.sleep(0.2)
+        time.sleep(0.3)  # once the head is there it is the body's time that counts
+        slow.sendall(b"{")
+        assert slow.recv(100).startswith(b"HTTP/1.1 400")
+
+
 @pytest.mark.faults
 def test_any_body_is_taken_or_refused_in_one_line(address, scheduler, tally):
     names = sorted({name for fields, *_ in WRONG + WRONG_IMAGES for name in fields} | {"n", "x"})
@@ -400,6 +420,18 @@ def test_while_it_stops_what_is_there_is_given_out_and_nothing_taken(tmp_path):
             asked.result(20)
         wait(lambda: service.is_stopped)
     assert service.video(begun.id)["error"]["code"] == "server_stopped"
+
+
+def test_a_disk_that_hangs_does_not_hold_up_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("gentron_fast.serving.service.WRITE_SECONDS", 0.2)
+    service, go = make_service(tmp_path), threading.Event()
+    monkeypatch.setattr(service.store, "finish", lambda *_: go.wait(30))
+    service.make_video({"prompt": "a circle"})
+    service.stop(5)
+    try:
+        wait(lambda: service.is_stopped, 5)
+    finally:
+        go.set()
 
 
 def test_a_scheduler_that_fails_ends_the_server(tmp_path):
