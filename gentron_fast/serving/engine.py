@@ -4,6 +4,8 @@
 
 import math
 import time
+from collections import deque
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from gentron_fast.diffusion import portable_noise
 from gentron_fast.guidance import GuidedBatch, GuidedDenoiser, PreparedText, SharedWork
 from gentron_fast.memory import free_memory, held_at_most
+from gentron_fast.model import TextCondition
 from gentron_fast.pipeline import GenTronPipeline, Sampling
 from gentron_fast.schema import MOST_TIMESTEPS
 from gentron_fast.transfer import on_device
@@ -22,13 +25,26 @@ from gentron_fast.vae import REASONS
 MOST_CLIPS = {"cpu": 8, "cuda": 64}
 CONDITIONS = 2  # of a clip: its null text and its text
 SHARE = 0.8  # of the free memory that clips may take
+Mark = float | torch.cuda.Event
+
+
+class Memory(NamedTuple):
+    """What was measured, in bytes: `clip`, of one of the pipeline's own frames and size at most, in
+    a step or decoded; `room`, for all clips. max_batch: how many of them can be made at a time."""
+
+    clip: int
+    room: int
+    max_batch: int
 
 
 class Clip:
-    """A clip before step `step`: latents (1, C, T, h, w), and the x0 of the step before."""
+    """A clip before step `step`: latents (1, C, T, h, w), and the x0 of the step before.
+
+    made: steps that are over, of which a GPU may be one behind.
+    """
 
     def __init__(self, denoiser: GuidedDenoiser, seed: int, latents: Tensor):
-        self.denoiser, self.seed, self.step = denoiser, seed, 0
+        self.denoiser, self.seed, self.step, self.made = denoiser, seed, 0, 0
         self.latents, self.x0 = latents, torch.zeros_like(latents)
         self.draws = (denoiser.table.rows[:, -1] != 0).tolist()
 
@@ -50,11 +66,12 @@ class Engine:
     A clip is what the pipeline makes of its sampling, whoever joins and leaves beside it.
     """
 
-    def __init__(self, pipeline: GenTronPipeline, max_batch: int):
-        """max_batch: of clips of the pipeline's own frames and size."""
-        self.pipeline, self.max_batch = pipeline, max_batch
+    def __init__(self, pipeline: GenTronPipeline, max_batch: int, memory: Memory | None = None):
+        """max_batch: of clips of the pipeline's own frames and size; memory: None where a clip
+        alone may be of any size."""
+        self.pipeline, self.max_batch, self._memory = pipeline, max_batch, memory
         self.clips: list[Clip] = []
-        self._pixels = max_batch * math.prod(own_shape(pipeline))
+        self._own = math.prod(own_shape(pipeline))
         self._shared = SharedWork(
             pipeline.transformer, CONDITIONS, MOST_TIMESTEPS, places=max_batch
         )
@@ -64,18 +81,42 @@ class Engine:
         self._batches: dict[tuple, GuidedBatch] = {}
         # Seconds of a clip's steps that each shape has had, the one of the last turn last.
         self._turns: dict[tuple, float] = {}
+        # While a GPU makes a step the next is launched; a CPU is through when the call is.
+        self._launched: deque[tuple[tuple, list[Clip], Mark, Mark]] = deque()
+        self._ahead = 1 if pipeline.device.type == "cuda" else 0
+
+    def check(self, shape: tuple[int, int, int, int]) -> None:
+        """ValueError where a clip with latents of this shape, alone, takes more memory than there
+        is: a CPU's would end the process."""
+        share = math.prod(shape) / self._own
+        if self._memory is None or share <= self.max_batch:
+            return
+        need, room = share * self._memory.clip, self._memory.room
+        if need > room:
+            factor, (_, frames, height, width) = self.pipeline.vae.factor, shape
+            raise ValueError(
+                f"{frames} frames of {height * factor}x{width * factor} pixels take "
+                f"{need / 2**30:.3g} GiB of memory, and there are {room / 2**30:.3g}"
+            )
 
     def has_room(self, shape: tuple[int, int, int, int]) -> bool:
         """Whether a clip with latents of this shape can join; alone any can."""
         taken = sum(math.prod(clip.denoiser.latent_shape) for clip in self.clips)
-        fits = taken + math.prod(shape) <= self._pixels and len(self.clips) < self.max_batch
+        fits = (
+            taken + math.prod(shape) <= self.max_batch * self._own
+            and len(self.clips) < self.max_batch
+        )
         return fits or not self.clips
 
     def join(self, sampling: Sampling) -> Clip:
         """A clip of a sampling of one. ValueError where its text is not finite."""
-        (prompt,), (negative,), (seed,) = sampling.prompts, sampling.negatives, sampling.seeds
+        (prompt,), (negative,) = sampling.prompts, sampling.negatives
+        return self._begin(sampling, self._prepared(prompt), self._prepared(negative))
+
+    def _begin(self, sampling: Sampling, text: PreparedText, null_text: PreparedText) -> Clip:
+        (seed,) = sampling.seeds
         denoiser = GuidedDenoiser(
-            *(self.pipeline.transformer, self._prepared(prompt), self._prepared(negative)),
+            *(self.pipeline.transformer, text, null_text),
             *(sampling.table, sampling.lambda_t, sampling.lambda_m, sampling.shape),
             rescale=sampling.rescale,
             cuda_graph=False,
@@ -92,6 +133,9 @@ class Engine:
         """What is held for the clip is free."""
         self.clips.remove(clip)
         self._batches.pop(clip.denoiser.latent_shape, None)
+        for _, clips, *_ in self._launched:
+            if clip in clips:
+                clips.remove(clip)
         clip.denoiser.release()
 
     def turn(self) -> list[Clip]:
@@ -112,7 +156,7 @@ class Engine:
     @torch.no_grad()
     def step(self, clips: list[Clip]) -> None:
         """The next step of each of these clips of one shape; they are as before where it fails."""
-        start, shape = time.perf_counter(), clips[0].denoiser.latent_shape
+        start, shape = self._mark(), clips[0].denoiser.latent_shape
         denoisers = tuple(clip.denoiser for clip in clips)
         batch = self._batches.get(shape)
         if batch is None or batch.denoisers != denoisers:
@@ -128,12 +172,36 @@ class Engine:
         for clip, *own in zip(clips, latents, x0, strict=True):
             clip.latents, clip.x0 = own
             clip.step += 1
-        seconds = (time.perf_counter() - start) / len(clips)
-        self._turns[shape] = self._turns.pop(shape, 0) + seconds  # to the end: of equals the last
+        self._turns[shape] = self._turns.pop(shape, 0)  # to the end: of equals the last
+        self._launched.append((shape, list(clips), start, self._mark()))
+        self._settle(self._ahead)
+
+    def _settle(self, ahead: int) -> None:
+        """Wait until no more than so many steps are on their way, and count those that are over."""
+        while len(self._launched) > ahead:
+            shape, clips, start, end = self._launched.popleft()
+            if isinstance(end, float):
+                seconds = end - start
+            else:
+                end.synchronize()
+                seconds = start.elapsed_time(end) / 1000
+            if shape in self._turns:
+                self._turns[shape] += seconds / max(1, len(clips))
+            for clip in clips:
+                clip.made += 1
+
+    def _mark(self) -> Mark:
+        """This moment: of a GPU, when it is through with what it was given before."""
+        if not self._ahead:
+            return time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record(torch.cuda.current_stream(self.pipeline.device))
+        return mark
 
     def frames(self, clip: Clip) -> Tensor:
         """Of a clip that is done: uint8 (T, H, W, 3) on the CPU. ValueError for what is not
         finite."""
+        self._settle(0)
         if not bool(clip.latents.isfinite().all()):
             raise ValueError(f"the latents are not finite: {REASONS}")
         return self.pipeline.decode(clip.latents)[0]
@@ -151,23 +219,36 @@ def own_shape(pipeline: GenTronPipeline) -> tuple[int, int, int, int]:
     return pipeline.sampling("").shape
 
 
-def measured_batch(pipeline: GenTronPipeline) -> int:
-    """How many clips of the pipeline's own frames and size can be made at a time.
+def measured(pipeline: GenTronPipeline) -> Memory:
+    """What a step of one clip and of two of the pipeline's own frames and size holds at most, all
+    branches in it and with the longest texts, and a clip's decoding; room is SHARE of the memory
+    that is free."""
 
-    Measured: what a step of one clip and of two holds at most, all branches in it, and a clip's
-    decoding, in SHARE of the memory that is free.
-    """
-    most = MOST_CLIPS[pipeline.device.type]
-
-    def clips(count: int) -> list[Clip]:
+    def step(count: int) -> None:
         engine = Engine(pipeline, count)
         for seed in range(count):
-            engine.join(pipeline.sampling("", seed=seed, steps=2, lambda_t=3.0, lambda_m=2.0))
+            sampling = pipeline.sampling("", seed=seed, steps=2, lambda_t=3.0, lambda_m=2.0)
+            texts = (PreparedText.of(pipeline.transformer, longest) for _ in range(CONDITIONS))
+            engine._begin(sampling, *texts)
         engine.step(engine.clips)
-        return engine.clips
 
-    one, two = (held_at_most(lambda n=n: clips(n), pipeline.device) for n in (1, 2))
+    longest = longest_text(pipeline)
+    room = int(SHARE * free_memory(pipeline.device))
+    clip = held_at_most(lambda: step(1), pipeline.device)
+    if 2 * clip <= room:  # else a second one is not tried
+        clip = max(1, held_at_most(lambda: step(2), pipeline.device) - clip)
     latents = torch.zeros(1, *own_shape(pipeline), device=pipeline.device)
     decoding = held_at_most(lambda: pipeline.decode(latents), pipeline.device)
-    room = SHARE * free_memory(pipeline.device) - max(0, decoding - (two - one))
-    return max(1, min(most, int(room / max(1, two - one))))
+    most = int((room - max(0, decoding - clip)) / clip)
+    return Memory(max(clip, decoding), room, max(1, min(MOST_CLIPS[pipeline.device.type], most)))
+
+
+def longest_text(pipeline: GenTronPipeline) -> TextCondition:
+    """As many tokens as the longest prompt has, of each encoder."""
+    encoder, parts = pipeline.text_encoder, {}
+    for name, part in pipeline.encode([""])._asdict().items():
+        if part is not None:
+            tokens = part.tokens[:, -1:].expand(-1, encoder.max_tokens(name), -1)
+            part = part._replace(tokens=tokens, mask=None)
+        parts[name] = part
+    return TextCondition(**parts)

@@ -46,7 +46,11 @@ class Replica:
 
         A caller that leaves ends the clip.
         """
-        job, told = self.scheduler.submit(Checked(sampling)), 0
+        try:
+            job, told = self.scheduler.submit(Checked(sampling)), 0
+        except ValueError as error:  # of a clip that its memory does not hold
+            yield "error", error
+            return
         try:
             while job.state in ("queued", "running"):
                 if job.progress.step > told:
@@ -73,6 +77,10 @@ class Remote:
         return self.outcome is not None or self.step < min(self.told, self.steps - 1)
 
     @property
+    def made(self) -> int:
+        return self.step
+
+    @property
     def is_done(self) -> bool:
         return self.step == self.steps
 
@@ -87,6 +95,9 @@ class Replicas:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="replicas", daemon=True)
         self._thread.start()
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Only a replica knows its memory: it refuses a clip that is too large for it."""
 
     def has_room(self, shape: tuple[int, ...]) -> bool:
         return len(self._clips) < self.max_batch

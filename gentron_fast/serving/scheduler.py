@@ -1,22 +1,26 @@
 """The scheduler: a bounded queue, and a thread that makes what is in it."""
 
+import atexit
 import math
 import threading
 import time
 import traceback
 from collections import Counter, deque
+from concurrent.futures import CancelledError
 
 import torch
 from torch import Tensor
 
 from gentron_fast.memory import peak_memory
 from gentron_fast.pipeline import GenTronPipeline, Sampling
-from gentron_fast.serving.engine import Clip, Engine, measured_batch
-from gentron_fast.serving.job import Job, Progress
+from gentron_fast.serving.engine import Clip, Engine, measured
+from gentron_fast.serving.job import DeadlinePassed, Job, Progress
 from gentron_fast.serving.request import Request
 
 WINDOW = 10.0  # seconds over which the rate of steps is taken
 LATENCIES = 512  # of the newest clips, that percentiles are taken of
+MOST_FAULTS = 5  # clips one after the other that faults end, where nothing works any more
+GIVEN_BACK = "the scheduler was closed before the clip was made"
 
 
 class QueueFull(RuntimeError):
@@ -31,10 +35,15 @@ class SchedulerClosed(RuntimeError):
     """The scheduler was closed before the clip was made."""
 
 
+NO_FAULTS = (ValueError, CancelledError, DeadlinePassed, SchedulerClosed)  # of a request alone
+
+
 class Scheduler:
     """Makes what is submitted, in a thread of its own. Every method may be called from any thread.
 
-    The pipeline is the scheduler's as long as it is open: nobody else may call it.
+    The pipeline is the scheduler's as long as it is open: nobody else may call it. is_broken: it
+    ended by itself, of a fault: one of its own, one of the device, or so many clips failed one
+    after the other that no other would be made.
     """
 
     def __init__(
@@ -47,29 +56,33 @@ class Scheduler:
     ):
         """queue_size: how many requests may wait; max_batch: how many clips are made at a time,
         clips of the pipeline's own frames and size: of larger ones fewer. None: as many as there
-        is memory for, measured here, but no more than `engine.MOST_CLIPS` of the device. engine:
+        is memory for, but no more than `engine.MOST_CLIPS` of the device. engine:
         what makes the clips in the pipeline's place, which then only checks what is asked for."""
         self.pipeline, self.queue_size = pipeline, queue_size
         if engine is None:
-            engine = Engine(pipeline, measured_batch(pipeline) if max_batch is None else max_batch)
+            memory = measured(pipeline)
+            engine = Engine(pipeline, max_batch or memory.max_batch, memory)
         self.max_batch, self._engine = engine.max_batch, engine
         self._changed = threading.Condition()
         self._queue: deque[tuple[Job, Sampling]] = deque()
         self._jobs: dict[Clip, Job] = {}
         self._closing, self._give_back_at = False, math.inf
-        self._counts = Counter()
+        self._counts, self._faults, self.is_broken = Counter(), 0, False
         self._latencies: deque[float] = deque(maxlen=LATENCIES)
         self._recent: deque[tuple[float, int]] = deque()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
+        # A thread in the middle of a step would outlive what it needs.
+        atexit.register(self.close, 0)
 
     def submit(self, request: Request) -> Job:
         """Put a request into the queue.
 
-        ValueError, in one line, where it is wrong; QueueFull, whose retry_after says in how many
-        seconds to come again; SchedulerClosed.
+        ValueError, in one line, where it is wrong or takes more memory than there is; QueueFull,
+        whose retry_after says in how many seconds to come again; SchedulerClosed.
         """
         sampling = request.sampling(self.pipeline)
+        self._engine.check(sampling.shape)
         job = Job(request, len(sampling.table.timesteps), self._wake)
         with self._changed:
             if self._closing:
@@ -113,6 +126,7 @@ class Scheduler:
                 self._give_back_at = min(self._give_back_at, time.monotonic() + timeout)
             self._changed.notify()
         self._thread.join()
+        atexit.unregister(self.close)
 
     def _wake(self) -> None:
         with self._changed:
@@ -126,10 +140,15 @@ class Scheduler:
                 self._admit()
                 if self._jobs:
                     self._step(self._engine.turn())
-        finally:  # a fault of ours leaves nobody waiting
+        except BaseException:  # a fault of ours, or of the device, leaves nobody waiting
             with self._changed:
-                self._closing, self._give_back_at = True, -math.inf
-            self._drop_unwanted()
+                self.is_broken = self._closing = True
+                left = [*self._jobs.values(), *(job for job, _ in self._queue)]
+                self._jobs.clear()
+                self._queue.clear()
+            for job in left:
+                self._finish(job, SchedulerClosed(GIVEN_BACK))
+            raise
 
     def _wait_for_work(self) -> bool:
         """False where the scheduler is closed and nothing is left to do."""
@@ -144,7 +163,7 @@ class Scheduler:
         """Leave out what was cancelled, is too late, or is given back."""
         closed = None
         if time.monotonic() >= self._give_back_at:
-            closed = SchedulerClosed("the scheduler was closed before the clip was made")
+            closed = SchedulerClosed(GIVEN_BACK)
         with self._changed:
             queued = list(self._queue)
         for entry in queued:
@@ -190,11 +209,11 @@ class Scheduler:
             self._counts["steps"] += len(clips)
             self._recent.append((time.monotonic(), len(clips)))
             self._forget_old_steps()
+        for clip, job in self._jobs.items():
+            job.progress = Progress(clip.made, job.progress.steps)
         for clip in clips:
-            job = self._jobs[clip]
-            job.progress = Progress(clip.step, job.progress.steps)
             if clip.is_done:
-                self._leave(clip, job.reason_to_drop() or self._frames(clip))
+                self._leave(clip, self._jobs[clip].reason_to_drop() or self._frames(clip))
 
     def _frames(self, clip: Clip) -> Tensor | Exception:
         try:
@@ -209,7 +228,9 @@ class Scheduler:
         self._finish(job, outcome)
 
     def _finish(self, job: Job, outcome: Tensor | BaseException) -> None:
-        if isinstance(outcome, Tensor):  # decoding takes its time too
+        if isinstance(outcome, Tensor):
+            job.progress = Progress(job.progress.steps, job.progress.steps)
+            # Decoding takes its time too.
             outcome = job.reason_to_drop() or outcome
         with self._changed:
             if isinstance(outcome, Tensor):
@@ -217,6 +238,14 @@ class Scheduler:
         job.finish(outcome)
         with self._changed:
             self._counts[job.state] += 1
+        if isinstance(outcome, Tensor):
+            self._faults = 0
+        elif not isinstance(outcome, NO_FAULTS):
+            self._faults += 1
+            if self.pipeline.device.type == "cuda":  # where it failed for good, this fails
+                torch.cuda.synchronize(self.pipeline.device)
+            if self._faults >= MOST_FAULTS:
+                raise RuntimeError(f"{self._faults} clips failed, none was made") from outcome
 
     def _forget_old_steps(self) -> None:
         start = time.monotonic() - WINDOW

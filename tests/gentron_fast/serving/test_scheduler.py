@@ -1,6 +1,8 @@
 """The scheduler: what is made equals what the pipeline makes; queue, cancelling, deadline, end."""
 
 import random
+import subprocess
+import sys
 import threading
 import traceback
 import weakref
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from gentron_fast import GenTronPipeline
-from gentron_fast.guidance import GuidedBatch
+from gentron_fast.guidance import GuidedBatch, PreparedText
 from gentron_fast.memory import held_at_most
 from gentron_fast.serving import (
     DeadlinePassed,
@@ -255,16 +257,148 @@ def test_what_other_threads_read_is_locked_and_forgotten_in_time(pipeline, monke
 def test_the_largest_batch_is_measured(pipeline, monkeypatch):
     def batch(free):
         monkeypatch.setattr(engine, "free_memory", lambda device: free)
-        return engine.measured_batch(pipeline)
+        return engine.measured(pipeline).max_batch
 
     assert batch(1 << 40) == engine.MOST_CLIPS["cpu"] and batch(0) == 1
     held = iter((10, 30, 50))  # by the step of one clip, of two, and by decoding
     monkeypatch.setattr(engine, "held_at_most", lambda function, device: next(held))
     assert batch(200) == (0.8 * 200 - (50 - 20)) // 20
+    held = iter((10, 50))
+    monkeypatch.setattr(engine, "free_memory", lambda device: 19)
+    assert engine.measured(pipeline).max_batch == 1  # 15 bytes: two clips are not tried
     one = torch.empty(1000)
     assert held_at_most(lambda: (one + 1).view(10, 100).sum(), one.device) in range(4000, 4100)
     kept = []
     assert held_at_most(lambda: kept.extend(one + i for i in range(3)), one.device) == 12000
+
+
+def test_the_largest_batch_is_measured_with_the_longest_texts(pipeline, monkeypatch):
+    longest = engine.longest_text(pipeline)
+    for name, part in longest._asdict().items():
+        assert part.tokens.shape[1] == pipeline.text_encoder.max_tokens(name)
+    contexts = PreparedText.of(pipeline.transformer, longest).contexts
+    texts = 2 * sum(part.nbytes for own in contexts for part in own if part is not None)
+    monkeypatch.setattr(pipeline, "decode", lambda latents: latents)  # takes more than a step
+    with_them = engine.measured(pipeline).clip
+    monkeypatch.setattr(engine, "longest_text", lambda pipeline: pipeline.encode([""]))
+    assert with_them > engine.measured(pipeline).clip + texts / 2
+
+
+def test_a_clip_larger_than_memory_is_refused(pipeline, monkeypatch):
+    monkeypatch.setattr(engine, "free_memory", lambda device: 200 << 20)
+    scheduler = Scheduler(pipeline, max_batch=1)
+    wanted = r"32 frames of 256x256 pixels take [\d.]+ GiB of memory, and there are 0.156"
+    with pytest.raises(ValueError, match=wanted):
+        scheduler.submit(Request("a star", frames=32, height=256, width=256))
+    twice = scheduler.submit(Request("a star", steps=1, frames=2 * pipeline.default_frames))
+    monkeypatch.setattr(engine, "free_memory", lambda device: 0)
+    with_nothing = Scheduler(pipeline)
+    smallest = with_nothing.submit(Request("a star", steps=1))
+    scheduler.close()
+    with_nothing.close()
+    assert twice.state == smallest.state == "done"
+
+
+def test_a_gpu_is_a_step_ahead_and_no_more(pipeline, monkeypatch):
+    """Progress and turns go by what the device has made, not by what it was given to do."""
+    own, waited = engine.Engine(pipeline, 2), []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            self.number = len(waited)
+
+        def synchronize(self):
+            waited.append(self)
+
+        def elapsed_time(self, end):
+            return 3000.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    own._ahead = 1
+    clip = own.join(pipeline.sampling("a star", steps=3, frames=2, size=32))
+    made = []
+    while not clip.is_done:
+        own.step(own.turn())
+        made.append((clip.step, clip.made, len(waited)))
+    assert made == [(1, 0, 0), (2, 1, 1), (3, 2, 2)] and own._turns == {(4, 2, 4, 4): 6.0}
+    own.frames(clip)
+    assert clip.made == 3
+    own.step([own.join(pipeline.sampling("a star", steps=3, frames=2, size=32))])
+    own.leave(own.clips[-1])
+    assert own._launched[0][1] == []  # what has left is not kept
+
+
+def broken(scheduler, jobs):
+    scheduler._thread.join(WAIT)
+    assert scheduler.is_broken and {job.state for job in jobs} == {"failed"}
+    with pytest.raises(SchedulerClosed):
+        scheduler.submit(Request("a star", **SMALL))
+    scheduler.close()
+    return sum(isinstance(job.error, SchedulerClosed) for job in jobs)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_device_that_makes_nothing_more_ends_the_scheduler(pipeline, monkeypatch):
+    scheduler = Scheduler(pipeline, max_batch=2)
+
+    def submit(count):
+        with scheduler._changed:
+            return [scheduler.submit(Request("a star", seed=i, **SMALL)) for i in range(count)]
+
+    decode, faults = pipeline.decode, iter([RuntimeError("a fault")] * 4 + [None])
+
+    def faulty(latents):
+        if error := next(faults):
+            raise error
+        return decode(latents)
+
+    monkeypatch.setattr(pipeline, "decode", faulty)
+    for job in submit(4):
+        assert isinstance(job.error or job._future.exception(WAIT), RuntimeError)
+    assert submit(1)[0].result(WAIT) is not None  # one that is made: they are counted anew
+    faults = iter([ValueError("of one clip alone")] * 6 + [RuntimeError("a fault")] * 5)
+    assert broken(scheduler, submit(13)) == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_gpu_that_failed_for_good_ends_the_scheduler_at_once(pipeline, monkeypatch):
+    scheduler = Scheduler(pipeline, max_batch=2)
+
+    def fault(*args):
+        scheduler.pipeline = SimpleNamespace(device=torch.device("cuda"))
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: 1 / 0)
+    monkeypatch.setattr(GuidedBatch, "step", fault)
+    with scheduler._changed:
+        jobs = [scheduler.submit(Request("a star", seed=i, **SMALL)) for i in range(4)]
+    monkeypatch.setattr(Request, "sampling", lambda self, pipeline: jobs[0])
+    scheduler._thread.join(WAIT)
+    assert scheduler.is_broken
+    assert sum(isinstance(job.error, SchedulerClosed) for job in jobs) == 3
+
+
+def test_a_program_that_ends_beside_an_open_scheduler_ends_well(tiny_pipeline_folder):
+    program = f"""
+from gentron_fast import GenTronPipeline
+from gentron_fast.commandline import silence_libraries
+from gentron_fast.serving import Request, Scheduler
+silence_libraries()
+pipeline = GenTronPipeline.from_pretrained({str(tiny_pipeline_folder)!r})
+scheduler = Scheduler(pipeline, max_batch=1)
+job = scheduler.submit(Request("a star", steps=1000))
+while not job.progress.step:
+    pass
+job.add_done_callback(lambda job: print(job.error))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=WAIT)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == "the scheduler was closed before the clip was made\n"
 
 
 def test_a_full_queue_tells_when_to_come_again(scheduler, held):
