@@ -236,9 +236,7 @@ class GenTronPipeline:
         reuse = arguments.whole("reuse", reuse, 1, MOST_TIMESTEPS)
         if output_type not in ("frames", "latent"):
             raise ValueError(f'output_type must be "frames" or "latent", got {output_type!r}')
-        self.warn_of_shape(
-            sampling.shape[1], *(side * self.vae.factor for side in sampling.shape[2:])
-        )
+        self.warn_of_shape(*self._pixels(sampling.shape))
         text, null_text = self.encode(sampling.prompts), self.encode(sampling.negatives)
         self._bring(self.transformer)
         denoiser = GuidedDenoiser(
@@ -379,17 +377,31 @@ class GenTronPipeline:
         self._send_back(self.text_encoder)
         return text
 
+    def remarks(self, sampling: Sampling) -> list[str]:
+        """What a call warns of, a line each: a shape unlike the folder's own, prompts that are cut,
+        words that the model has never seen."""
+        texts = dict.fromkeys((*sampling.prompts, *sampling.negatives))
+        told = [line for text in texts for line in self.text_encoder.remarks(text)]
+        return self._remarks_on(*self._pixels(sampling.shape)) + told
+
+    def _pixels(self, shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
+        """Frames, height and width of what latents (C, T, h, w) are decoded to."""
+        return shape[1], *(side * self.vae.factor for side in shape[2:])
+
     def warn_of_shape(self, frames: int, height: int, width: int) -> None:
         """A warning where a clip is longer than the folder's own, or more than twice or less than
         half as large: the model was trained with others, and makes worse ones."""
+        for remark in self._remarks_on(frames, height, width):
+            warnings.warn(remark, stacklevel=1)
+
+    def _remarks_on(self, frames: int, height: int, width: int) -> list[str]:
         own_height, own_width = self.default_size
         told = []
         if frames > max(self.default_frames, 1):
             told.append(f"{frames} frames, where its own are {self.default_frames}")
         if not 1 / 2 <= height * width / (own_height * own_width) <= 2:
             told.append(f"{height}x{width} pixels, where its own are {own_height}x{own_width}")
-        if told:
-            warnings.warn(f"the model may not know {' and '.join(told)}", stacklevel=1)
+        return [f"the model may not know {' and '.join(told)}"] if told else []
 
     def _parts(self) -> tuple[nn.Module, ...]:
         return self.transformer, self.text_encoder, self.vae

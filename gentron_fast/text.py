@@ -174,27 +174,43 @@ class TextEncoder(nn.Module):
         # Cut and padded here: transformers would keep both as state that save_pretrained writes.
         tokenizer = self.tokenizers[name]
         limit, end = self.max_tokens(name), tokenizer.eos_token_id
+        self._warn_of_words(_unknown_words(tokenizer, prompts))
+        rows = self._whole_rows(name, prompts)
+        for number, row in enumerate(rows):
+            if len(row) > limit:
+                self._warn_of_cut(name, len(row), limit)
+                rows[number] = [*row[: limit - 1], end]
+        longest = max(map(len, rows))
+        padding = tokenizer.pad_token_id
+        ids = torch.tensor([row + [padding] * (longest - len(row)) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        return ids, torch.arange(longest) < lengths[:, None]
+
+    def _whole_rows(self, name: str, prompts: list[str]) -> list[list[int]]:
+        """Token ids of each prompt, its end token the last, however many they are."""
+        tokenizer, rows = self.tokenizers[name], []
+        end = tokenizer.eos_token_id
         if tokenizer.init_kwargs.get(LOWER_AND_STRIP):
             prompts = [prompt.lower().strip() for prompt in prompts]
-        if tokenizer.init_kwargs.get(WHOLE_WORDS):
-            self._warn_of_words(tokenizer, prompts)
-        rows = []
         with told_as(f"the {name} tokenizer cannot read the prompts"):
             all_ids = tokenizer(prompts, verbose=False)["input_ids"]
         for row in all_ids:
             if end not in row:
                 raise ValueError(f"the {name} tokenizer puts no end token {end} behind a prompt")
             # CLIP pools at the first end token; a prompt that spells one ends there.
-            row = row[: row.index(end) + 1]
+            rows.append(row[: row.index(end) + 1])
+        return rows
+
+    def remarks(self, prompt: str) -> list[str]:
+        """What `tokenize` would warn of in this prompt, a line each, however often it has."""
+        told = []
+        for name, tokenizer in self.tokenizers.items():
+            (row,), limit = self._whole_rows(name, [prompt]), self.max_tokens(name)
             if len(row) > limit:
-                self._warn_of_cut(name, len(row), limit)
-                row = [*row[: limit - 1], end]
-            rows.append(row)
-        longest = max(map(len, rows))
-        padding = tokenizer.pad_token_id
-        ids = torch.tensor([row + [padding] * (longest - len(row)) for row in rows])
-        lengths = torch.tensor([len(row) for row in rows])
-        return ids, torch.arange(longest) < lengths[:, None]
+                told.append(f"a prompt of {len(row)} {name} tokens was cut to {limit}")
+            if unknown := _unknown_words(tokenizer, [prompt]):
+                told.append(f"the model has never seen: {', '.join(unknown)}")
+        return told
 
     def _warn_of_cut(self, name: str, length: int, limit: int) -> None:
         if name not in self._warned_of:
@@ -205,13 +221,11 @@ class TextEncoder(nn.Module):
                 stacklevel=2,
             )
 
-    def _warn_of_words(self, tokenizer, prompts: list[str]) -> None:
-        words = dict.fromkeys(re.findall(r"[^\W\d_]+", " ".join(prompts).lower()))
-        new = [word for word in words if word not in self._warned_of]
-        unknown = [word for word in new if len(tokenizer.tokenize(word)) > 1]
-        self._warned_of.update(unknown)
-        if unknown:
-            warnings.warn(f"the model has never seen: {', '.join(unknown)}", stacklevel=2)
+    def _warn_of_words(self, unknown: list[str]) -> None:
+        new = [word for word in unknown if word not in self._warned_of]
+        self._warned_of.update(new)
+        if new:
+            warnings.warn(f"the model has never seen: {', '.join(new)}", stacklevel=2)
 
     def forward(self, tokens: Tokens) -> TextCondition:
         """Encode what `tokenize` returns; differentiable.
@@ -260,6 +274,14 @@ class TextEncoder(nn.Module):
             raise RuntimeError(
                 "the text encoders were released; load them again to encode more prompts"
             )
+
+
+def _unknown_words(tokenizer, prompts: list[str]) -> list[str]:
+    """Words that a tokenizer of whole words takes apart; none of another one."""
+    if not tokenizer.init_kwargs.get(WHOLE_WORDS):
+        return []
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+", " ".join(prompts).lower()))
+    return [word for word in words if len(tokenizer.tokenize(word)) > 1]
 
 
 def _load_model(name: str, source: str | os.PathLike, dtype: torch.dtype) -> nn.Module:

@@ -198,6 +198,7 @@ def application(service: Service, token: str | None) -> FastAPI:
             "size": wanted.settings["size"],
             "model": service.model.name,
             "settings": wanted.settings,
+            "warnings": jobs[0].warnings,
         }
         made = int(max(job.completed_at for job in jobs))
         if not form["stream"]:

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import NamedTuple
 
@@ -25,14 +25,17 @@ class Progress(NamedTuple):
 class Job:
     """A submitted request. Every method may be called from any thread.
 
-    id: 32 random hex digits. state: "queued", "running", "done", "failed" or "cancelled".
-    progress: (step, steps). error: what it failed with, else None. created_at, completed_at: Unix
-    seconds; completed_at is None until the state is one of the last three.
+    id: 32 random hex digits. warnings: what is unusual about the request, a line each. state:
+    "queued", "running", "done", "failed" or "cancelled". progress: (step, steps). error: what it
+    failed with, else None. created_at, completed_at: Unix seconds; completed_at is None until the
+    state is one of the last three.
     """
 
-    def __init__(self, request: Request, steps: int, wake: Callable[[], None]):
+    def __init__(
+        self, request: Request, steps: int, wake: Callable[[], None], warnings: Sequence[str] = ()
+    ):
         """wake: called when the scheduler should look at its jobs again."""
-        self.id, self.request = uuid.uuid4().hex, request
+        self.id, self.request, self.warnings = uuid.uuid4().hex, request, list(warnings)
         self.progress = Progress(0, steps)
         self.created_at, self.completed_at = time.time(), None
         self.submitted = time.monotonic()

@@ -83,7 +83,8 @@ class Scheduler:
         """
         sampling = request.sampling(self.pipeline)
         self._engine.check(sampling.shape)
-        job = Job(request, len(sampling.table.timesteps), self._wake)
+        remarks = self.pipeline.remarks(sampling)
+        job = Job(request, len(sampling.table.timesteps), self._wake, remarks)
         with self._changed:
             if self._closing:
                 raise SchedulerClosed("the scheduler is closed")

@@ -58,6 +58,7 @@ class Service:
                 size=wanted.settings["size"],
                 settings=wanted.settings,
                 fps=self.fps,
+                warnings=job.warnings,
             )
         except OSError:
             job.cancel()

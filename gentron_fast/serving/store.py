@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gentron_fast.files import lock_folder, read_json, whole_file, write_json
 from gentron_fast.media import write_media
-from gentron_fast.schema import OBJECT, TEXT, one_of, optional, real, whole
+from gentron_fast.schema import OBJECT, TEXT, one_of, optional, real, several, whole
 
 STATES = ("queued", "in_progress", "completed", "failed")
 MOST_SECONDS = 10**12
@@ -28,6 +28,7 @@ RECORD_SCHEMA = {
     "size": TEXT,
     "settings": OBJECT,
     "fps": real(0.01, 1000),
+    "warnings": several(TEXT, 0, 1000),
     "error": optional(OBJECT),
 }
 # All that this folder gets from us, what a killed process left half-written among it.
@@ -73,7 +74,7 @@ class ClipStore:
         if not OURS.fullmatch(path.name):
             return None
         try:
-            record = read_json(path, RECORD_SCHEMA)
+            record = {"warnings": []} | read_json(path, RECORD_SCHEMA)  # none in older ones
             if missing := RECORD_SCHEMA.keys() - record:
                 raise ValueError(f"{path} has no {', '.join(sorted(missing))}")
             if record["id"] != path.stem:
@@ -98,6 +99,7 @@ class ClipStore:
             "completed_at": None,
             "expires_at": None,
             "error": None,
+            "warnings": [],
             **values,
         }
         write_json(self.folder / f"{clip_id}.json", record)

@@ -16,7 +16,9 @@ from transformers.utils.logging import disable_progress_bar
 from gentron_fast.config import PRESETS
 from gentron_fast.generate import HELP, file_name, main
 from gentron_fast.media import read_video
+from gentron_fast.pipeline import ASSETS
 from gentron_fast.solvers import SOLVERS
+from gentron_fast.text import TextEncoder
 
 PROMPT = "a red circle moving left"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -117,6 +119,8 @@ def test_words_that_the_small_model_has_never_seen_are_told(tmp_path, capsys):
     told = [line for line in capsys.readouterr().err.splitlines() if "never seen" in line]
     assert [line.partition("seen: ")[2] for line in told] == ["an, orange"]
     assert len(list(tmp_path.iterdir())) == 3
+    tokenizer = TextEncoder.tokenizers_alone({"clip": ASSETS / "tokenizer"})
+    assert tokenizer.remarks(prompts[1]) == ["the model has never seen: an, orange"]
 
 
 def test_reading_the_arguments_loads_no_torch():

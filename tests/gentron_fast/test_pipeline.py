@@ -160,12 +160,12 @@ def test_wrong_calls_are_named(pipeline, options, message):
     ids=str,
 )
 def test_a_shape_far_from_the_folders_own_is_told(pipeline, options, words):
-    options = {"steps": 1, "progress": False, "output_type": "latent"} | options
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        pipeline("a star", **options)
+        pipeline("a star", steps=1, progress=False, output_type="latent", **options)
     told = [str(warning.message) for warning in caught if "may not know" in str(warning.message)]
     assert told == ([] if words is None else [f"the model may not know {words}"])
+    assert pipeline.remarks(pipeline.sampling("a star", **options)) == told
 
 
 def test_numbers_of_numpy_and_iterators_are_taken(pipeline):

@@ -116,6 +116,8 @@ def test_long_prompts_are_cut_with_one_warning(encoder):
         "a prompt of 122 clip tokens was cut to 77",
         "a prompt of 521 t5 tokens was cut to 256",
     ]
+    remarks = [str(warning.message).split(";")[0] for warning in caught]
+    assert encoder.remarks("a red circle " * 40) == remarks and encoder.remarks("a") == []
     for name, limit in MAX_TOKENS.items():
         ids, mask = tokens[name]
         expected = encoder.tokenizers[name](

@@ -42,7 +42,8 @@ class StandIn:
         if len(self.waiting()) >= self.queue_size:
             self.rejected += 1
             raise QueueFull(len(self.waiting()), 6.2)
-        job = Job(request, request.steps, self._drop_cancelled)
+        warnings = ["the model has never seen: orange"] if "orange" in request.prompt else []
+        job = Job(request, request.steps, self._drop_cancelled, warnings)
         self.jobs.append(job)
         if self.is_quick:
             self.end(job)

@@ -92,6 +92,11 @@ def test_a_clip_by_openais_client(client, tmp_path):
     for settings in (clip.settings, clip.settings | {"negative_prompt": None}):
         again = client.videos.create(prompt=clip.prompt, extra_body=settings)
         assert again.settings == settings
+    assert clip.warnings == []
+    unusual = client.videos.create(prompt="an orange circle")
+    assert unusual.warnings == ["the model has never seen: orange"]
+    assert client.videos.retrieve(unusual.id).warnings == unusual.warnings
+    assert client.images.generate(prompt="an orange star").warnings == unusual.warnings
     assert client.videos.delete(clip.id).deleted
     with pytest.raises(openai.NotFoundError, match="there is no video"):
         client.videos.retrieve(clip.id)

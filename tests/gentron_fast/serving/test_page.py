@@ -66,7 +66,7 @@ def settings(browser):
 def test_a_clip_from_prompt_to_copied_settings(browser, scheduler, address):
     opened(browser, address)
     numbers = {"lambda_t-number": "4.25", "steps-number": "8", "frames-number": "6"}
-    words = 'a <b>red</b> "seed": 3 circle'
+    words = 'an <b>orange</b> "seed": 3 circle'
     job = ask(browser, scheduler, prompt=words, seed=str(SEED), size="48x64", **numbers)
     request = job.request
     assert (request.prompt, request.seed, request.lambda_t) == (words, SEED, 4.25)
@@ -82,6 +82,7 @@ def test_a_clip_from_prompt_to_copied_settings(browser, scheduler, address):
     browser.wait(lambda: video.get_property("currentTime") > 0.2)  # it plays
     assert video.get_property("loop") and video.get_property("duration") == pytest.approx(1.5)
     assert browser.one("#words").text == words
+    assert browser.one("#remarks").text == "the model has never seen: orange"
     told = settings(browser)
     assert told[told.index("Seed") + 1] == str(SEED) and told[told.index("Steps") + 1] == "8"
     browser.driver.execute_script(
@@ -160,6 +161,7 @@ def test_a_model_of_images_the_key_and_a_phone(browser, tmp_path):
             picture = browser.wait(lambda: browser.all("#stage img"))[0]
             browser.wait(lambda: picture.get_property("naturalWidth") == 48)
             assert settings(browser)[1] == str(SEED)
+            assert not browser.one("#remarks").is_displayed()
             assert int(browser.one("html").get_property("scrollWidth")) == 375
         finally:
             browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -67,6 +67,7 @@ def test_clips_are_the_pipelines_and_outlive_kill_9_and_sigterm(
             client.videos.create(prompt="a red circle", extra_body=LONG | {"frames": 32})
             for _ in range(6)
         ]
+        assert longs[0].warnings == ["the model may not know 32 frames, where its own are 4"]
         process.send_signal(signal.SIGTERM)
         start = time.monotonic()
         assert process.stdout.readline() == "stopped\n"
