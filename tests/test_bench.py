@@ -361,14 +361,66 @@ def test_rest_brings_the_rows_of_the_run_before_along(plan, tmp_path, monkeypatc
     assert gpu.main(["--results", str(tmp_path / "new"), "--rest"]) == gpu.NOTHING_LEFT
     assert "nothing to take up" in capsys.readouterr().out
     before = tmp_path / "bench/results/gpu-abacus-9-2026-01-02.jsonl"
-    gpu.note(before, run="begun")
+    gpu.note(before, run="begun", commit="0ld")
     gpu.note(before, step="good", state="begun")
     records.append_row(before.parent, "ops", row_of())
     records.append_row(before.parent, "ops", row_of(time="2025-01-01T00:00:00"))
+    older = before.with_name("gpu-abacus-9-2025-12-30.jsonl")  # came later than the newer one
+    gpu.note(older, run="begun")
+    os.utime(before, (0, 0))
+    capsys.readouterr()
     assert gpu.main(["--results", str(tmp_path / "new"), "--rest"]) == 0
+    assert f"{before.name} is of commit 0ld, this is " in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "new").iterdir()}
     stem = "abacus-9-2026-01-02"
     assert names == {f"gpu-{stem}.jsonl", f"gpu-{stem}.log", f"ops-{stem}.json"}
+
+
+def test_rest_ends_a_step_whose_tests_had_all_passed(plan, tmp_path):
+    plan(good=(60, PASSES + "import pytest\n@pytest.mark.skip\ndef test_no(): pass\n"))
+    folder = tmp_path / "results"
+    assert run_gpu(folder)[0] == 0
+    (record,) = folder.glob("*.jsonl")
+    lines = record.read_text().splitlines(keepends=True)
+    record.write_text("".join(line for line in lines if '"done"' not in line))  # killed before
+    status, steps, tests = run_gpu(folder, "--rest")
+    assert status == 0 and steps["good"]["state"] == "done"
+    assert [line["outcome"] for line in tests] == ["passed", "skipped", "skipped"]
+
+
+def test_contenders_called_eager_are_no_graph(monkeypatch):
+    import bench_export
+    import bench_step
+
+    asked = []
+    for bench in (bench_export, bench_step):
+        monkeypatch.setattr(
+            *(bench, "GuidedDenoiser", lambda *_, cuda_graph=None, **__: asked.append(cuda_graph))
+        )
+    step = bench_step.Step(PRESETS["small-T2V"], (1, 4, 8, 8, 8), torch.float32, "meta")
+    step.ours()
+    step.ours(cuda_graph=True)
+    sample = bench_export.pipeline_of(step.model)
+    with pytest.raises(AttributeError):  # of None, which has no step
+        sample(bench_export.text_of(bench_export.random_text(bench_export.PROMPT)))
+    assert asked == [False, True, False]
+
+
+def test_a_row_of_compiled_peers_measures_no_eager_one_again(contest):
+    import bench_step
+
+    names = []
+
+    def measured(*_, contenders, **__):
+        names.extend(one.name for one in contenders)
+        return {"contenders": {}, "amdahl_ceiling": 1.0, "work": ""}
+
+    config = replace(PRESETS["small-T2V"], depth=1)
+    shape = 1, 4, 8, 8, 8
+    bench_step.compete(
+        *(measured, contest, "a step", config, shape, torch.float32, ("compiled",)), eager=False
+    )
+    assert names == ["ours", "batched, torch.compile", "ours, compiled"]
 
 
 def test_rows_survive_a_kill_in_the_middle(tmp_path):
