@@ -141,6 +141,7 @@ def load(args: argparse.Namespace, until_the_end: ExitStack):
         for part in (pipeline.transformer, pipeline.text_encoder, pipeline.vae):
             part.to("meta")  # here it only checks what is asked for
         scheduler = Scheduler(pipeline, queue_size=args.queue, engine=engine)
+        engine.watch(scheduler)
         where = f"1 to {place.actors} replicas by Ray, {place.device},"
     seconds = time.perf_counter() - start
     print(f"model        {name} on {where} in {args.dtype}, loaded in {seconds:.1f} s")

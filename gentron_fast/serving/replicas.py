@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import os
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +16,15 @@ from torch import Tensor
 from gentron_fast.on_ray import Layout
 from gentron_fast.pipeline import GenTronPipeline, Sampling
 from gentron_fast.serving.engine import MOST_CLIPS
-from gentron_fast.serving.scheduler import Scheduler
+from gentron_fast.serving.scheduler import Scheduler, SchedulerClosed
 
 LOOK_SECONDS = 0.05  # between two looks at a clip's progress
-TRIES, PAUSE = 5, 2.0  # of a clip whose replica dies; seconds
+TRIES, PAUSE = 5, 2.0  # of a clip that no replica answers for; seconds
+DEATHS = 2  # of replicas that had begun a clip: then it is taken for the cause
+WATCH_SECONDS = 1.0  # between two looks at the cluster
+# Seconds until it is lost: without an answer of its head (Ray ends the process, without a word,
+# after 60), and without one of any replica, that may have to load its weights again.
+HEAD_SECONDS, SILENT_SECONDS = 30.0, 900.0
 # Replicas come and go by the clips that are on their way for each.
 AUTOSCALING = {"upscale_delay_s": 10, "downscale_delay_s": 300}
 
@@ -42,24 +49,29 @@ class Replica:
         self.scheduler = Scheduler(pipeline, queue_size=100_000, max_batch=max_batch)
 
     async def make(self, sampling: Sampling):
-        """("step", number) behind each step, then ("frames", uint8 (T, H, W, 3)) or ("error", …).
+        """("step", 0) once it is here, ("step", number) behind each step, then ("frames", uint8
+        (T, H, W, 3)) or ("error", …).
 
         A caller that leaves ends the clip.
         """
+        yield "step", 0
+        await asyncio.sleep(LOOK_SECONDS)  # that is told before anything can go wrong
+        job, told = None, 0
         try:
-            job, told = self.scheduler.submit(Checked(sampling)), 0
-        except ValueError as error:  # of a clip that its memory does not hold
-            yield "error", error
-            return
-        try:
+            job = self.scheduler.submit(Checked(sampling))
             while job.state in ("queued", "running"):
                 if job.progress.step > told:
                     told = job.progress.step
                     yield "step", told
                 await asyncio.sleep(LOOK_SECONDS)
-            yield ("error", job.error) if job.error else ("frames", job.result(0).numpy())
+            yield "frames", job.result(0).numpy()
+        except SchedulerClosed:  # of a fault: others make its clips, Ray Serve begins a new one
+            os._exit(1)
+        except Exception as error:
+            yield "error", error
         finally:
-            job.cancel()
+            if job is not None:
+                job.cancel()
 
 
 class Remote:
@@ -86,12 +98,16 @@ class Remote:
 
 
 class Replicas:
-    """An engine for a scheduler: its clips are made elsewhere, at most `max_batch` at a time."""
+    """An engine for a scheduler: its clips are made elsewhere, at most `max_batch` at a time.
 
-    def __init__(self, handle, max_batch: int):
-        self.max_batch, self._handle = max_batch, handle.options(stream=True)
-        self._clips: list[Remote] = []
-        self._news = threading.Event()
+    head: HOST:PORT of the cluster's.
+    """
+
+    def __init__(self, handle, max_batch: int, head: str):
+        self.max_batch, self._handle, self._head = max_batch, handle.options(stream=True), head
+        self.is_lost, self._clips = False, []
+        self._news, self._heard = threading.Event(), time.monotonic()
+        self._again = asyncio.Lock()  # held by the one clip that is begun again
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="replicas", daemon=True)
         self._thread.start()
@@ -104,6 +120,8 @@ class Replicas:
 
     def join(self, sampling: Sampling) -> Remote:
         clip = Remote(sampling)
+        if not self._clips:
+            self._heard = time.monotonic()
         self._clips.append(clip)
         clip.task = asyncio.run_coroutine_threadsafe(self._make(clip), self._loop)
         return clip
@@ -132,6 +150,10 @@ class Replicas:
         self._clips.remove(clip)
         self._loop.call_soon_threadsafe(clip.task.cancel)
 
+    def watch(self, scheduler: Scheduler) -> None:
+        """Close it, which is what ends the server, as soon as the cluster is lost."""
+        asyncio.run_coroutine_threadsafe(self._watch(scheduler), self._loop)
+
     def close(self) -> None:
         """End what is on its way, and the thread."""
 
@@ -148,26 +170,63 @@ class Replicas:
         self._thread.join()
 
     async def _make(self, clip: Remote) -> None:
-        """Ask a replica, and where it dies another one."""
-        for left in reversed(range(TRIES)):
-            stream = self._handle.make.remote(clip.sampling)
-            try:
-                async for kind, value in stream:
-                    if kind == "step":
-                        clip.told = max(clip.told, value)
-                    else:
-                        clip.outcome = torch.tensor(value) if kind == "frames" else value
-                    self._news.set()
+        """Ask a replica, and where it dies another one.
+
+        Which of a replica's clips was the cause is not known: they are begun again one after
+        another, so that it meets none of the others a second time.
+        """
+        deaths = 0
+        for _ in range(TRIES):
+            async with self._again if deaths else nullcontext():
+                begun, error = await self._ask(clip)
+            if error is None:
                 return
-            except asyncio.CancelledError:
-                stream.cancel()
-                raise
-            except Exception as error:  # of Ray's: those of a clip are told as an outcome
-                if not left:
-                    clip.outcome = RuntimeError(f"no replica made it: {str(error)[:200]}")
-                    self._news.set()
-                    return
-                await asyncio.sleep(PAUSE)
+            deaths += begun
+            if deaths == DEATHS:
+                break
+            await asyncio.sleep(PAUSE)
+        told = f"no replica made it, {deaths} died meanwhile: {str(error)[:200]}"
+        clip.outcome = RuntimeError(told)
+        self._news.set()
+
+    async def _ask(self, clip: Remote) -> tuple[bool, Exception | None]:
+        """Whether a replica began the clip, and, where it was not made, why."""
+        stream, begun = self._handle.make.remote(clip.sampling), False
+        try:
+            async for kind, value in stream:
+                begun, self._heard = True, time.monotonic()
+                if kind == "step":
+                    clip.told = max(clip.told, value)
+                else:
+                    clip.outcome = torch.tensor(value) if kind == "frames" else value
+                self._news.set()
+            return begun, None
+        except asyncio.CancelledError:
+            stream.cancel()
+            raise
+        except Exception as error:  # of Ray's: those of a clip are told as an outcome
+            return begun, error
+
+    async def _watch(self, scheduler: Scheduler) -> None:
+        host, _, port = self._head.rpartition(":")
+        answered, reason = time.monotonic(), ""
+        while not reason:
+            await asyncio.sleep(WATCH_SECONDS)
+            try:
+                connecting = asyncio.open_connection(host.strip("[]"), int(port))
+                _, writer = await asyncio.wait_for(connecting, HEAD_SECONDS / 3)
+                writer.close()
+                answered = time.monotonic()
+            except OSError:  # TimeoutError among them
+                pass
+            if time.monotonic() - answered > HEAD_SECONDS:
+                reason = f"nothing answers at {self._head}"
+            elif self._clips and time.monotonic() - self._heard > SILENT_SECONDS:
+                reason = f"no replica has answered for {SILENT_SECONDS:g} s"
+        self.is_lost = True
+        logging.error("the Ray cluster is lost: %s", reason)
+        scheduler.is_broken = True
+        await asyncio.to_thread(scheduler.close, 0)
 
 
 @contextmanager
@@ -180,6 +239,7 @@ def replicas(
     max_batch: clips that each makes at a time, None for what its memory takes; name: of the
     application on the cluster.
     """
+    import ray
     from ray import serve
 
     each = max_batch or MOST_CLIPS[place.device]
@@ -198,9 +258,11 @@ def replicas(
         handle = serve.run(bound, name=name, route_prefix=None)
     except RuntimeError as error:
         raise ValueError(f"no replica started: {' '.join(str(error).split())[:300]}") from error
-    engine = Replicas(handle, each * place.actors)
+    head = ray.get_runtime_context().gcs_address
+    engine = Replicas(handle, each * place.actors, head)
     try:
         yield engine
     finally:
         engine.close()
-        serve.delete(name)
+        if not engine.is_lost:
+            serve.delete(name)
