@@ -9,7 +9,8 @@
 # make api      docs/api.md, from the docstrings          make picture   docs/clips.png
 # make study    people judge the model that ships at two guidance values: docs/study.md
 # make sanitize   the C++ operators and runtime under AddressSanitizer and UndefinedBehaviorSanitizer
-# make ray    200 clips on a Ray cluster of two nodes here, one of them killed: equal to one process, to the byte
+# make ray    200 clips on a Ray cluster of two nodes here, one of them or a worker killed: equal to one process, to the
+#             byte; the same for latents, and clips by HTTP; N minutes
 # make nodes  training over two nodes, namespaces of this machine, one of them lost: needs root, sshd and pdsh
 # make fuzz   100,000 hostile files for the runtime under both, 6 minutes; FUZZ=another number
 # make soak    a load test of the server, 10 minutes: nothing lost, nothing wrong, memory flat; MINUTES=another number
@@ -50,7 +51,7 @@ gpu: $(if $(DRY),.venv/dev)
 	    $(if $(LIMIT),--limit $(LIMIT)) $(if $(REST),--rest) $(if $(DRY),--dry)
 
 ray: .venv/dev
-	RAY_PROMPTS=200 $(BIN)/pytest -s tests/train/data/test_on_ray.py -k dies
+	RAY_PROMPTS=200 $(BIN)/pytest --durations=10 tests/train/data/test_on_ray.py
 
 nodes: .venv/dev
 	NODES=1 $(BIN)/pytest -s -rs tests/train/test_nodes.py

@@ -1,7 +1,7 @@
 """Clips and latents on a Ray cluster of two nodes: what dies is made again, and nothing is there
 that one process would not have made, to the byte.
 
-RAY_PROMPTS=200 makes as many clips by the model that ships (`make ray`).
+`make ray` (RAY_PROMPTS=200) makes as many clips by the model that ships, and all tests.
 """
 
 import json
@@ -17,16 +17,20 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from serving import call, served_process
 
 from gentron_fast import GenTronPipeline, serve
 from gentron_fast.generate import main as generate
+from gentron_fast.media import read_video, write_media
 from gentron_fast.serving import Request
 from gentron_train.data.precompute import main as precompute
 from gentron_train.small_world.renderer import seen_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
+FULL = "RAY_PROMPTS" in os.environ
 PROMPTS = int(os.environ.get("RAY_PROMPTS", 14))
 STORE = 100 * 2**20  # bytes
+in_full = pytest.mark.skipif(not FULL, reason="make ray")
 
 
 class TwoNodes:
@@ -35,14 +39,19 @@ class TwoNodes:
     def __init__(self):
         from ray.cluster_utils import Cluster
 
-        node = {"num_cpus": 1, "object_store_memory": STORE}
-        self.cluster = Cluster(True, head_node_args=node | {"include_dashboard": False})
-        self.second = self.cluster.add_node(**node)
+        self.node = {"num_cpus": 1, "object_store_memory": STORE}
+        self.cluster = Cluster(True, head_node_args=self.node | {"include_dashboard": False})
+        self.second = None
         self.address = self.cluster.address
+
+    def complete(self) -> None:
+        if self.second is None:
+            self.second = self.cluster.add_node(**self.node)
 
     def kill_node(self) -> bool:
         """The second one: its raylet and its workers, by SIGKILL."""
         self.cluster.remove_node(self.second, allow_graceful=False)
+        self.second = None
         return True
 
     def kill_worker(self, kind: str = "MapWorker") -> bool:
@@ -55,12 +64,18 @@ class TwoNodes:
 
 
 @pytest.fixture(scope="module")
-def nodes():
+def cluster():
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_AUTO_CONNECT"):
         os.environ[name] = "0"
     nodes = TwoNodes()
     yield nodes
     nodes.cluster.shutdown()
+
+
+@pytest.fixture
+def nodes(cluster):
+    cluster.complete()
+    return cluster
 
 
 @pytest.fixture(autouse=True)
@@ -92,22 +107,33 @@ def contents(folder: Path, pattern: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob(pattern)}
 
 
-def test_a_worker_that_dies_loses_no_shard(nodes, shards, models, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["worker", pytest.param("node", marks=in_full)])
+def test_what_dies_loses_no_shard(kind, nodes, shards, models, tmp_path, capsys):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for path in shards.glob("*-?.tar"):  # a node that is killed is to be at work
+        for number in range(4 if kind == "node" else 1):
+            os.link(path, raw / f"{path.stem}{number}.tar")
     options = [f"--pipeline={models}", "--size=32x32", "--workers=0", "--max-broken=1"]
-    command = [f"{shards}/{{images,clips}}-*.tar"]
+    command = [f"{raw}/*.tar"]
     assert precompute([*command, str(tmp_path / "one"), *options]) == 0
     alone = capsys.readouterr().out
     out = tmp_path / "ray"
-    with killed_after(out, "*.tar", 1, nodes.kill_worker):
+    with killed_after(out, "*.tar", 1, getattr(nodes, f"kill_{kind}")):
         assert precompute([*command, str(out), *options, f"--ray={nodes.address}"]) == 0
+    told = capsys.readouterr()
+    assert kind == "worker" or "lost with their actors: once more" in told.err
     assert contents(out, "*.tar") == contents(tmp_path / "one", "*.tar")
     broken = [
         (folder / "broken.jsonl").read_text().splitlines() for folder in (out, tmp_path / "one")
     ]
-    names = [sorted(json.loads(line)["sample"] for line in lines) for lines in broken]
+    names = [
+        sorted(f"{line['shard']} {line['sample']}" for line in map(json.loads, lines))
+        for lines in broken
+    ]
     assert names[0] == names[1]
-    told = [set(re.findall(r"\d [a-z ]+", text)) for text in (alone, capsys.readouterr().out)]
-    assert told[0] == told[1] and "1 shard cut off" in told[0]
+    counts = [set(re.findall(r"\d [a-z ]+", text)) for text in (alone, told.out)]
+    assert counts[0] == counts[1] and "shard cut off" in str(counts[0])
 
 
 def test_a_replica_that_dies_loses_no_request(nodes, tiny_pipeline_folder):
@@ -139,21 +165,52 @@ def test_a_replica_that_dies_loses_no_request(nodes, tiny_pipeline_folder):
         assert (frames.int() - alone.int()).abs().max() <= 1
 
 
-def test_a_node_that_dies_loses_no_clip(nodes, tiny_pipeline_folder, tmp_path, capsys):
-    prompts, out = tmp_path / "prompts.txt", tmp_path / "ray"
-    prompts.write_text("".join(f"{prompt}\n" for prompt, _ in seen_prompts(PROMPTS)))
-    count = len(set(prompts.read_text().splitlines()))
-    model = [] if "RAY_PROMPTS" in os.environ else [f"--model={tiny_pipeline_folder}"]
-    options = [f"--prompts={prompts}", "--device=cpu", "--grid", "--steps=20", *model]
-    assert generate([*options, f"--out={tmp_path / 'one'}/"]) == 0
+@pytest.fixture(scope="module")
+def by_one_process(tiny_pipeline_folder, tmp_path_factory):
+    """The options of a command that makes PROMPTS different clips, and the folder with them."""
+    folder = tmp_path_factory.mktemp("clips")
+    prompts = list(dict.fromkeys(prompt for prompt, _ in seen_prompts(2 * PROMPTS)))[:PROMPTS]
+    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+    model = ["--steps=8"] if FULL else ["--steps=20", f"--model={tiny_pipeline_folder}"]
+    options = [f"--prompts={folder}/prompts.txt", "--device=cpu", "--grid", *model]
+    torch.set_num_threads(1)
+    assert generate([*options, f"--out={folder / 'one'}/"]) == 0
+    assert len(contents(folder / "one", "*.mp4")) == PROMPTS
+    return options, folder / "one"
+
+
+@pytest.mark.parametrize("kind", [pytest.param("worker", marks=in_full), "node"])
+def test_what_dies_loses_no_clip(kind, by_one_process, nodes, tmp_path, capsys):
+    options, one = by_one_process
+    out = tmp_path / "ray"
     capsys.readouterr()
-    with killed_after(out, "*.png", count // 3, nodes.kill_node):
+    with killed_after(out, "*.png", PROMPTS // 3, getattr(nodes, f"kill_{kind}")):
         assert generate([*options, f"--out={out}/", f"--ray={nodes.address}"]) == 0
     told = capsys.readouterr()
-    assert told.out.splitlines()[0].split() == [str(count), "clips", str(out)]
+    assert told.out.splitlines()[0].split() == [str(PROMPTS), "clips", str(out)]
     assert "lost with their actors: once more" in told.err
-    assert contents(out, "[!.]*") == contents(tmp_path / "one", "[!.]*")
-    assert len(contents(out, "[!.]*")) == 3 * count
+    assert contents(out, "[!.]*") == contents(one, "[!.]*")
+    assert len(contents(out, "[!.]*")) == 3 * PROMPTS
+
+
+@in_full
+def test_a_server_with_replicas_answers(tmp_path):
+    with served_process("--ray", "local", "--out", str(tmp_path)) as (process, address):
+        asked = {"prompt": "a red circle moving left", "seed": 5, "steps": 8}
+        clip = call(f"{address}v1/videos", asked)[2]
+        while clip["status"] in ("queued", "in_progress"):
+            time.sleep(0.2)
+            clip = call(f"{address}v1/videos/{clip['id']}")[2]
+        assert clip["status"] == "completed", clip["error"]
+        sent = call(f"{address}v1/videos/{clip['id']}/content")[2]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    one = GenTronPipeline.from_pretrained()
+    frames = one(asked["prompt"], seed=5, steps=8, progress=False).frames[0]
+    write_media(tmp_path / "one.mp4", frames, 4)
+    (tmp_path / "sent.mp4").write_bytes(sent)
+    shown = [read_video(tmp_path / f"{name}.mp4")[0].astype(int) for name in ("one", "sent")]
+    assert abs(shown[0] - shown[1]).mean() < 0.5
 
 
 def test_what_a_worker_raises_is_told_in_one_line(nodes, tiny_pipeline_folder, tmp_path, capsys):
