@@ -33,6 +33,7 @@ from gentron_fast.transfer import on_device
 from gentron_fast.weights import variant
 
 MAX_TOKENS = {"clip": 77, "t5": 256}  # CLIP's positions; of T5 where its tokenizer says nothing
+MOST_UNKNOWN = 100  # words are told of: a server is asked for others all the time
 UNSAID = 10**9  # transformers' model_max_length of a tokenizer that says nothing is beyond
 # Where a pipeline folder keeps each encoder and its tokenizer.
 SUBFOLDERS = {"clip": ("text_encoder", "tokenizer"), "t5": ("text_encoder_2", "tokenizer_2")}
@@ -222,10 +223,12 @@ class TextEncoder(nn.Module):
             )
 
     def _warn_of_words(self, unknown: list[str]) -> None:
-        new = [word for word in unknown if word not in self._warned_of]
+        room = max(0, MOST_UNKNOWN - len(self._warned_of))
+        new = [word for word in unknown if word not in self._warned_of][:room]
         self._warned_of.update(new)
         if new:
-            warnings.warn(f"the model has never seen: {', '.join(new)}", stacklevel=2)
+            end = "; later ones are not told" if len(new) == room else ""
+            warnings.warn(f"the model has never seen: {', '.join(new)}{end}", stacklevel=2)
 
     def forward(self, tokens: Tokens) -> TextCondition:
         """Encode what `tokenize` returns; differentiable.

@@ -16,7 +16,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from gentron_fast.text import MAX_TOKENS, TextEncoder
+from gentron_fast.text import MAX_TOKENS, WHOLE_WORDS, TextEncoder
 from gentron_train.small_world.architecture import ByT5Tokenizer, word_tokenizer
 
 PROMPTS = ["", "a red circle", "a circle left of a red square, moving left"]
@@ -129,6 +129,20 @@ def test_long_prompts_are_cut_with_one_warning(encoder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         encoder.encode(["a red circle " * 40])
+
+
+def test_unknown_words_are_told_up_to_a_limit(encoder, monkeypatch):
+    monkeypatch.setitem(encoder.tokenizers["clip"].init_kwargs, WHOLE_WORDS, True)
+    monkeypatch.setattr(encoder, "_warned_of", set())
+    monkeypatch.setattr("gentron_fast.text.MOST_UNKNOWN", 3)
+    with pytest.warns(UserWarning, match="never seen: qzx, qzy$"):
+        encoder.tokenize(["qzx qzy"])
+    with pytest.warns(UserWarning, match="never seen: zxq; later ones are not told"):
+        encoder.tokenize(["qzx zxq zyq"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder.tokenize(["xqz"])
+    assert len(encoder._warned_of) == 3
 
 
 def test_a_prompt_that_spells_the_end_token_ends_there(encoder):
