@@ -94,7 +94,8 @@ def application(service: Service, token: str | None) -> FastAPI:
 
     @app.get("/health", dependencies=open_to_all)
     def show_health():
-        status = "stopping" if service.is_stopping else "ok"
+        stopping = "stopping" if service.is_stopping else "ok"
+        status = "broken" if service.is_broken else stopping
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics", dependencies=guarded)

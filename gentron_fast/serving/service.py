@@ -38,12 +38,16 @@ class Service:
         self.metrics = Metrics(scheduler)
         self.started = int(time.time())
         self.is_stopping = self.is_stopped = False
-        self.is_broken = False  # the scheduler ended by itself, of a fault
         self._jobs: dict[str, Job] = {}
         # Encoding a clip takes milliseconds in which the scheduler's thread goes on.
         self._ended: SimpleQueue[tuple[str, Job] | None] = SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="writer", daemon=True)
         self._writer.start()
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the scheduler ended by itself, of a fault: nothing more is made."""
+        return self.scheduler.is_broken
 
     def make_video(self, values: dict) -> dict:
         """Begin a clip; its record. WrongField, QueueFull, SchedulerClosed; OSError where it could
@@ -72,9 +76,6 @@ class Service:
             return self.scheduler.submit(request)
         except ValueError as error:
             raise WrongField(None, str(error)) from None
-        except SchedulerClosed:
-            self.is_broken |= not self.is_stopping
-            raise
 
     def _write(self) -> None:
         while ended := self._ended.get():
@@ -97,9 +98,7 @@ class Service:
     def log(self, what: str, error: Exception) -> None:
         """Log the failure of a clip or an image, where it is the server's fault, for those who
         watch over it: its client is told what `told` says."""
-        if isinstance(error, SchedulerClosed):
-            self.is_broken |= not self.is_stopping
-        elif not isinstance(error, (CancelledError, DeadlinePassed)):
+        if not isinstance(error, (CancelledError, DeadlinePassed, SchedulerClosed)):
             logging.error("%s failed", what, exc_info=error)
 
     def video(self, clip_id: str) -> dict | None:

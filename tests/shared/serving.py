@@ -32,7 +32,7 @@ class StandIn:
     def __init__(self, queue_size: int = 4, is_quick: bool = True):
         self.queue_size, self.is_quick = queue_size, is_quick
         self.jobs: list[Job] = []
-        self.rejected, self.is_closed = 0, False
+        self.rejected, self.is_closed, self.is_broken = 0, False, False
 
     def submit(self, request) -> Job:
         if self.is_closed:

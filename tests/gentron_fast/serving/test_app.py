@@ -445,6 +445,10 @@ def test_a_scheduler_that_fails_ends_the_server(tmp_path):
     with served(service) as address:
         client = openai.OpenAI(base_url=f"{address}v1", api_key="none", max_retries=0)
         begun = client.videos.create(prompt="a circle")
+        assert call(f"{address}health")[::2] == (200, {"status": "ok"})
+        service.is_stopping = scheduler.is_broken = True  # so that it stays to be asked
+        assert call(f"{address}health")[::2] == (503, {"status": "broken"})
+        service.is_stopping = False
         scheduler.close(0)
         wait(lambda: service.is_stopped)
     assert service.is_broken and service.video(begun.id)["error"]["code"] == "server_stopped"
