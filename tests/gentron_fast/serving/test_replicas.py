@@ -1,16 +1,22 @@
 """What a server on Ray does where replicas die or the cluster is lost, on a stand-in for Ray."""
 
 import asyncio
+import os
+import sys
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from gentron_fast import GenTronPipeline
 from gentron_fast.serving import Request, Scheduler, SchedulerClosed, replicas
+from gentron_fast.serving.engine import Engine
 from gentron_fast.web import bind
 
+# The scheduler's thread ends of the fault that a test puts into it.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 SHAPE = (4, 64, 64, 3)
 WAIT = 60  # seconds, for what comes in far fewer
 
@@ -108,3 +114,31 @@ def test_a_cluster_without_replicas_ends_the_scheduler(scheduler, handle, monkey
     with pytest.raises(SchedulerClosed):
         scheduler.submit(Request("a star")).result(WAIT)
     assert "the Ray cluster is lost: no replica has answered for 0.1 s" in caplog.text
+
+
+def words(replica, **changed) -> list:
+    """What a replica tells of a clip."""
+    sampling = replica.scheduler.pipeline.sampling("a star", steps=2, **changed)
+
+    async def told():
+        return [word async for word in replica.make(sampling)]
+
+    return asyncio.run(told())
+
+
+def test_a_replica_whose_scheduler_broke_ends_its_process(tiny_pipeline_folder, monkeypatch):
+    replica = replicas.Replica(tiny_pipeline_folder, "float32", "cpu", torch.get_num_threads(), 1)
+    told = words(replica)
+    assert told[0] == ("step", 0) and told[-1][0] == "frames" and told[-1][1].shape == SHAPE
+
+    def broken(*_):
+        raise RuntimeError("a device that does not work")
+
+    monkeypatch.setattr(Engine, "step", broken)
+    (_, error) = words(replica)[-1]
+    assert str(error) == "a device that does not work"
+    monkeypatch.setattr(Engine, "turn", broken)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    for _ in range(2):  # in the middle of a clip, and before it
+        with pytest.raises(SystemExit):
+            words(replica)
