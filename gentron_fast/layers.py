@@ -218,6 +218,11 @@ def unbound(modulation: Rows) -> list[Rows]:
     return list(modulation.unbind(1))
 
 
+def frame_numbers(batch: int, frames: int, device: torch.device) -> Tensor:
+    """Which row of the temporal positions each frame of a batch has, (batch · frames,) int64."""
+    return torch.arange(frames, device=device).repeat(batch)
+
+
 class Block(nn.Module):
     """Spatial self-attention → cross-attention → temporal self-attention → MLP (paper, fig. 3).
 
@@ -261,13 +266,15 @@ class Block(nn.Module):
         modulation: Rows,
         context,
         motion_free,
+        frames: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Rows]:
         """One block on the stream x + gate · y.
 
         x (B, T, N, D); y like x, the last sub-layer's output not yet added, or None; gate: rows
         (B, D) or None; modulation: rows (B, 6, D), or a table of them (P, 6, D) and an index (B,);
         context of `Block.context`; motion_free (B,) bool, one bool or None; both also in the shared
-        forms of `gentron_fast.guidance.contexts`. Returns (x, y, gate) of the same kind.
+        forms of `gentron_fast.guidance.contexts`; frames: what `frame_numbers` makes of x's shape,
+        where it is at hand. Returns (x, y, gate) of the same kind.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = unbound(modulation)
         x, h = residual_layernorm_modulate(x, y, gate, shift_a, scale_a)
@@ -279,8 +286,9 @@ class Block(nn.Module):
                 x = h = add_residual_ref(x, y, gate)
             y, gate = self.cross_attention(h, context), None
         if self.temporal_attention is not None:
-            frame = torch.arange(x.shape[1], device=x.device).repeat(x.shape[0])
-            shift = self.temporal_attention.positions, frame
+            if frames is None:
+                frames = frame_numbers(*x.shape[:2], x.device)
+            shift = self.temporal_attention.positions, frames
             x, h = residual_layernorm_modulate(x, y, gate, shift)
             y, gate = self.temporal_attention(h, motion_free), None
         x, h = residual_layernorm_modulate(x, y, gate, shift_m, scale_m)

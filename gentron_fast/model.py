@@ -22,6 +22,7 @@ from gentron_fast.layers import (
     SizeEmbedder,
     TemporalAttention,
     TimestepEmbedder,
+    frame_numbers,
     patch_positions,
 )
 from gentron_fast.transfer import on_device
@@ -194,8 +195,10 @@ class GenTron(nn.Module):
         c, time = self.condition(timestep, text, size)
         text = self.project_captions(text)
         x, y, gate = self.embed(latents), None, None
+        frames = frame_numbers(*x.shape[:2], x.device) if self.config.temporal else None
         for block in self.blocks:
-            inputs = x, y, gate, block.modulation(c), block.context(text), motion_free
+            modulation, context = block.modulation(c), block.context(text)
+            inputs = x, y, gate, modulation, context, motion_free, frames
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, y, gate = checkpoint(
                     block, *inputs, use_reentrant=False, context_fn=self.checkpoint_contexts

@@ -25,6 +25,7 @@ from gentron_fast.guidance.steps import (
     split,
     update,
 )
+from gentron_fast.layers import frame_numbers
 from gentron_fast.model import TextCondition
 from gentron_fast.transfer import on_device
 
@@ -41,7 +42,7 @@ class Plan(NamedTuple):
 
     sizes: samples of each branch; samples (K,): which of the batch they are, None where every
     branch that runs has all; conditions (K,): each one's row at its denoiser's step; denoisers
-    (K,): whose it is, None for a single one.
+    (K,): whose it is, None for a single one; frames (K · T,): each frame's number.
     """
 
     sizes: tuple[int, int, int]
@@ -50,6 +51,7 @@ class Plan(NamedTuple):
     denoisers: Tensor | None
     contexts: list
     motion_free: list
+    frames: Tensor
 
 
 class GuidedBatch:
@@ -134,7 +136,8 @@ def forward_branches(denoiser: GuidedDenoiser, plan: Plan, latents: Tensor, inde
     y = gate = None
     parts = zip(model.blocks, plan.contexts, plan.motion_free, strict=True)
     for number, (block, context, motion_free) in enumerate(parts):
-        x, y, gate = block(x, y, gate, (shared.rows[:, number], index), context, motion_free)
+        rows = shared.rows[:, number], index
+        x, y, gate = block(x, y, gate, rows, context, motion_free, plan.frames)
     return finish(model, x, y, gate, (shared.final_rows, index), size)
 
 
@@ -214,6 +217,7 @@ def make_plan(denoisers: Sequence[GuidedDenoiser], active: tuple[Branches, ...])
         on_device(torch.cat(owners), device) if len(denoisers) > 1 else None,
         contexts,
         [own and leading_motion_free(sizes, has_motion, own) for own in merged],
+        frame_numbers(sum(sizes), denoisers[0].latent_shape[1], device),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILY, relative
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gentron_fast import PRESETS, GenTron
 from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
@@ -231,3 +232,22 @@ def test_what_cannot_be_one_batch_is_named(tiny_config, make_model, make_text):
         GuidedBatch([one, denoiser(reuse=2)])
     with pytest.raises(ValueError, match="2 conditions, shared rows for 3"):
         denoiser(shared=SharedWork(model, 3, 4))
+
+
+def test_the_numbers_of_the_frames_are_made_once(tiny_config, make_model, make_text):
+    """Not in every block of every step: each is a launch of its own."""
+
+    class Aranges(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function.name().startswith("aten::arange")
+            return function(*args, **(kwargs or {}))
+
+    model, table = make_model(tiny_config), make_table("dpm++", SCHEDULER_CONFIG, 2)
+    text, null_text = make_text(tiny_config, 1), make_text(tiny_config, 1, clip=2, t5=1)
+    denoiser = GuidedDenoiser(model, text, null_text, table, 7.5, 1.2, (4, 3, 8, 8))
+    latents, x0 = denoiser.step(torch.randn(1, 4, 3, 8, 8), 0)
+    with Aranges() as aranges:
+        denoiser.step(latents, 1, x0)
+    assert aranges.count == 0
