@@ -11,12 +11,19 @@ from torch import Tensor
 # of so many has 0.14 TFLOP (at 0.6 PFLOP/s 0.23 ms) and moves 0.3 GB beside (at 4.3 TB/s 0.08 ms).
 # Predicted for an H200, not measured. Above it a graph would only hold its activations' memory.
 MOST_ELEMENTS = 4 << 20
+# A capture launches its step three times, waits for the GPU and empties the allocator's cache.
+LEAST_STEPS = 6
 Result = TypeVar("Result", Tensor, tuple[Tensor, ...])
 
 
 def is_bound_by_launches(tokens: int, width: int) -> bool:
     """Whether the host takes longer to launch a block on (tokens, width) than a GPU to run it."""
     return tokens * width <= MOST_ELEMENTS
+
+
+def are_worth_capturing(graphs: int, steps: int) -> bool:
+    """Whether so many graphs are replayed often enough for what their captures take."""
+    return steps >= LEAST_STEPS * graphs
 
 
 class ReplayedGraph:

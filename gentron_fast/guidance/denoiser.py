@@ -17,7 +17,11 @@ from gentron_fast.guidance.batch import (
     update_together,
 )
 from gentron_fast.guidance.contexts import ConstantContext, FoldedContext, PreparedText
-from gentron_fast.guidance.cuda_graph import ReplayedGraph, is_bound_by_launches
+from gentron_fast.guidance.cuda_graph import (
+    ReplayedGraph,
+    are_worth_capturing,
+    is_bound_by_launches,
+)
 from gentron_fast.guidance.definition import check_rescale, guidance_weights
 from gentron_fast.guidance.shared import SharedWork
 from gentron_fast.guidance.steps import (
@@ -68,7 +72,8 @@ class GuidedDenoiser:
         sample (B,), or a schedule (S, 1) or (S, B); latent_shape (C, T, H, W). reuse: only every so
         many steps all branches run; the others add the last difference to the text's branch, which
         is faster and another function. cuda_graph: replay the step, by default on CUDA where
-        launching it takes the host longer than running it the GPU. shared: with the other denoisers
+        launching it takes the host longer than running it the GPU, and the steps of each kind pay
+        for a capture. shared: with the other denoisers
         of a GuidedBatch; `release()` gives back the place there, as deleting the denoiser does.
         """
         if reuse < 1:
@@ -101,12 +106,15 @@ class GuidedDenoiser:
         self._plans: dict = {}
         self.reuse, self._difference = reuse, None
         if cuda_graph is None:
-            cuda_graph = self.device.type == "cuda" and self._is_bound_by_launches()
+            cuda_graph = self.device.type == "cuda" and self._pays_for_graphs()
         self._graphs: dict[tuple, ReplayedGraph] | None = {} if cuda_graph else None
         self._draws = bool((table.rows[:, 5] != 0).any())
 
-    def _is_bound_by_launches(self) -> bool:
-        """By the tokens of the largest step, all its branches together."""
+    def _pays_for_graphs(self) -> bool:
+        """By the kinds of steps, and the tokens of the largest one, all its branches together."""
+        kinds = len(set(zip(self._active, self.rescales, strict=True))) + (self.reuse > 1)
+        if not are_worth_capturing(kinds, len(self._active)):
+            return False
         _, frames, height, width = self.latent_shape
         config = self.model.config
         tokens = self.batch * frames * height * width // config.patch_size**2

@@ -93,13 +93,18 @@ def test_a_replayed_step_is_the_step(
     replayed.step(latents, 3, x0)
 
 
-def test_the_largest_step_counts(tiny_config, make_model, make_text, monkeypatch):
+@pytest.mark.parametrize("reuse, steps, asks", [(1, 12, True), (1, 11, False), (2, 12, False)])
+def test_the_largest_step_counts_where_captures_pay(
+    tiny_config, make_model, make_text, monkeypatch, reuse, steps, asks
+):
+    """A graph for each kind of step, of which there are two: a capture costs three steps."""
     asked = []
     monkeypatch.setattr(denoiser, "is_bound_by_launches", lambda *size: asked.append(size))
-    text, table = make_text(tiny_config, 2), make_table("dpm++", SCHEDULER_CONFIG, 2)
-    lambda_m = torch.tensor([[1.0], [1.2]])  # two branches, then three
+    text, table = make_text(tiny_config, 2), make_table("dpm++", SCHEDULER_CONFIG, steps)
+    lambda_m = torch.full((steps, 1), 1.2)
+    lambda_m[0] = 1.0  # two branches, then three
     shape = 4, 3, 8, 8
-    made = GuidedDenoiser(make_model(tiny_config), text, text, table, 7.5, lambda_m, shape)
-    made._is_bound_by_launches()
+    inputs = make_model(tiny_config), text, text, table, 7.5, lambda_m, shape
+    GuidedDenoiser(*inputs, reuse=reuse)._pays_for_graphs()
     patches = 8 * 8 // tiny_config.patch_size**2
-    assert asked == [(3 * 2 * 3 * patches, tiny_config.width)]
+    assert asked == asks * [(3 * 2 * 3 * patches, tiny_config.width)]
