@@ -167,7 +167,7 @@ def _replacements() -> dict[object, dict[str, object]]:
             "empty_cache": constant(),
             "reset_peak_memory_stats": constant(),
             "mem_get_info": constant((PROPERTIES.total_memory, PROPERTIES.total_memory)),
-            "graph": lambda *_, **__: contextlib.nullcontext(),
+            "graph": _capture,
             "CUDAGraph": _Graph,
         }
         | {name: constant(0) for name in memory}
@@ -186,6 +186,15 @@ def _wait(name: str) -> Callable:
             tell(name)
 
     return wait
+
+
+def _capture(*_, **__) -> contextlib.AbstractContextManager:
+    """torch.cuda.graph, which synchronises and empties the cache before it captures."""
+    return _Capture()
+
+
+class _Capture(contextlib.nullcontext):
+    __enter__ = _wait("torch.cuda.graph")
 
 
 class _Stream:
