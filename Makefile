@@ -14,7 +14,7 @@
 # make nodes  training over two nodes, namespaces of this machine, one of them lost: needs root, sshd and pdsh
 # make fuzz   100,000 hostile files for the runtime under both, 6 minutes; FUZZ=another number
 # make soak    a load test of the server, 10 minutes: nothing lost, nothing wrong, memory flat; MINUTES=another number
-# make pretend [TRITON=3.6.0]   every graph, block and kernel compiled for a GPU that is not there, by that Triton
+# make pretend [TRITON=3.6.0]   every graph, block and kernel compiled for a GPU that is not there, by that Triton; its launches
 # make kernels  registers, spills and shared memory of every Triton kernel, compiled without a GPU
 # make predictions   docs/predictions.md: what their machine code lets expect of an H200
 
@@ -81,10 +81,13 @@ study: .venv/dev
 	    --prompts docs/study-prompts.txt --names "λ_T 3" "λ_T 7.5" --out $(STUDY)/pairs
 	$(BIN)/python -m gentron_fast.study serve $(STUDY)/pairs
 
+# What stubs Triton's launches needs a process that sees no GPU.
+LAUNCH_TESTS := $(foreach name,launch kept_launches predictions,tests/kernels/test_$(name).py)
 # Another Triton than the installed one lies in a folder of its own, before it in the path.
 pretend: .venv/dev $(if $(TRITON),build/triton-$(TRITON)/triton)
 	FULL=1 PYTHONPATH=$(if $(TRITON),build/triton-$(TRITON):)tests/shared \
 	$(BIN)/python -m pretended_gpu -q --durations=10 tests/cuda
+	$(if $(TRITON),PYTHONPATH=build/triton-$(TRITON)) $(BIN)/pytest -q $(LAUNCH_TESTS)
 
 build/triton-%/triton:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==$*
