@@ -1,5 +1,6 @@
 """The scheduler: what is made equals what the pipeline makes; queue, cancelling, deadline, end."""
 
+import itertools
 import random
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import relative
 
 from gentron_fast import GenTronPipeline
-from gentron_fast.guidance import GuidedBatch, PreparedText
+from gentron_fast.diffusion import portable_noise
+from gentron_fast.guidance import GuidedBatch, PreparedText, guided_prediction
 from gentron_fast.memory import held_at_most
 from gentron_fast.serving import (
     DeadlinePassed,
@@ -24,6 +27,7 @@ from gentron_fast.serving import (
     SchedulerClosed,
     engine,
 )
+from gentron_fast.solvers import solver_step
 
 SMALL = {"steps": 3, "frames": 2, "height": 32, "width": 32}
 WAIT = 60  # seconds, for what comes in far fewer
@@ -81,30 +85,98 @@ def test_a_clip_is_the_pipelines(scheduler, pipeline):
     assert stats["latency_p50"] == stats["latency_p95"] > 0
 
 
-def test_clips_that_come_and_go_are_the_pipelines(pipeline):
-    """Requests of two shapes come at random; what is cancelled beside them changes nothing."""
-    pick = random.Random(3)
+def made_at_random(pipeline, monkeypatch, count=14):
+    """[(request, frames, latents)] of clips that came at random between the steps of others, of
+    two shapes; some beside them were cancelled. The same at every call."""
+    pick, coming, jobs, latents = random.Random(3), [], [], {}
     shapes = [{"frames": 2, "height": 32, "width": 32}, {"frames": 1, "height": 32, "width": 48}]
-    jobs, scheduler = [], Scheduler(pipeline, max_batch=3)
-    for seed in range(14):
+    for seed in range(count):
         own = {"steps": pick.randint(1, 6), "solver": pick.choice(("ddpm", "ddim", "dpm++"))}
         own |= {"lambda_m": pick.choice((1.0, 1.2)), "rescale": pick.choice((0.0, 0.7))}
         own |= {"negative_prompt": pick.choice((None, "a star")), **pick.choice(shapes)}
         prompt = pick.choice(("a red circle", "a blue star moving left"))
-        jobs.append(scheduler.submit(Request(prompt, seed=seed, **own)))
-        threading.Event().wait(pick.uniform(0, 0.02))
-        if pick.random() < 0.2:
-            jobs[-1].cancel()
+        coming.append(Request(prompt, seed=seed, **own))
+    scheduler, ticks, came = Scheduler(pipeline, max_batch=3), itertools.count(), threading.Event()
+    made = scheduler._engine
+    turn, frames = made.turn, made.frames
+
+    def come():
+        while coming and (pick.random() < 0.3 or len(jobs) == len(latents) + 1):
+            jobs.append(scheduler.submit(coming.pop(0)))
+            if pick.random() < 0.15:
+                jobs[-1].cancel()
+                latents[jobs[-1].request.seed] = None
+        if not coming:
+            came.set()
+        return turn()
+
+    def keep(clip):
+        latents[clip.seed] = clip.latents
+        return frames(clip)
+
+    monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr(made, "turn", come)
+    monkeypatch.setattr(made, "frames", keep)
+    with scheduler._changed:
+        jobs.append(scheduler.submit(coming.pop(0)))
+    assert came.wait(WAIT)
     scheduler.close()
+    assert {job.state for job in jobs} == {"done", "cancelled"}
+    assert made.clips == [] and len(made._texts) == 1  # the null text
     done = [job for job in jobs if job.state == "done"]
-    assert len(done) >= 9 and {job.state for job in jobs} <= {"done", "cancelled"}
-    for job in done:
-        own = asdict(job.request)
+    assert len(done) >= 9
+    return [(job.request, job.result(), latents[job.request.seed]) for job in done]
+
+
+def quieter(folder, dtype):
+    """The pipeline, its latents within bounds, as those of random weights are not."""
+    pipeline = GenTronPipeline.from_pretrained(folder, dtype)
+    with torch.no_grad():
+        pipeline.transformer.final.linear.weight.mul_(0.125)
+    return pipeline
+
+
+def test_clips_that_come_and_go_are_the_pipelines(tiny_pipeline_folder, monkeypatch):
+    pipeline = quieter(tiny_pipeline_folder, torch.float32)
+    for request, frames, latents in made_at_random(pipeline, monkeypatch):
+        own = asdict(request)
         own["size"] = own.pop("height"), own.pop("width")
         own.pop("deadline")
-        wanted = pipeline(own.pop("prompt"), progress=False, **own).frames[0]
-        assert (job.result().int() - wanted.int()).abs().max() <= 1
-    assert scheduler._engine.clips == [] and len(scheduler._engine._texts) == 1  # the null text
+        wanted = pipeline(own.pop("prompt"), progress=False, **own)
+        assert relative(latents, wanted.latents) <= 1e-5
+        assert (frames.int() - wanted.frames[0].int()).abs().max() <= 1
+
+
+def test_clips_that_come_and_go_in_bf16_are_no_worse_than_plain_bf16(
+    tiny_pipeline_folder, monkeypatch
+):
+    pipeline = quieter(tiny_pipeline_folder, torch.bfloat16)
+    exact = quieter(tiny_pipeline_folder, torch.float64).transformer
+    exact.load_state_dict(pipeline.transformer.state_dict())
+    for block, rounded in zip(exact.blocks, pipeline.transformer.blocks, strict=True):
+        block.temporal_attention.positions = rounded.temporal_attention.positions.double()
+
+    @torch.no_grad()
+    def plain(model, request):
+        sampling, dtype = request.sampling(pipeline), model.patch_embed.weight.dtype
+        text, null_text = (
+            pipeline.encode(own).to(dtype=dtype) for own in (sampling.prompts, sampling.negatives)
+        )
+        scales = sampling.lambda_t[:, 0], sampling.lambda_m[:, 0]
+        x, x0 = portable_noise(sampling.shape, sampling.seeds, 0).double(), None
+        for step, timestep in enumerate(sampling.table.timesteps):
+            noise = portable_noise(sampling.shape, sampling.seeds, step + 1)
+            own = text, null_text, *(scale[step] for scale in scales), sampling.rescale
+            guided = guided_prediction(model, x.to(dtype), timestep[None], *own)
+            x, x0 = solver_step(sampling.table.rows[step], x, guided, x0, noise)
+        return x
+
+    errors = torch.zeros(2, dtype=torch.float64)
+    for request, _, latents in made_at_random(pipeline, monkeypatch):
+        wanted = plain(exact, request)
+        of_plain = plain(pipeline.transformer, request)
+        errors += torch.tensor([relative(latents, wanted), relative(of_plain, wanted)])
+    assert 0 < errors[0] <= 1.1 * errors[1]
 
 
 def test_a_long_clip_waits_for_no_short_one_and_keeps_none_waiting(pipeline):
