@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import bench_serve
 import contest as measuring
 import gpu
 import pytest
@@ -646,3 +647,19 @@ def test_a_measured_step_takes_the_place_of_the_predicted_one(monkeypatch):
     ms = row["contenders"][OURS]["ms"]
     monkeypatch.setattr(scale, "newest_rows", lambda *_: [row])
     assert scale.step_seconds() == (ms / 1e3, "measured")
+
+
+def test_the_benchmark_of_serving_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_serve, "WARM_UP", 1)
+    monkeypatch.setattr(bench_serve, "STEPS", (1, 3))
+    monkeypatch.setattr(sys, "argv", ["bench_serve.py", "--requests", "4", "--batch", "2"])
+    monkeypatch.setenv("RESULTS", str(tmp_path))
+    bench_serve.main()
+    (path,) = tmp_path.glob("serve-*.json")
+    (row,) = records.read_rows(path)
+    ways = {"one at a time", "equal requests", "static batches", "scheduler"}
+    assert row["served"].keys() == ways and row["max_batch"] == 2
+    for figures in row["served"].values():
+        assert all(figures[name] > 0 for name in ("a_minute", "p50", "p95"))
+        assert figures["p50"] <= figures["p95"]
+    assert "× static batches; at most 2 at a time" in capsys.readouterr().out
