@@ -2,7 +2,8 @@
 
     python -m gentron_train.small_world.autoencoder --out runs/vae
 
-Faster: one with --levels 3 --out runs/vae-3 first, then --init runs/vae-3.
+Faster: one with --levels 3 --out runs/vae-3 first, then --init runs/vae-3. What a decoder still
+learns behind latents that stay is had by --init runs/vae --decoder-only.
 """
 
 import argparse
@@ -70,6 +71,7 @@ class VaeTraining:
     clips: int = 1500
     seed: int = 0
     levels: int = len(VAE_CHANNELS)
+    decoder_only: bool = False
     save_every: int = 500
 
 
@@ -163,9 +165,15 @@ def train(
     torch.manual_seed(training.seed)
     vae = small_vae(VAE_CHANNELS[: training.levels])
     if init is not None:
-        copy_levels(VideoVAE.from_pretrained(init, torch.float32), vae)
+        known = VideoVAE.from_pretrained(init, torch.float32)
+        copy_levels(known, vae)
     vae = vae.to(device).train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=training.lr, weight_decay=0.0)
+    if training.decoder_only:
+        vae.autoencoder.register_to_config(scaling_factor=known.scaling_factor)
+        for part in (vae.autoencoder.encoder, vae.autoencoder.quant_conv):
+            part.requires_grad_(False)
+    trained = [parameter for _, parameter in trained_parameters(vae)]
+    optimizer = torch.optim.AdamW(trained, lr=training.lr, weight_decay=0.0)
     folder, log = open_beside(out)
     first = load_state(folder / STATE_NAME, vae, optimizer) if resume else 0
     frames = read_frames(data, training.images, training.clips)
@@ -183,7 +191,7 @@ def train(
             with torch.autocast(torch.device(device).type, torch.bfloat16):
                 loss, parts = vae_loss(vae, pixels, noise.to(device))
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, training)
             optimizer.step()
@@ -197,7 +205,8 @@ def train(
                 lines.flush()
             if (step + 1) % training.save_every == 0:
                 save_state(folder / STATE_NAME, vae, optimizer, step + 1)
-    set_scaling(vae.eval(), frames, device)
+    if not training.decoder_only:  # whose latents are --init's
+        set_scaling(vae.eval(), frames, device)
     with whole_folder(out, WRITTEN) as partial:
         vae.cpu().half().save_pretrained(partial)  # as pipelines hold it
     remove_state(folder)
@@ -237,10 +246,15 @@ def remove_state(folder: Path) -> None:
         folder.rmdir()
 
 
+def trained_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Those that are not frozen, with their names."""
+    return [(name, value) for name, value in module.named_parameters() if value.requires_grad]
+
+
 def save_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Weights and both AdamW moments in one safetensors file, written aside and renamed."""
     tensors = {}
-    for name, parameter in module.named_parameters():
+    for name, parameter in trained_parameters(module):
         tensors[f"weight.{name}"] = parameter.detach()
         for moment in ("exp_avg", "exp_avg_sq", "step"):
             tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
@@ -264,7 +278,7 @@ def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) 
 
 def _load(tensors: dict, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     steps = 0
-    for name, parameter in module.named_parameters():
+    for name, parameter in trained_parameters(module):
         parameter.detach().copy_(tensors[f"weight.{name}"])
         moments = ("exp_avg", "exp_avg_sq", "step")
         optimizer.state[parameter] = {
@@ -317,17 +331,29 @@ def command(argv: list[str]) -> None:
     parser.add_argument(
         "--levels", type=int, default=VaeTraining.levels, choices=range(2, len(VAE_CHANNELS) + 1)
     )
-    parser.add_argument("--init", type=Path, help="autoencoder with fewer levels to start from")
+    parser.add_argument("--init", type=Path, help="autoencoder to start from, of fewer levels too")
+    parser.add_argument(
+        "--decoder-only", action="store_true", help="the latents stay those of --init"
+    )
     args = parser.parse_args(argv)
     check_positive(args, "lr")
     if args.init is not None and not (args.init / WRITTEN[0]).is_file():
         raise FileNotFoundError(f"no autoencoder in {args.init}")
+    if args.decoder_only and args.init is None:
+        raise ValueError("--decoder-only needs --init FOLDER, whose latents stay")
     prepare_output(args.out, WRITTEN)
     if args.resume and is_finished(args.out):
         print(f"autoencoder in {args.out}, finished before")
         return
     ensure_shards(args.data)
-    training = VaeTraining(args.steps, args.batch, args.lr, seed=args.seed, levels=args.levels)
+    training = VaeTraining(
+        args.steps,
+        args.batch,
+        args.lr,
+        seed=args.seed,
+        levels=args.levels,
+        decoder_only=args.decoder_only,
+    )
     train(args.data, args.out, training, args.device, args.resume, args.init)
     print(f"autoencoder in {args.out}")
 

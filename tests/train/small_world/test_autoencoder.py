@@ -1,6 +1,7 @@
 """The autoencoder's training: what it writes, and that an interrupted run ends as a whole one."""
 
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,26 +54,46 @@ def test_shards_that_break_off_are_read_up_to_there(tmp_path, capsys):
     assert read_frames(tmp_path, images=6, clips=2).shape[0] == 2 + 2 * vae_training.CLIP_FRAMES
 
 
+def train_in_two_parts(data, out, training, monkeypatch, init=None):
+    """The same training, cut off behind its first state."""
+    with monkeypatch.context() as patch:
+        save_state = vae_training.save_state
+
+        def save_and_stop(*args):
+            save_state(*args)
+            raise KeyboardInterrupt
+
+        patch.setattr(vae_training, "save_state", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(data, out, training, "cpu", resume=False, init=init)
+    assert not out.exists()
+    train(data, out, training, "cpu", resume=True, init=init)
+    return load_file(out / WEIGHTS)
+
+
 def test_an_interrupted_run_ends_as_a_whole_one(data, tmp_path, monkeypatch):
     train(data, tmp_path / "whole", TRAINING, "cpu", resume=False)
-    save_state = vae_training.save_state
-
-    def save_and_stop(*args):
-        save_state(*args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(vae_training, "save_state", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(data, tmp_path / "parts", TRAINING, "cpu", resume=False)
-    assert not (tmp_path / "parts").exists()
-    monkeypatch.undo()
-    train(data, tmp_path / "parts", TRAINING, "cpu", resume=True)
-
-    whole, parts = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "parts"))
+    whole = load_file(tmp_path / "whole" / WEIGHTS)
+    parts = train_in_two_parts(data, tmp_path / "parts", TRAINING, monkeypatch)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert not (tmp_path / "parts.training").exists()
     vae = VideoVAE.from_pretrained(tmp_path / "parts")
     assert vae.factor == 8 and vae.scaling_factor != 1.0
+
+
+def test_a_decoder_goes_on_behind_latents_that_stay(data, tmp_path, monkeypatch):
+    init, training = tmp_path / "init", replace(TRAINING, decoder_only=True)
+    train(data, init, TRAINING, "cpu", resume=False)
+    train(data, tmp_path / "whole", training, "cpu", resume=False, init=init)
+    before, whole = load_file(init / WEIGHTS), load_file(tmp_path / "whole" / WEIGHTS)
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], whole[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    scales = {
+        VideoVAE.from_pretrained(folder).scaling_factor for folder in (init, tmp_path / "whole")
+    }
+    assert len(scales) == 1 and scales != {1.0}
+    parts = train_in_two_parts(data, tmp_path / "parts", training, monkeypatch, init)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_what_no_training_wrote_beside_is_refused_and_stays(data, tmp_path):
@@ -107,6 +128,7 @@ def test_the_rate_warms_up_and_falls():
         (["--lr", "nan"], "--lr is nan, must be above 0 and finite"),
         (["--out", "/dev/null/x"], "cannot write into /dev/null/x: Not a directory"),
         (["--init", "nowhere"], "no autoencoder in nowhere"),
+        (["--decoder-only"], "--decoder-only needs --init FOLDER"),
         (["--nothing"], "unrecognized arguments: --nothing"),
     ],
     ids=str,
@@ -115,7 +137,7 @@ def test_the_rate_warms_up_and_falls():
 def test_wrong_input_is_one_line_before_any_work(
     module, arguments, message, tmp_path, monkeypatch, capsys
 ):
-    if module is text_encoders and "--init" in arguments:
+    if module is text_encoders and arguments[0] in ("--init", "--decoder-only"):
         pytest.skip("an option of the autoencoder's")
     monkeypatch.chdir(tmp_path)
     assert module.main(arguments) == 2
