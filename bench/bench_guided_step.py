@@ -4,6 +4,7 @@ pytest bench/bench_guided_step.py --benchmark-only
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -51,22 +52,26 @@ def ours(latents, null_still, null_motion, text, weights, row, x0_previous, nois
     return guided_step(latents, branches, weights, row, x0_previous, noise, None, shares)
 
 
+def latents_shape(contest) -> tuple[int, ...]:
+    side = 8 if contest.smoke else 64  # 512² pixels
+    return 3, 4, 8, side, side
+
+
+def inputs(randn, shape, device: str, has_rescale: bool = False) -> tuple:
+    def wide():
+        return randn(*shape, dtype=torch.float32)
+
+    weights = torch.tensor(WEIGHTS, device=device).repeat(shape[0], 1)
+    row = torch.tensor(ROW, device=device)
+    branches = randn(3, *shape).unbind()
+    shares = [torch.full((shape[0],), 0.7, device=device)] * has_rescale
+    return wide(), *branches, weights, row, wide(), wide(), *shares
+
+
 @pytest.mark.parametrize("has_rescale", [False, True], ids=["plain", "rescale"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_guided_step(measure, contest, dtype, has_rescale):
-    side = 8 if contest.smoke else 64  # 512² pixels
-    shape = 3, 4, 8, side, side
-
-    def make(randn):
-        def wide():
-            return randn(*shape, dtype=torch.float32)
-
-        weights = torch.tensor(WEIGHTS, device=contest.device).repeat(shape[0], 1)
-        row = torch.tensor(ROW, device=contest.device)
-        branches = randn(3, *shape).unbind()
-        shares = [torch.full((shape[0],), 0.7, device=contest.device)] * has_rescale
-        return wide(), *branches, weights, row, wide(), wide(), *shares
-
+    shape = latents_shape(contest)
     # I/O: read latents, x0_previous, noise (fp32), three branches + write latents', x0 (fp32);
     # with a rescale the branches once before.
     nbytes = math.prod(shape) * (5 * 4 + 3 * dtype.itemsize * (1 + has_rescale))
@@ -74,7 +79,7 @@ def test_guided_step(measure, contest, dtype, has_rescale):
         "guided_step" + " with rescale" * has_rescale,
         shape,
         dtype,
-        make=make,
+        make=partial(inputs, shape=shape, device=contest.device, has_rescale=has_rescale),
         definition=plain,
         contenders=[
             Contender(OURS, ours),

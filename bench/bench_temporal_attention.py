@@ -120,6 +120,11 @@ def test_temporal_attention(measure, contest, clip, preset, dtype, frames, backw
     )
 
 
+def values(qkv):
+    """Copied, as an operator's output may not share memory with its input."""
+    return qkv[:, :, :, 2].flatten(3).contiguous()
+
+
 @pytest.mark.parametrize("preset", PRESET_NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_motion_free(measure, contest, clip, preset, dtype):
@@ -127,9 +132,6 @@ def test_motion_free(measure, contest, clip, preset, dtype):
     config = PRESETS[preset]
     shape = *clip, 3, config.heads, config.head_size
     flags = torch.ones(clip.batch, dtype=torch.bool, device=contest.device)
-
-    def values(qkv):  # copied, as an operator's output may not share memory with its input
-        return qkv[:, :, :, 2].flatten(3).contiguous()
 
     measure(
         "temporal_attention motion-free",

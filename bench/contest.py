@@ -326,6 +326,8 @@ def table(rows: Sequence[dict]) -> list[str]:
         lines += [f"  {name:<22}{_columns(entry)}" for name, entry in entries.items()]
         if row.get("floor_ms"):
             lines.append(f"  {'floor':<22}{row['floor_ms']:10.4f} ms")
+        if row.get("predicted_percent"):
+            lines.append(f"  {'predicted':<22}{row['predicted_percent']:10.0f} % of copy")
     return lines
 
 

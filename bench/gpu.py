@@ -55,6 +55,7 @@ OPERATOR_ROWS = "G/2 and not chain or guided_step and bfloat16"
 PLAN = (
     Step("tests", 80, ("-q", "-m", "gpu", *TESTS), shares=8),
     Step("chain", 45, (*BRIEF, "--full", OPERATORS[0], "-k", "chain")),
+    Step("predictions", 90, (*BRIEF, "bench/bench_predictions.py")),
     Step("operators", 120, (*BRIEF, *OPERATORS, "-k", OPERATOR_ROWS)),
     Step("guided-step", 75, (*BRIEF, "bench/bench_step.py::test_whole_model[eager]")),
     Step("compiled-step", 120, (*BRIEF, "bench/bench_step.py::test_whole_model[compiled]")),
@@ -64,7 +65,7 @@ PLAN = (
 )
 # Every row of a kind, in the order in which they matter, where there is time for it.
 EVERY_ROW = {
-    "ops": (*OPERATORS, "bench/bench_attention.py"),
+    "ops": (*OPERATORS, "bench/bench_predictions.py", "bench/bench_attention.py"),
     "step": ("bench/bench_step.py",),
     "train": ("bench/bench_train.py",),
     "export": ("bench/bench_export.py",),

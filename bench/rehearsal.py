@@ -2,11 +2,13 @@
 
 The command of each step runs as on a GPU, but for this plugin, on a copy of the files that git
 knows, in a process that sees the H200 of tests/shared/pretended_gpu. Tensors on "cuda" are fake: a
-wrong name, argument, file or shape is found, and no figure. Packages that a GPU machine may lack
-cannot be imported, models have few blocks, torch.compile leaves a function as it is, no
-compiled sampler is made, and the tests that need a GPU are collected and set up only.
+wrong name, argument, file or shape is found, and no figure. No package can be imported but those
+that a GPU machine needs and what they need, models have few blocks, torch.compile leaves a
+function as it is, no compiled sampler is made, and the tests that need a GPU are collected and
+set up only.
 """
 
+import contextlib
 import inspect
 import multiprocessing
 import os
@@ -19,12 +21,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import wraps
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import gpu
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-ABSENT = {"av", "deepspeed", "diffusers", "flash_attn", "liger_kernel", "spacy", "webdataset"}
+# What the run asks of a machine, gpu.py says it in words; pytest takes no plugin but the last.
+PRESENT = ("torch", "triton", "einops", "safetensors", "numpy", "setuptools", "pytest")
+PRESENT = (*PRESENT, "pytest-benchmark")
 CUT = 2  # blocks of a model: one of each encoder
 SECONDS_WALKED = 300.0  # of a step, at most
 
@@ -75,7 +82,8 @@ def rehearse(steps: Sequence[gpu.Step], limit: float) -> int:
 
 def _see_a_gpu(copy: Path) -> None:
     """Before anything of ours is imported: it would ask for the device."""
-    sys.modules.update(dict.fromkeys(ABSENT))  # None: neither found nor imported
+    sys.modules.update(dict.fromkeys(absent_packages()))  # None: neither found nor imported
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     sys.path.insert(0, str(copy / "tests/shared"))
     import pretended_gpu
 
@@ -83,6 +91,25 @@ def _see_a_gpu(copy: Path) -> None:
     import torch._dynamo  # noqa: F401  as fake tensors do
 
     _walk_of_process.imports = time.process_time()
+
+
+def absent_packages() -> set[str]:
+    """What can be imported here, but not where PRESENT alone and what it needs are installed."""
+    present, names = {"gentron-fast"}, list(PRESENT)
+    while names:
+        if (name := canonicalize_name(names.pop())) in present:
+            continue
+        present.add(name)
+        with contextlib.suppress(PackageNotFoundError):
+            needed = map(Requirement, requires(name) or ())
+            names += [
+                one.name for one in needed if not one.marker or one.marker.evaluate({"extra": ""})
+            ]
+    return {
+        module
+        for module, owners in packages_distributions().items()
+        if not present & set(map(canonicalize_name, owners))
+    }
 
 
 def copy_checkout(root: Path, copy: Path) -> None:
@@ -137,7 +164,7 @@ def _run_pytest(arguments: list[str], environment: dict[str, str], output) -> No
     sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
-    status = pytest.main(["-p", "rehearsal", *arguments])
+    status = pytest.main(["-p", "pytest_benchmark.plugin", "-p", "rehearsal", *arguments])
     sys.stdout.flush()
     os._exit(status)  # what ends with a process is its parent's
 
@@ -166,7 +193,9 @@ def pytest_load_initial_conftests():
     import torch
     from pytest_benchmark.fixture import BenchmarkFixture
 
-    from gentron_fast import PRESETS, model
+    from gentron_fast import PRESETS, cores, model
+
+    cores.all_cores = contextlib.nullcontext  # nothing is measured, for no run need it wait
 
     class Generator(torch.Generator):
         def __new__(cls, device=None):

@@ -584,7 +584,7 @@ def test_the_rehearsal_has_what_a_clone_has(tmp_path, monkeypatch):
 def test_the_rehearsal_finds_what_would_waste_minutes(tmp_path):
     """A package that is not there, a file that is not, and a wrong argument."""
     faults = {
-        "bench_layernorm_modulate.py": ("import math\n", "import math\nimport diffusers\n"),
+        "bench_layernorm_modulate.py": ("import math\n", "import math\nimport matplotlib\n"),
         "bench_step.py": ("texts = self.text, self.null_text", "texts = self.text, self.null_tex"),
     }
     rehearsal.copy_checkout(ROOT, tmp_path)
@@ -604,7 +604,7 @@ def test_the_rehearsal_finds_what_would_waste_minutes(tmp_path):
     lines = iter(run.stdout.splitlines())
     errors = {line.split()[0]: next(lines).strip() for line in lines if "  failed" in line[:24]}
     assert errors == {
-        "chain": "ModuleNotFoundError: import of diffusers halted; None in sys.modules",
+        "chain": "ModuleNotFoundError: import of matplotlib halted; None in sys.modules",
         "small-step": "AttributeError: 'Step' object has no attribute 'null_tex'",
         "training-step": "no such file: bench/bench_train.py",
     }
