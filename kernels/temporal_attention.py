@@ -189,7 +189,8 @@ def _temporal_attention_fwd_kernel(
         motion_free_ptr, tokens, HAS_FLAGS, T, H, DH, ROWS
     )
     k_ptr, v_ptr = qkv_ptr + H * DH, qkv_ptr + 2 * H * DH
-    # Under a mask and not in the branch: every load is under way before the first is used.
+    # Under a mask and not in the branch, where none but v would be under way before the flag is
+    # looked at. How many are before the first is used, ptxas decides: docs/predictions.md.
     q = _load(qkv_ptr, rows, attended, 0, BLOCK, DH)
     k = _load(k_ptr, rows, attended, 0, BLOCK, DH)
     if REST:

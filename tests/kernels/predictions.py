@@ -1,6 +1,7 @@
 """make predictions: docs/predictions.md, what paper says of the Triton kernels on an H200.
 
-python tests/kernels/predictions.py [--check]    --check: exits 1 where the page is not the code's
+python tests/kernels/predictions.py [--add | --check]    the page, of the installed Triton alone;
+--add: beside what other Tritons compile; --check: exits 1 where its part is not the code's
 
 Each kernel is compiled for sm_90 and its machine code read; the model below turns that into a share
 of the time of a copy. Aims and predictions stand there before a GPU has run them.
@@ -40,10 +41,10 @@ LAUNCH = 3e-6  # seconds of a second launch that follows the first
 class Kernel(NamedTuple):
     """A kernel at one size, and what a program of it does.
 
-    case: as a compile_cases() yields it; nbytes: what all programs move; trips: waits for DRAM and
-    for the second-level cache, one behind the other; tokens: of a program that loops over them, 1
-    without a loop; ahead: tokens fetched while one is computed; first_exit: only the instructions
-    before the first EXIT run; launches: further ones.
+    case: as a compile_cases() yields it; nbytes: what all programs move; near: bytes a lane of the
+    loads that the second-level cache answers, a flag's or an index's; tokens: of a program that
+    loops over them, 1 without a loop; ahead: tokens fetched while one is computed; first_exit: only
+    the instructions before the first EXIT run; launches: further ones.
     """
 
     title: str
@@ -51,7 +52,7 @@ class Kernel(NamedTuple):
     programs: int
     nbytes: float
     aim: int | None = None
-    trips: tuple[int, int] = (1, 1)
+    near: int | None = None
     tokens: int = 1
     ahead: int = 0
     first_exit: bool = False
@@ -67,6 +68,7 @@ class Code(NamedTuple):
     once: Counter  # instructions outside the loop
     looped: Counter  # and within
     in_flight: int  # loads issued before the first instruction that reads one of them
+    waits: float  # cycles that a warp stands still for its loads, where no loop fetches them ahead
 
 
 def kernels(preset: str) -> Iterator[Kernel]:
@@ -81,7 +83,7 @@ def kernels(preset: str) -> Iterator[Kernel]:
         title = "residual, LayerNorm, modulation" if is_chain else "LayerNorm, modulation"
         if kernel is layernorm_modulate._forward_kernel:
             programs, nbytes = tokens // constants["TOKENS"], (4 if is_chain else 2) * row
-            yield Kernel(f"{title}: forward", case, programs, nbytes, aim=88)
+            yield Kernel(f"{title}: forward", case, programs, nbytes, aim=88, near=8)
         elif kernel is layernorm_modulate._backward_kernel:
             shape = {"CHUNK": constants["CHUNK"], "num_warps": warps}
             programs = layernorm_modulate._backward_programs(shape, width) * MULTIPROCESSORS
@@ -91,7 +93,6 @@ def kernels(preset: str) -> Iterator[Kernel]:
                 programs,
                 (6 if is_chain else 3) * row,
                 aim=80,
-                trips=(0, 0),
                 tokens=-(-tokens // programs),
                 ahead=constants["STAGES"] - 1,
                 launches=1,
@@ -105,16 +106,15 @@ def kernels(preset: str) -> Iterator[Kernel]:
         flags = "" if "no flags" in name else ", with flags"
         title = f"temporal attention{flags}: {'forward' if is_forward else 'backward'}"
         tensors, aim = (4, 86) if is_forward else (7, 80)
-        trips = (1, 1 if flags else 0)
-        yield Kernel(title, case, programs, tensors * row, aim, trips)
+        yield Kernel(title, case, programs, tensors * row, aim, near=1)
         if flags and is_forward:
             title = "temporal attention, every sample motion-free: forward"
-            yield Kernel(title, case, programs, 2 * row, 90, trips, first_exit=True)
+            yield Kernel(title, case, programs, 2 * row, 90, near=1, first_exit=True)
     if preset == "G/2":  # latents alone set its shape
         elements = BATCH * 4 * FRAMES * TOKENS * 4
         case = next(guided_step.compile_cases())
         programs = elements // guided_step.BLOCK
-        yield Kernel("guided step", case, programs, elements * (5 * 4 + 3 * 2), trips=(1, 2))
+        yield Kernel("guided step", case, programs, elements * (5 * 4 + 3 * 2), near=8)
 
 
 def one_token_a_program(preset: str) -> Kernel:
@@ -125,7 +125,8 @@ def one_token_a_program(preset: str) -> Kernel:
     constants = constants | {"TOKENS": 1, "CHUNK": 2048}
     tokens = BATCH * FRAMES * TOKENS
     nbytes = 4 * tokens * PRESETS[preset] * 2
-    return Kernel("a token to eight warps", (name, kernel, signature, constants, 8), tokens, nbytes)
+    case = name, kernel, signature, constants, 8
+    return Kernel("a token to eight warps", case, tokens, nbytes, near=8)
 
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
@@ -149,7 +150,8 @@ def read(kernel: Kernel) -> Code:
     end = max(place for place, name in enumerate(names[: len(code)]) if name == "EXIT")
     looped = Counter(name for _, name, _ in code[first : last + 1])
     once = Counter(name for _, name, _ in [*code[:first], *code[last + 1 : end + 1]])
-    return Code(used["registers"], used["shared"], warps, once, looped, _in_flight(code))
+    waits = _waits(code, kernel.near)
+    return Code(used["registers"], used["shared"], warps, once, looped, _in_flight(code), waits)
 
 
 def _in_flight(code: list[tuple[int, str, str]]) -> int:
@@ -165,6 +167,24 @@ def _in_flight(code: list[tuple[int, str, str]]) -> int:
             written |= set(range(registers[0], registers[0] + (4 if name.endswith("128") else 2)))
             count += 1
     return count
+
+
+def _waits(code: list[tuple[int, str, str]], near: int | None) -> float:
+    """Cycles that a warp stands still for loads, its instructions run in their order: each waits
+    for the registers that it names, until the load that writes them has come."""
+    ready: dict[int, float] = {}
+    now = waited = 0.0
+    for _, name, operands in code:
+        named = [int(number) for number in re.findall(r"\bR(\d+)", operands)]
+        come = max((ready.get(register, 0.0) for register in named), default=0.0)
+        waited += max(0.0, come - now)
+        now = max(now, come) + STALL
+        if name.startswith("LDG."):
+            size = _bytes_a_lane(name)
+            latency = NEAR if size == near else MEMORY
+            for register in range(named[0], named[0] + -(-size // 4)):
+                ready[register] = now + latency
+    return waited
 
 
 def resident(code: Code) -> int:
@@ -196,8 +216,7 @@ def predict(kernel: Kernel, code: Code) -> float:
     if kernel.ahead:  # fetched while others are computed: the wait for memory is beside the work
         rate = min(_queue(held * kernel.ahead, MEMORY, memory, issue), held / alone)
     else:
-        wait = kernel.trips[0] * MEMORY + kernel.trips[1] * NEAR + alone
-        rate = _queue(held, wait, memory, issue)
+        rate = _queue(held, code.waits + alone, memory, issue)
     seconds = passes / MULTIPROCESSORS / rate / CLOCK + kernel.launches * LAUNCH
     if kernel.tokens == 1:  # the first and the last programs of a multiprocessor run by themselves
         seconds *= 1 + 0.5 * held * MULTIPROCESSORS / passes
@@ -219,13 +238,15 @@ def widths(counts: Counter, prefix: str) -> str:
     """5 × 16 B + 2 × 8 B: the accesses whose name starts so, by bytes a lane."""
     found: Counter = Counter()
     for name, number in counts.items():
-        parts = name.split(".")
-        if parts[0] == prefix:
-            bits = next((int(part) for part in parts if part in ("128", "64")), 32)
-            small = {"U8": 8, "S8": 8, "U16": 16, "S16": 16}
-            bits = next((small[part] for part in parts if part in small), bits)
-            found[bits // 8] += number
+        if name.split(".")[0] == prefix:
+            found[_bytes_a_lane(name)] += number
     return " + ".join(f"{n} × {size} B" for size, n in sorted(found.items(), reverse=True)) or "–"
+
+
+def _bytes_a_lane(name: str) -> int:
+    """Of an access, LDG.E.128 or STG.E.U8."""
+    sizes = {"128": 16, "64": 8, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
+    return next((sizes[part] for part in name.split(".") if part in sizes), 4)
 
 
 def row(preset: str, index: int) -> list[str]:
@@ -233,10 +254,11 @@ def row(preset: str, index: int) -> list[str]:
     code = read(kernel)
     counts = code.once + code.looped
     loads = widths(counts, "LDG")
-    flight = str(code.in_flight)
+    flight, waits = str(code.in_flight), f"{code.waits:.0f}"
     if kernel.ahead:
         loads = f"{widths(code.looped, 'LDGSTS')} a token, ahead"
         flight = f"{sum(n for k, n in code.looped.items() if 'LDGSTS' in k) * kernel.ahead}"
+        waits = "–"
     held = resident(code)
     share = 100 * predict(kernel, code)
     aim = "–" if kernel.aim is None else f"{kernel.aim} {'✓' if share >= kernel.aim else '✗'}"
@@ -247,6 +269,7 @@ def row(preset: str, index: int) -> list[str]:
         f"{kernel.nbytes / 1e6:.0f}",
         loads,
         flight,
+        waits,
         stores,
         str(code.registers),
         f"{code.shared / 1024:.0f}",
@@ -276,61 +299,78 @@ def otherwise(preset: str) -> list[str]:
     return lines
 
 
-def page() -> str:
+def section() -> str:
+    """What the installed Triton compiles."""
     jobs = [(preset, index) for preset in PRESETS for index in range(len(list(kernels(preset))))]
     with ProcessPoolExecutor(2) as pool:
         rows = list(pool.map(row, *zip(*jobs, strict=True)))
         alternatives = list(pool.map(otherwise, PRESETS))
-    lines = []
+    lines = [f"## Triton {triton.__version__}", ""]
     for preset, width in PRESETS.items():
-        lines += ["", f"## {preset}, width {width}", "", HEADER, "|" + " --- |" * 12]
+        lines += [f"### {preset}, width {width}", "", HEADER, "|" + " --- |" * 13]
         lines += [
             f"| {' | '.join(cells)} |"
             for (of, _), cells in zip(jobs, rows, strict=True)
             if of == preset
         ]
+        lines += [""]
+    lines += ["### The chain's forward, a token to a warp or to eight", "", ALTERNATIVES]
+    lines += ["|" + " --- |" * 7, *(line for lines in alternatives for line in lines)]
+    return "\n".join(lines) + "\n\n"
+
+
+def page(others: list[str]) -> str:
+    """others: the sections of other Tritons."""
     waits = f"{MEMORY} cycles, {MEMORY / CLOCK * 1e9:.0f} ns"
-    text = INTRODUCTION.format(triton=triton.__version__, waits=waits)
-    table = "\n".join(line for lines in alternatives for line in lines)
-    return text + "\n".join(lines) + "\n" + OTHERS.format(table=table)
+    sections = "".join(sorted([section(), *others], reverse=True))
+    return INTRODUCTION.format(waits=waits, near=NEAR) + "\n" + sections + OTHERS
+
+
+def other_sections(text: str) -> list[str]:
+    """The sections of a page that another Triton than the installed one compiled."""
+    parts = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    own = f"## Triton {triton.__version__}\n"
+    return [part for part in parts if part.startswith("## Triton ") and not part.startswith(own)]
 
 
 HEADER = (
-    "| kernel | MB | loads a lane | in flight before the first use | stores a lane | registers | "
-    "shared, KiB | programs × warps at once | instructions | copy, µs | predicted % of a copy | "
-    "aim |"
+    "| kernel | MB | loads a lane | in flight before the first use | cycles that a warp waits for "
+    "them | stores a lane | registers | shared, KiB | programs × warps at once | instructions | "
+    "copy, µs | predicted % of a copy | aim |"
+)
+ALTERNATIVES = (
+    "| preset | a token to | registers | warps at once | cycles of issue | cycles of the bus | % |"
 )
 INTRODUCTION = """\
 # Predictions
 
-Written by `make predictions`, from the Triton kernels compiled for sm_90 (Triton {triton}, no
-GPU) in bf16, at 3 samples × 8 frames × 1024 tokens. No GPU has run them: the first minute on an
-H200 (`make gpu`) confirms or refutes each line, and where one is wrong, this page is to say why.
+Written by `make predictions`, from the Triton kernels compiled for sm_90 (no GPU) in bf16, at
+3 samples × 8 frames × 1024 tokens, by the Triton that is installed here and the oldest that is
+taken. No GPU has run them; where a measurement refutes a line, this page is to say why.
 
 The model. A multiprocessor holds as many programs as its registers, shared memory and warps
-allow. A program sends its loads and waits for them ({waits}, and 270 cycles more where a flag or
-the index of a row comes first), works, and stores. The bus serves each program's bytes at a
-copy's speed (4.3 TB/s, measured on an H200), the schedulers issue four instructions a cycle for
-all, and what a warp does by itself keeps nobody else from working: 2 cycles an instruction, 40 a
-barrier, 24 a shuffle, half of N for a product of 64 × N tiles, 8 for one of 16 × 8, 60 for the
-end of a group of products. Programs, or warps where no barrier joins them, are customers of a
-queue with these two servers; its throughput by mean value analysis, over that of the bus alone,
-is the share of a copy. Every instruction counts as run, and half a wave of programs is added for
-the start and the end. The backward of the LayerNorms loops over tokens: its figures are of one
-token, which is fetched while two before it are computed, and 3 µs are added for the launch that
-adds the row gradients. What could refute it first: rows of modulation that the first-level cache
-does not keep, stores that reach DRAM in another order than a copy's, and latencies under load.
+allow. A program sends its loads, waits for them, works, and stores. The machine code tells the
+waits: its instructions in their order, each once what it reads has come, {waits}
+after its load, {near} cycles where that was a flag or the index of a row. The bus serves each
+program's bytes at a copy's speed (4.3 TB/s, measured on an H200), the schedulers issue four
+instructions a cycle for all, and what a warp does by itself keeps nobody else from working: 2
+cycles an instruction, 40 a barrier, 24 a shuffle, half of N for a product of 64 × N tiles, 8 for
+one of 16 × 8, 60 for the end of a group of products. Programs, or warps where no barrier joins
+them, are customers of a queue with these two servers; its throughput by mean value analysis, over
+that of the bus alone, is the share of a copy. Every instruction counts as run, and half a wave of
+programs is added for the start and the end. The backward of the LayerNorms loops over tokens: its
+figures are of one token, which is fetched while two before it are computed, and 3 µs are added for
+the launch that adds the row gradients. What could refute it first: rows of modulation that the
+first-level cache does not keep, stores that reach DRAM in another order than a copy's, and
+latencies under load.
 """
-OTHERS = """
+OTHERS = """\
 ## Why these layouts
 
 The chain's forward gives a token to a warp and four tokens to a program. A token to eight warps
 needs 32 registers and fills all 64 warps, but joins eight partial sums twice a token and has idle
-lanes beyond the width (1152 of 2048): it issues two to three times the instructions.
-
-| preset | a token to | registers | warps at once | cycles of issue | cycles of the bus | % |
-| --- | --- | --- | --- | --- | --- | --- |
-{table}
+lanes beyond the width (1152 of 2048): it issues two to three times the instructions (the last
+table of each Triton).
 
 Temporal attention has tiles of 64 rows, which fill the tensor cores' tiles. The backward at head
 sizes above 64 has 32: a multiprocessor holds two programs of 64 rows and six of 32, and with two
@@ -359,14 +399,16 @@ What others do, read in their code:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write docs/predictions.md.")
-    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--add", action="store_true", help="keep what other Tritons compile")
+    choice.add_argument("--check", action="store_true", help="compare, write nothing")
     args = parser.parse_args()
-    text = page()
+    before = PAGE.read_text() if args.add or args.check else ""
+    text = page(other_sections(before))
     if not args.check:
         PAGE.write_text(text)
         print(text)
         return 0
-    before = PAGE.read_text()
     difference = list(
         difflib.unified_diff(before.splitlines(), text.splitlines(), lineterm="", n=0)
     )
