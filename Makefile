@@ -16,13 +16,14 @@
 # make soak    a load test of the server, 10 minutes: nothing lost, nothing wrong, memory flat; MINUTES=another number
 # make pretend [TRITON=3.6.0]   every graph, block and kernel compiled for a GPU that is not there, by that Triton; its launches
 # make kernels  registers, spills and shared memory of every Triton kernel, compiled without a GPU
+# make host   what a call costs the host beside PyTorch's calls, the launch stubbed
 # make predictions   docs/predictions.md: what their machine code lets expect of an H200
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test faults lint train pretend kernels predictions gpu large soak report api picture study sanitize fuzz ray nodes findings clean
+.PHONY: demo test faults lint train pretend kernels predictions host gpu large soak report api picture study sanitize fuzz ray nodes findings clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -95,6 +96,9 @@ build/triton-%/triton:
 
 kernels: .venv/dev
 	$(BIN)/python tests/kernels/aot.py
+
+host: .venv/dev
+	RESULTS=bench/results $(BIN)/pytest bench/bench_host.py --benchmark-only -q -s
 
 OLDEST_TRITON := build/triton-3.6.0
 predictions: .venv/dev $(OLDEST_TRITON)/triton

@@ -8,9 +8,9 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from bench_step import plain_chain
 from contest import DTYPES, OURS, PRESET_NAMES, Contender, absent
+from plain import EPS, modulated, residual_modulated
 
 from gentron_fast import PRESETS
 from gentron_kernels.layernorm_modulate import (
@@ -20,20 +20,8 @@ from gentron_kernels.layernorm_modulate import (
     residual_layernorm_modulate_ref,
 )
 
-EPS = 1e-6
 HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
 BATCHES = [None, 1] if HAS_LIGER else [None]  # Liger has a twin of one sample only
-
-
-def modulated(x, shift, scale):
-    """As DiT and its descendants write it; x (B, T, N, D), rows (B, D)."""
-    normed = F.layer_norm(x, x.shape[-1:], eps=EPS)
-    return normed * (1 + scale[:, None, None]) + shift[:, None, None]
-
-
-def residual_modulated(x, y, gate, shift, scale):
-    x = x + gate[:, None, None] * y
-    return x, modulated(x, shift, scale)
 
 
 def liger(batch: int) -> Contender:

@@ -1,13 +1,12 @@
 """pytest in a step of `make gpu`: its share of the tests, and a line in the record as each ends."""
 
-import ctypes
 import signal
 from pathlib import Path
 
 import pytest
 from gpu import lines_of, note, passed
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+from gentron_fast.processes import signal_at_parents_end
 
 
 def pytest_addoption(parser):
@@ -19,9 +18,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    ctypes.CDLL(None).prctl(
-        PR_SET_PDEATHSIG, signal.SIGKILL
-    )  # ends with the run, also a killed one
+    signal_at_parents_end(signal.SIGKILL)
     config.pluginmanager.register(_Noted(config))
 
 

@@ -1,7 +1,6 @@
 """Graphs into machine code, in as many processes as there are cores."""
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import re
@@ -17,9 +16,9 @@ import torch
 
 from gentron_fast.compiled.graphs import Graph
 from gentron_fast.files import scratch_folder
+from gentron_fast.processes import signal_at_parents_end
 
 LEAST_SPACE = 512 << 20  # of TMPDIR: 283 MiB of precompiled headers, then code and its sources
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def compile_all(graphs: list[Graph], folder: Path, on_graph: Callable | None) -> None:
@@ -156,7 +155,7 @@ def _end_with(parent: int) -> None:
         os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells, and ends this
     signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal_at_parents_end(signal.SIGTERM)
     if os.getppid() != parent:  # it was gone before
         os.killpg(0, signal.SIGKILL)
 

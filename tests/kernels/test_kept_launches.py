@@ -1,8 +1,6 @@
 """A call like one before goes straight to its launch: the same launch, and as the operator's, and
 at the cost of the plain calls that it replaces."""
 
-import time
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -132,32 +130,22 @@ def test_triton_interpreted(run_interpreted):
     run_interpreted(__file__)
 
 
-def seconds(function, inputs, calls=200) -> float:
-    start = time.thread_time()
-    for _ in range(calls):
-        function(*inputs)
-    return (time.thread_time() - start) / calls
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for the GPU that there is")
 def test_the_host_cost_is_that_of_the_plain_calls():
     """In this thread's own time, and the least of many rounds: others may be at work."""
-    from stubbed_launches import plain_chain, stubbed_launches
+    from bench_host import least_seconds
+    from plain import residual_modulated
+    from stubbed_launches import stubbed_launches
 
     x, y, gate, (shift, _), scale = chain_inputs(torch.float32)
     chain = x, y, gate, shift[:2], scale
     qkv = qkv_inputs()
     contenders = {
-        "plain": (plain_chain, chain),
+        "plain": (residual_modulated, chain),
         "chain": (residual_layernorm_modulate, chain),
         "temporal": (temporal_attention.temporal_attention, qkv),
     }
     with stubbed_launches(*MODULES, note=False), torch.inference_mode():
-        for contender in contenders.values():
-            seconds(*contender, calls=3)
-        least = dict.fromkeys(contenders, float("inf"))
-        for _ in range(15):
-            for name, contender in contenders.items():
-                least[name] = min(least[name], seconds(*contender))
+        least = least_seconds(contenders)
     assert least["chain"] <= LIMIT * least["plain"], least
     assert least["chain"] <= 40e-6 and least["temporal"] <= 60e-6, least
