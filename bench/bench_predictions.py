@@ -13,7 +13,8 @@ import bench_guided_step as guided
 import pytest
 import torch
 from bench_temporal_attention import values
-from contest import OURS, Contender
+from contest import DEVICE, OURS, Contender
+from records import environment
 
 from gentron_fast import PRESETS
 from gentron_kernels.layernorm_modulate import (
@@ -36,18 +37,17 @@ class Prediction(NamedTuple):
     percent: int  # of a copy's speed
 
 
-def predictions(page: str) -> list[Prediction]:
+def predictions(page: str, triton: str | None) -> list[Prediction]:
+    """The rows of the Triton that is here, or of the page's first."""
+    of_version = dict(re.findall(r"^## Triton (\S+)\n(.*?)(?=^## )", page, re.M | re.S))
     found, preset = [], ""
-    for line in page.splitlines():
-        preset = line[3:].partition(",")[0] if line.startswith("## ") else preset
-        if (percent := re.search(r"\| \*\*(\d+)\*\* \|", line)) and preset:
+    for line in of_version.get(triton or "", next(iter(of_version.values()))).splitlines():
+        preset = line[4:].partition(",")[0] if line.startswith("### ") else preset
+        if percent := re.search(r"\| \*\*(\d+)\*\* \|", line):
             title, megabytes = line.strip("| ").split(" | ")[:2]
             operator, _, direction = title.partition(": ")
-            found.append(
-                Prediction(
-                    preset, operator, direction or "forward", int(megabytes), int(percent[1])
-                )
-            )
+            figures = int(megabytes), int(percent[1])
+            found.append(Prediction(preset, operator, direction or "forward", *figures))
     return found
 
 
@@ -84,7 +84,7 @@ def case(operator: str, backward: bool, clip, config, device):
     raise ValueError(f"no such row: {operator}")
 
 
-ROWS = predictions(PAGE.read_text())
+ROWS = predictions(PAGE.read_text(), environment(DEVICE)["triton"])
 
 
 @pytest.mark.parametrize(
