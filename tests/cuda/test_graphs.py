@@ -10,6 +10,7 @@ import pretended_gpu
 import pytest
 import torch
 from pretended_gpu import models
+from torch._inductor.codecache import PyCodeCache
 
 from gentron_fast import PRESETS, GenTronConfig
 from gentron_fast.compiled.graphs import Graph, sampling_graphs
@@ -96,6 +97,7 @@ def test_the_graphs_compile(name, tmp_path):
 def loaded():
     """The kernels that the test's compiled functions load."""
     torch._dynamo.reset()
+    PyCodeCache.cache_clear()  # else a kernel of a test before is not loaded again
     pretended_gpu.loaded.clear()
     return pretended_gpu.loaded
 
@@ -105,7 +107,7 @@ CONFIGS = {name: SAMPLERS[name].config for name in ("small, clips", "G/2, clips"
 
 @pytest.mark.parametrize(
     "name, batch",
-    itertools.product(CONFIGS, [1, 3, 64]) if FULL else [("G/2, clips", 1)],
+    list(itertools.product(CONFIGS, [1, 3, 64])) if FULL else [("G/2, clips", 1)],
 )
 def test_compiled_blocks_sample(name, batch, loaded):
     config = replace(CONFIGS[name], depth=2)
