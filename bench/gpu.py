@@ -11,6 +11,7 @@ what is left; gpu-DEVICE-DATE.log, what the steps said.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -240,7 +241,8 @@ def inplace(root: Path) -> Path:
         link = folder / name
         if not link.exists():
             link.unlink(missing_ok=True)
-            link.symlink_to(Path("..") / target, target_is_directory=True)
+            with contextlib.suppress(FileExistsError):  # another step's thread was first
+                link.symlink_to(Path("..") / target, target_is_directory=True)
     return folder
 
 

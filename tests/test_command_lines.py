@@ -90,8 +90,8 @@ def test_generate(tiny_pipeline_folder, monkeypatch, assert_all_end_well_or_in_o
 def test_serve(tiny_pipeline_folder, monkeypatch, assert_all_end_well_or_in_one_line):
     module = sys.modules[serve.main.__module__]
     pytest.importorskip("fastapi")
-    model = SimpleNamespace(size=(64, 64))
-    monkeypatch.setattr(module, "load", lambda args: (model, None))
+    model, scheduler = SimpleNamespace(size=(64, 64)), SimpleNamespace(is_broken=False)
+    monkeypatch.setattr(module, "load", lambda *_: (model, scheduler))
     monkeypatch.setattr("gentron_fast.serving.server.Server.run", lambda *_: None)
     options = {
         **{"--host": ["127.0.0.1", "0.0.0.0"], "--port": ["0"], "--key": ["long-enough"]},
