@@ -18,6 +18,7 @@ from gentron_fast import PRESETS, EncodedText, GenTron, TextCondition, layers
 from gentron_fast.diffusion import SCHEDULER_CONFIG
 from gentron_fast.guidance import GuidedDenoiser, guidance_weights, guided_prediction
 from gentron_fast.solvers import make_table, solver_step
+from gentron_kernels.layernorm_modulate import join_parts
 from gentron_kernels.temporal_attention import temporal_attention_ref
 
 LAMBDA_T, LAMBDA_M = 7.5, 1.2
@@ -37,6 +38,8 @@ def plain_chain(x, y=None, gate=None, shift=None, scale=None):
         leading = x.shape[:1] if len(value) == len(x) else x.shape[:2]
         return value.reshape(*leading, *(1,) * (x.ndim - 1 - len(leading)), -1)
 
+    if isinstance(y, tuple):
+        y = join_parts(x, y)
     if y is not None:
         x = x + (y if gate is None else rows(gate) * y)
     h = F.layer_norm(x, x.shape[-1:], eps=1e-6)

@@ -145,8 +145,8 @@ class CrossAttention(nn.Module):
         k, v = rearrange(self.kv(tokens), "b s (two h d) -> two b s h d", two=2, h=self.heads)
         return CrossContext(k, v, mask)
 
-    def forward(self, x: Tensor, context) -> Tensor:
-        """x (B, T, N, D) → like x; one row (B, D) where a shared form says it is the same for all.
+    def forward(self, x: Tensor, context) -> Tensor | tuple[Tensor, ...]:
+        """x (B, T, N, D) → like x; of a shared form also one row a sample (B, D), or parts.
 
         context: a CrossContext, or a form of `gentron_fast.guidance.contexts`, which attends for
         itself. The text is repeated neither over frames nor over samples in a row that share it.
@@ -177,8 +177,8 @@ class TemporalAttention(nn.Module):
         steps = torch.arange(frames, device=self.positions.device)
         self.positions = sincos(steps, width).to(self.positions.dtype)
 
-    def forward(self, x: Tensor, motion_free) -> Tensor:
-        """x (B, T, N, D), positions already added → like x.
+    def forward(self, x: Tensor, motion_free) -> Tensor | tuple[Tensor, ...]:
+        """x (B, T, N, D), positions already added → like x; of a shared form also parts.
 
         motion_free: (B,) bool, one bool for the batch, None as False, or a form of
         `gentron_fast.guidance.contexts`, which attends for itself.

@@ -12,6 +12,7 @@ of x, one a sample, one a frame, ...), each serving tokens / R consecutive token
 
 import functools
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +115,7 @@ def _forward_kernel(
     scale_index_ptr,
     residual_ptr,
     out_ptr,
+    first,
     tokens,
     y_span,
     gate_span,
@@ -137,10 +139,12 @@ def _forward_kernel(
     CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
     # A last program that overruns repeats the last token, and writes the same values again.
     token = tl.minimum(tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tokens - 1)[:, None]
-    start = token.to(tl.int64) * D
-    columns = tl.arange(0, CHUNK)[None, :]
     if HAS_Y:
         y_start = (token // y_span).to(tl.int64) * D
+    if first is not None:  # the tokens are those of a part, and y is its own
+        token += first
+    start = token.to(tl.int64) * D
+    columns = tl.arange(0, CHUNK)[None, :]
     if GATE > 0:
         gate_start, gate_valid = _row_start(
             token, gate_span, gate_index_ptr, gate_stride, gate_table, GATE
@@ -474,29 +478,32 @@ def _count(table: Tensor | None, index: Tensor | None) -> int:
 
 
 def _forward_cuda(x, *operands):
-    """(residual, out) of `_forward_launch`'s arguments; the residual is x itself without y."""
+    """(residual, out) of `_forward_launches`' arguments; the residual is x itself without y."""
     residual, out, pointers = _forward_pointers(x, *operands[:-1])
     if x.numel() != 0:
-        grid, constants = _forward_launch(x, *operands)
-        with launch.device_of(x):
-            launch.launcher(_forward_kernel)[grid](*pointers, **constants)
+        launches = _forward_launches(x, *operands)
+        for own, (grid, constants) in zip(pointers, launches, strict=True):
+            with launch.device_of(x):
+                launch.launcher(_forward_kernel)[grid](*own, **constants)
     return residual, out
 
 
-def _forward_pointers(x, *operands):
-    """(residual, out, the forward's pointers); x stands in for those that are not followed."""
-    residual = x if operands[0] is None else torch.empty_like(x)
+def _forward_pointers(x, y, *rows):
+    """(residual, out, each launch's pointers); x stands in for those that are not followed."""
+    residual = x if y is None else torch.empty_like(x)
     out = torch.empty_like(x)
-    return residual, out, (x, *[x if t is None else t for t in operands], residual, out)
+    rows = [x if t is None else t for t in rows]
+    parts = [x if y is None else y] if not isinstance(y, Sequence) else y
+    return residual, out, [(x, part, *rows, residual, out) for part in parts]
 
 
-def _forward_launch(x, y, gate, gate_index, shift, shift_index, scale, scale_index, eps):
-    """(grid, constants) of the forward."""
+def _forward_launches(
+    x, y, gate, gate_index, shift, shift_index, scale, scale_index, eps
+) -> Iterator[tuple[tuple, dict]]:
+    """(grid, constants) of each launch of the forward: one, or one a part of y."""
     width = int(x.shape[-1])  # a constant of the kernel
     shape = _forward_shape(width, x.element_size())
     constants = {
-        "tokens": _tokens(x),
-        "y_span": 1 if y is None else x.numel() // y.numel(),
         **_kernel_rows("gate", gate, gate_index, x),
         **_kernel_rows("shift", shift, shift_index, x),
         **_kernel_rows("scale", scale, scale_index, x),
@@ -505,7 +512,16 @@ def _forward_launch(x, y, gate, gate_index, shift, shift_index, scale, scale_ind
         "HAS_Y": y is not None,
         **shape,
     }
-    return (-(-_tokens(x) // shape["TOKENS"]),), constants
+    first, in_parts = 0, isinstance(y, Sequence)
+    for part in y if in_parts else [y]:
+        tokens = part.shape[0] * math.prod(x.shape[1:-1]) if in_parts else _tokens(x)
+        own = {
+            "first": first or None,  # of a kernel that is compiled without it
+            "tokens": tokens,
+            "y_span": 1 if part is None else tokens * width // part.numel(),
+        }
+        yield (-(-tokens // shape["TOKENS"]),), own | constants
+        first += tokens
 
 
 @launch.triton_op("gentron::layernorm_modulate_cuda")
@@ -532,6 +548,22 @@ def _residual_layernorm_modulate_cuda(
     scale_index: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
+    return _forward_cuda(x, y, gate, gate_index, shift, shift_index, scale, scale_index, eps)
+
+
+@launch.triton_op("gentron::joined_residual_layernorm_modulate_cuda")
+def _joined_residual_layernorm_modulate_cuda(
+    x: Tensor,
+    y: Sequence[Tensor],
+    gate: Tensor | None,
+    gate_index: Tensor | None,
+    shift: Tensor | None,
+    shift_index: Tensor | None,
+    scale: Tensor | None,
+    scale_index: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """y in parts of the batch, each read where it is: to join them first would copy it whole."""
     return _forward_cuda(x, y, gate, gate_index, shift, shift_index, scale, scale_index, eps)
 
 
@@ -656,6 +688,7 @@ def compile_cases():
                 strides = (name for name in integers if name.endswith(("_stride", "_step")))
                 signature |= dict.fromkeys(strides, "i32:16")
                 signature.pop("y_span", None)
+                signature.pop("first", None)
                 fp32 = (name for name in ("sums_ptr",) if name in signature)
                 indices = (name for name in integers if name.endswith("index_ptr"))
                 signature |= dict.fromkeys(fp32, "*fp32") | dict.fromkeys(indices, "*i64")
@@ -666,7 +699,8 @@ def compile_cases():
                 constants = {name: int(name not in absent) for name in flags} | shape
                 # An indexed table beside plain rows: the temporal position beside the gate.
                 constants |= {"D": width} | ({"SHIFT": 2} if "SHIFT" in flags else {})
-                constants |= {"y_span": 1} if "y_span" in integers else {}
+                whole = {"first": None, "y_span": 1}
+                constants |= {name: value for name, value in whole.items() if name in integers}
                 what = " ".join(absent).lower()
                 name = f"{preset} {dtype}" + (f" without {what}" if absent else "")
                 yield name, kernel, signature, constants, num_warps
@@ -826,7 +860,7 @@ def layernorm_modulate(
 
 def residual_layernorm_modulate(
     x: Tensor,
-    y: Tensor | None = None,
+    y: Tensor | tuple[Tensor, ...] | None = None,
     gate: Rows | None = None,
     shift: Rows | None = None,
     scale: Rows | None = None,
@@ -835,9 +869,10 @@ def residual_layernorm_modulate(
     """Add a sub-layer's output to the residual stream and prepare the next sub-layer's input.
 
     x (..., D); y like x, or rows (R, D) that serve tokens / R consecutive tokens each, taken in x's
-    dtype, None at the first sub-layer; gate, shift and scale: rows as in `layernorm_modulate`, each
-    with an R of its own. Returns (x + gate · y, LN(x + gate · y) · (1 + scale) + shift), both in
-    x's shape and dtype; the sum is rounded to x's dtype first. Without y the sum is x itself.
+    dtype, None at the first sub-layer, or a tuple of parts along the batch, each like its samples
+    of x or a row (D,) of each; gate, shift and scale: rows as in `layernorm_modulate`, each with an
+    R of its own. Returns (x + gate · y, LN(x + gate · y) · (1 + scale) + shift), both in x's shape
+    and dtype; the sum is rounded to x's dtype first. Without y the sum is x itself.
     ValueError for an operand that does not fit, or a gate without y.
     """
     if y is None and gate is None:
@@ -847,6 +882,9 @@ def residual_layernorm_modulate(
         return call(x, y, gate, shift, scale)
     _check(x, y, gate=gate, shift=shift, scale=scale)
     backend = _backend(x)
+    is_whole = not isinstance(y, tuple)
+    if not is_whole and (backend != "cuda" or launch.wants_gradient(x, y, gate, shift, scale)):
+        key, y, is_whole = None, join_parts(x, y), True
     if key is not None and backend == "cuda":
         call = _forward_call(x, y, gate, shift, scale, eps)
         if call is not None:
@@ -858,6 +896,10 @@ def residual_layernorm_modulate(
     if backend == "cpu":
         operator = torch.ops.gentron.residual_layernorm_modulate_cpu
     rows = *_operand(gate, x), *_operand(shift, x), *_operand(scale, x)
+    if not is_whole:
+        y = [part.to(x.dtype).contiguous() for part in y]
+        operator = torch.ops.gentron.joined_residual_layernorm_modulate_cuda
+        return operator(x.contiguous(), y, *rows, eps)
     y = y.to(x.dtype)
     if _tokens(y) == _tokens(x):
         y = y.reshape(x.shape)
@@ -873,23 +915,29 @@ def _forward_call(x, y, gate, shift, scale, eps):
     as_given = [tensor for operand in rows for tensor in _pair(operand)]
     converted = [tensor for operand in rows for tensor in _operand(operand, x)]
     is_ready = x.is_contiguous() and x.numel() != 0
-    if y is not None:
-        is_ready = is_ready and y.is_contiguous() and y.dtype == x.dtype
+    parts = y if isinstance(y, tuple) else () if y is None else (y,)
+    is_ready = is_ready and all(p.is_contiguous() and p.dtype == x.dtype for p in parts)
     if not is_ready or any(a is not b for a, b in zip(as_given, converted, strict=True)):
         return None
-    grid, constants = _forward_launch(x, y, *as_given, eps)
+    launches = _forward_launches(x, y, *as_given, eps)
     pointers = _forward_pointers(x, y, *as_given)[-1]
-    launch_again = launch.prepare(_forward_kernel, grid, pointers, constants)
+    again = [
+        launch.prepare(_forward_kernel, grid, own, constants)
+        for own, (grid, constants) in zip(pointers, launches, strict=True)
+    ]
 
     def forward(*operands):
         residual, out, pointers = _forward_pointers(*operands)
-        launch_again(pointers)
+        for launch_again, own in zip(again, pointers, strict=True):
+            launch_again(own)
         return residual, out
 
     def call(x, y, gate, shift, scale):
         operands = x, y, *_pair(gate), *_pair(shift), *_pair(scale)
         if not launch.wants_gradient(*operands):
             return forward(*operands)
+        if isinstance(y, tuple):
+            return residual_layernorm_modulate(x, join_parts(x, y), gate, shift, scale, eps)
         if y is None:
             return x, _Layernorm.apply(x, *operands[4:], eps, forward)
         return _Chain.apply(*operands, eps, forward)
@@ -955,15 +1003,40 @@ def _operand(rows: Rows | None, x: Tensor) -> tuple[Tensor | None, Tensor | None
     return table, None if index is None else index.contiguous()
 
 
-def _check(x: Tensor, y: Tensor | None = None, **operands: Rows | None) -> None:
+def join_parts(x: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+    """Parts of an update as one: rows (B, D) where all are, else like x."""
+    if not all(part.ndim == 2 for part in parts):
+        rows = (-1, *(1,) * (x.ndim - 2), x.shape[-1])
+        parts = [
+            part.view(rows).expand(-1, *x.shape[1:]) if part.ndim == 2 else part for part in parts
+        ]
+    return torch.cat(parts)
+
+
+def _check_parts(parts: tuple[Tensor, ...], x: Tensor) -> None:
+    for part in parts:
+        _check_tensor("a part of y", part, x)
+    shapes = [tuple(part.shape) for part in parts]
+    fit = all(part.shape[1:] in (x.shape[1:], x.shape[-1:]) for part in parts)
+    if x.ndim < 2 or not fit or sum(part.shape[0] for part in parts) != x.shape[0]:
+        raise ValueError(
+            f"the parts of y must be samples of x {tuple(x.shape)}, or a row of each, got {shapes}"
+        )
+
+
+def _check(
+    x: Tensor, y: Tensor | tuple[Tensor, ...] | None = None, **operands: Rows | None
+) -> None:
     launch.check_tensors(x=x)
     if x.ndim == 0 or x.shape[-1] == 0 or not x.dtype.is_floating_point:
         raise ValueError(f"x must be floating (..., D), got {x.dtype} {tuple(x.shape)}")
     if y is None and operands.get("gate") is not None:
         raise ValueError("gate must be None where y is None: it scales y")
-    if y is not None:
+    if isinstance(y, tuple):
+        _check_parts(y, x)
+    elif y is not None:
         _check_tensor("y", y, x)
-    if y is not None and y.shape != x.shape:
+    if isinstance(y, Tensor) and y.shape != x.shape:
         _check_rows("y", y, x, f"x's shape {tuple(x.shape)} or ")
     for name, rows in operands.items():
         if isinstance(rows, tuple):

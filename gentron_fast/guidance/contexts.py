@@ -1,7 +1,8 @@
 """Forms of text and of the identity mask in which a guided step shares work.
 
 Each attends for itself: `attend(layer, x)` takes the layer of `gentron_fast.layers` and its input,
-and gives what the layer's `forward` does, in other products.
+and gives what the layer's `forward` does, in other products; as a tuple where parts of the batch
+have products of their own, which the chain adds where they are.
 """
 
 # Shapes: B batch, T frames, N tokens of a frame, S text tokens, H heads, Dh head size, D width.
@@ -63,16 +64,10 @@ class BranchContexts(NamedTuple):
     sizes: tuple[int, ...]
     parts: tuple
 
-    def attend(self, layer: CrossAttention, x: Tensor) -> Tensor:
-        """x (B, T, N, D) → like x, or rows (B, D) where every part gives rows."""
-        outputs = [
-            layer(part, own) for part, own in zip(x.split(self.sizes), self.parts, strict=True)
-        ]
-        if not all(y.ndim == 2 for y in outputs):
-            outputs = [
-                y[:, None, None].expand(-1, *x.shape[1:]) if y.ndim == 2 else y for y in outputs
-            ]
-        return torch.cat(outputs)
+    def attend(self, layer: CrossAttention, x: Tensor) -> tuple[Tensor, ...]:
+        """x (B, T, N, D) → each part's own, like its samples of x or rows."""
+        parts = zip(x.split(self.sizes), self.parts, strict=True)
+        return tuple(layer(part, own) for part, own in parts)
 
 
 class LeadingMotionFree(NamedTuple):
@@ -82,13 +77,13 @@ class LeadingMotionFree(NamedTuple):
     count: int
     merged: tuple[Tensor, Tensor]
 
-    def attend(self, layer: TemporalAttention, x: Tensor) -> Tensor:
-        """x (B, T, N, D), positions already added → like x."""
+    def attend(self, layer: TemporalAttention, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """x (B, T, N, D), positions already added → like x, in two parts where both kinds come."""
         count = x.shape[0] if x.shape[1] == 1 else self.count
         if count == 0:
             return layer(x, False)
         values = temporal_values(x[:count], *layer.value_and_out(), self.merged)
-        return torch.cat([values, layer(x[count:], False)]) if count < x.shape[0] else values
+        return (values, layer(x[count:], False)) if count < x.shape[0] else values
 
 
 Context = CrossContext | FoldedContext | ConstantContext

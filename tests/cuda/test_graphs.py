@@ -88,6 +88,9 @@ def test_the_graphs_compile(name, tmp_path):
         assert set(kernels.values()) <= {pretended_gpu.ARCHITECTURE}
         ours = {"block": "_forward_kernel", "step": "_guided_step_kernel"}.get(kind.split("-")[0])
         assert ours is None or ours in kernels, kind
+        # Attention over many clips, in parts, transposes what it joins.
+        joins = [own for own in kernels if "cat" in own and "transpose" not in own]
+        assert not joins or not kind.startswith("block"), f"{kind} copies what it joins: {joins}"
 
 
 @pytest.fixture

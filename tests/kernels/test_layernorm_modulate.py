@@ -317,6 +317,31 @@ def test_rows_of_another_dtype_are_widened(backend, device):
     torch.testing.assert_close(stream, add_residual_ref(low, y.bfloat16(), shift))
 
 
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("y", ["rows", "rows and tokens", "tokens"])
+def test_an_update_in_parts_is_the_whole_one(backend, device, y, kind):
+    """As values and, where gradients are wanted, in these too; each part by a launch of its own."""
+    tensors = make(Case((3, 2, 5, 72), torch.float32, gate=kind, shift=kind, scale=kind), device)
+    sizes = 1, 2
+    parts = list(tensors["y"].detach().split(sizes))
+    for place in {"rows": (0, 1), "rows and tokens": (0,), "tokens": ()}[y]:
+        parts[place] = parts[place][:, 0, 0].clone()
+    whole = [part.view(-1, 1, 1, 72) if part.ndim == 2 else part for part in parts]
+    whole = torch.cat([part.expand(-1, 2, 5, 72) for part in whole])
+    operands = [rows(tensors, name) for name in ("gate", "shift", "scale")]
+    with torch.no_grad():
+        found = residual_layernorm_modulate(tensors["x"], tuple(parts), *operands)
+        wanted = residual_layernorm_modulate(tensors["x"], whole, *operands)
+    for part, as_whole in zip(found, wanted, strict=True):
+        torch.testing.assert_close(part, as_whole, rtol=1e-5, atol=1e-5)
+    for part in parts:
+        part.requires_grad_()
+    _, out = residual_layernorm_modulate(tensors["x"], tuple(parts), *operands)
+    torch.testing.assert_close(out.detach(), wanted[1], rtol=1e-5, atol=1e-5)
+    out.square().sum().backward()
+    assert all(part.grad.abs().sum() > 0 for part in parts)
+
+
 def test_gradients_do_not_depend_on_the_run(backend, device):
     tensors = make(Case((1, 2, 200, 24), torch.float32, shift="one", scale="indexed"), device)
     threads = torch.get_num_threads()
@@ -467,6 +492,9 @@ WRONG = {
     ),
     r"y must be x's shape \(2, 5, 24\) or \(R, 24\)": lambda x, row: residual_layernorm_modulate(
         x, rand(2, 4, 24)
+    ),
+    r"parts of y must be samples .*got \[\(1, 5, 24\), \(2, 24\)\]": (
+        lambda x, row: residual_layernorm_modulate(x, (x[:1], row))
     ),
     "y must be floating": lambda x, row: residual_layernorm_modulate(x, x.int()),
     "gate must be None where y is None": lambda x, row: residual_layernorm_modulate(x, None, row),
