@@ -66,6 +66,10 @@ py::dict plan(
   result["branches"] = made.branches;
   result["conditions"] = made.conditions;
   result["chunk"] = made.chunk;
+  result["step_weights"] = made.step_weights;
+  result["step_rescale"] = made.step_rescale;
+  result["step_coefficients"] = made.step_coefficients;
+  result["step_bounds"] = made.step_bounds;
   return result;
 }
 

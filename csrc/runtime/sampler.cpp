@@ -244,8 +244,7 @@ Tensor per_step(const Tensor& scale, double otherwise, int64_t steps, int64_t ba
       "the compiled sampler was made with");
 }
 
-// The rows of a table (S, ...) as tensors of their own: within it they would not all begin at a
-// multiple of 16 bytes, and a graph would copy those that do not at every step.
+// The rows of a table (S, ...), none of one that is not there.
 TensorList by_step(const Tensor& table, const at::Device& device) {
   TensorList rows;
   if (!table.defined()) return rows;
@@ -418,7 +417,7 @@ Tensor Sampler::Parts::latents_of(const Request& request, uint32_t step) const {
 
 SamplingPlan make_plan(
     const Metadata& made, const Tensor& lambda_t, const Tensor& lambda_m, const Tensor& rescale,
-    int64_t batch) {
+    int64_t batch, const at::Device& device) {
   made.check_batch(batch);
   const int64_t steps = made.steps;
   const Tensor scales = at::stack(
@@ -449,16 +448,17 @@ SamplingPlan make_plan(
     plan.conditions[set] = at::cat({at::zeros({nulls}, at::kLong), own});
   }
   plan.chunk = made.modulation_chunks[batch - 1];
+  plan.step_weights = by_step(plan.weights, device);
+  plan.step_rescale = by_step(plan.rescale, device);
+  plan.step_coefficients = by_step(made.rows, device);
+  plan.step_bounds = by_step(made.bounds, device);
   return plan;
 }
 
 Tensor Sampler::Parts::sample(const Request& request) const {
   const auto batch = static_cast<int64_t>(request.seeds.size());
   const SamplingPlan plan =
-      make_plan(*this, request.lambda_t, request.lambda_m, request.rescale, batch);
-  const TensorList guidance = by_step(plan.weights, device);
-  const TensorList rescale = by_step(plan.rescale, device);
-  const TensorList coefficients = by_step(rows, device), limits = by_step(bounds, device);
+      make_plan(*this, request.lambda_t, request.lambda_m, request.rescale, batch, device);
 
   const TextCondition text = prepared(request.text, batch, "the text");
   const TextCondition null_text = prepared(
@@ -523,9 +523,9 @@ Tensor Sampler::Parts::sample(const Request& request) const {
     }
     TensorList inputs{
         x, y, gate, final_rows[place].index_select(0, samples[set]),
-        latents, guidance[step], rescale[step], coefficients[step], x0};
+        latents, plan.step_weights[step], plan.step_rescale[step], plan.step_coefficients[step], x0};
     if (draws) inputs.push_back(latents_of(request, static_cast<uint32_t>(step) + 1));
-    if (!limits.empty()) inputs.push_back(limits[step]);
+    if (!plan.step_bounds.empty()) inputs.push_back(plan.step_bounds[step]);
     TensorList next = graph("step-" + set)(std::move(inputs));
     latents = std::move(next[0]);
     x0 = std::move(next[1]);
@@ -642,7 +642,7 @@ TextCondition Sampler::encode(const Tokens& tokens) const {
 
 SamplingPlan Sampler::plan(
     const Tensor& lambda_t, const Tensor& lambda_m, const Tensor& rescale, int64_t batch) const {
-  return make_plan(*parts_, lambda_t, lambda_m, rescale, batch);
+  return make_plan(*parts_, lambda_t, lambda_m, rescale, batch, parts_->device);
 }
 
 Tensor Sampler::sample(const Request& request) const {

@@ -43,12 +43,16 @@ struct SamplingPlan {
   // By set: which condition each sample of the stacked batch has; 0 the null text, 1 … the prompts.
   std::map<std::string, at::Tensor> conditions;
   int64_t chunk = 1;  // steps whose modulation rows are made at once
+  // A tensor a step on the device: what the step graphs take of the two above, of the solver and,
+  // where the range is learned, of its bounds. Each its own: within a table they would not all
+  // begin at a multiple of 16 bytes, and a graph would copy those that do not at every step.
+  std::vector<at::Tensor> step_weights, step_rescale, step_coefficients, step_bounds;
 };
 
 // std::invalid_argument for scales or a batch that do not fit.
 SamplingPlan make_plan(
     const Metadata& made, const at::Tensor& lambda_t, const at::Tensor& lambda_m,
-    const at::Tensor& rescale, int64_t batch);
+    const at::Tensor& rescale, int64_t batch, const at::Device& device = at::kCPU);
 
 // Every refusal is a std::invalid_argument of one line.
 class Sampler {

@@ -116,6 +116,13 @@ def test_one_plan_three_users(pipeline, sampler, lambda_t, lambda_m, rescale):
         runs = [k for k, is_run in enumerate(graphs.branches_of(name)) if is_run]
         rows = torch.cat([branch_conditions(k, batch, 1, batch) for k in runs])
         assert torch.equal(plan["conditions"][name], rows)
+    # A graph copies what does not begin at a multiple of 16 bytes, at every step.
+    assert torch.equal(torch.stack(plan["step_weights"]), plan["weights"])
+    assert torch.equal(torch.stack(plan["step_rescale"]), plan["rescale"])
+    assert torch.equal(torch.stack(plan["step_coefficients"]).cpu(), table.rows)
+    assert len(plan["step_bounds"]) == (STEPS if denoiser.learns_range else 0)
+    parts = ("step_weights", "step_rescale", "step_coefficients", "step_bounds")
+    assert all(row.data_ptr() % 16 == 0 for part in parts for row in plan[part])
 
 
 def test_a_negative_prompt_and_a_schedule_of_guidance(pipeline, sampler):

@@ -30,19 +30,6 @@ SPILL_LIMIT = {"widest bf16 without dy_sum": 160, "widest fp32 without dy_sum": 
 CUOBJDUMP = Path(triton.__path__[0], "backends/nvidia/bin/cuobjdump")
 
 
-def figures(
-    kernel,
-    signature: dict[str, str],
-    constexprs: dict,
-    num_warps: int = 4,
-    num_stages: int = 3,
-    arch: int = 90,
-) -> dict[str, int]:
-    """{"registers": of a thread, "spills": bytes of a thread in local memory, "shared": bytes of a
-    block} of a kernel that is compiled by `compiled`."""
-    return usage(compiled(kernel, signature, constexprs, num_warps, num_stages, arch))
-
-
 def compiled(
     kernel,
     signature: dict[str, str],
@@ -113,7 +100,7 @@ def _cases(operator: str) -> list[tuple]:
 def _row(job: tuple[str, int, int]) -> dict:
     operator, index, arch = job
     shape, kernel, signature, constexprs, num_warps = _cases(operator)[index]
-    found = figures(kernel, signature, constexprs, num_warps, arch=arch)
+    found = usage(compiled(kernel, signature, constexprs, num_warps, arch=arch))
     name = {"kernel": kernel.__name__.strip("_"), "shape": shape, "arch": arch}
     limits = {"limit": SHARED_LIMIT[arch], "spill_limit": SPILL_LIMIT.get(shape, 0)}
     return name | found | limits

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 FAULTS = int(os.environ.get("FAULTS", "1"))  # how many times as many trials
 EXIT_CODES = {0: "ended well", 2: "refused"}  # of a command line, as tally has them
 HOLDER = """
@@ -19,6 +21,22 @@ if fork := os.fork():
     print(fork, flush=True)
 time.sleep(60)
 """
+
+
+@contextmanager
+def cut_off_at_its_first_state(training) -> Iterator[None]:
+    """A training module whose run is interrupted behind the first state that it saves."""
+
+    def save_and_stop(*args):
+        save_state(*args)
+        raise KeyboardInterrupt
+
+    save_state, training.save_state = training.save_state, save_and_stop
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        training.save_state = save_state
 
 
 @contextmanager

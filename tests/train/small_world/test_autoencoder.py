@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import holder_of
+from faults import cut_off_at_its_first_state, holder_of
 from safetensors.torch import load_file
 
 from gentron_fast.files import whole_folder
@@ -54,34 +54,26 @@ def test_shards_that_break_off_are_read_up_to_there(tmp_path, capsys):
     assert read_frames(tmp_path, images=6, clips=2).shape[0] == 2 + 2 * vae_training.CLIP_FRAMES
 
 
-def train_in_two_parts(data, out, training, monkeypatch, init=None):
+def train_in_two_parts(data, out, training, init=None):
     """The same training, cut off behind its first state."""
-    with monkeypatch.context() as patch:
-        save_state = vae_training.save_state
-
-        def save_and_stop(*args):
-            save_state(*args)
-            raise KeyboardInterrupt
-
-        patch.setattr(vae_training, "save_state", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(data, out, training, "cpu", resume=False, init=init)
+    with cut_off_at_its_first_state(vae_training):
+        train(data, out, training, "cpu", resume=False, init=init)
     assert not out.exists()
     train(data, out, training, "cpu", resume=True, init=init)
     return load_file(out / WEIGHTS)
 
 
-def test_an_interrupted_run_ends_as_a_whole_one(data, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_as_a_whole_one(data, tmp_path):
     train(data, tmp_path / "whole", TRAINING, "cpu", resume=False)
     whole = load_file(tmp_path / "whole" / WEIGHTS)
-    parts = train_in_two_parts(data, tmp_path / "parts", TRAINING, monkeypatch)
+    parts = train_in_two_parts(data, tmp_path / "parts", TRAINING)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert not (tmp_path / "parts.training").exists()
     vae = VideoVAE.from_pretrained(tmp_path / "parts")
     assert vae.factor == 8 and vae.scaling_factor != 1.0
 
 
-def test_a_decoder_goes_on_behind_latents_that_stay(data, tmp_path, monkeypatch):
+def test_a_decoder_goes_on_behind_latents_that_stay(data, tmp_path):
     init, training = tmp_path / "init", replace(TRAINING, decoder_only=True)
     train(data, init, TRAINING, "cpu", resume=False)
     train(data, tmp_path / "whole", training, "cpu", resume=False, init=init)
@@ -92,7 +84,7 @@ def test_a_decoder_goes_on_behind_latents_that_stay(data, tmp_path, monkeypatch)
         VideoVAE.from_pretrained(folder).scaling_factor for folder in (init, tmp_path / "whole")
     }
     assert len(scales) == 1 and scales != {1.0}
-    parts = train_in_two_parts(data, tmp_path / "parts", training, monkeypatch, init)
+    parts = train_in_two_parts(data, tmp_path / "parts", training, init)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 

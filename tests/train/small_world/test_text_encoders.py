@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from faults import holder_of
+from faults import cut_off_at_its_first_state, holder_of
 from safetensors.torch import load_file
 
 from gentron_fast.text import TextEncoder
@@ -78,19 +78,11 @@ def test_every_step_has_its_captions_whatever_came_before():
     assert [captions for captions, _ in batches(TRAINING, 3)] == whole[3:]
 
 
-def test_an_interrupted_run_ends_as_a_whole_one(tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_as_a_whole_one(tmp_path):
     train(tmp_path / "whole", TRAINING, "cpu", resume=False)
-    save_state = text_training.save_state
-
-    def save_and_stop(*args):
-        save_state(*args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(text_training, "save_state", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_off_at_its_first_state(text_training):
         train(tmp_path / "parts", TRAINING, "cpu", resume=False)
     assert not (tmp_path / "parts").exists()
-    monkeypatch.undo()
     train(tmp_path / "parts", TRAINING, "cpu", resume=True)
     assert not (tmp_path / "parts.training").exists()
     for name in ("clip", "t5"):
