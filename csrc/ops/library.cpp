@@ -1,5 +1,6 @@
 // The schemas of all CPU operators; each is implemented in the file of its name.
 
+#include <omp.h>
 #include <torch/library.h>
 
 TORCH_LIBRARY(gentron, m) {
@@ -26,4 +27,6 @@ TORCH_LIBRARY(gentron, m) {
   m.def(
       "rescaled_weights_cpu(Tensor? null_still, Tensor? null_motion, Tensor text, Tensor weights, "
       "Tensor rescale) -> Tensor");
+  // No operator: ends the OpenMP workers of the calling thread, and says whether it did.
+  m.def("release_workers_cpu() -> bool", [] { return omp_pause_resource_all(omp_pause_soft) == 0; });
 }

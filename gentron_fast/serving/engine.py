@@ -20,9 +20,10 @@ from gentron_fast.schema import MOST_TIMESTEPS
 from gentron_fast.transfer import on_device
 from gentron_fast.vae import REASONS
 
-# Clips made at a time, however much memory there is: a CPU gains nothing from more, and a step of
-# all of them is what a new one waits for.
+# Clips in a step, however much memory there is: a CPU gains nothing from more, and a step of all of
+# them is what a new one waits for.
 MOST_CLIPS = {"cpu": 8, "cuda": 64}
+SHAPES = 2  # of which so many clips can be in the making at once
 CONDITIONS = 2  # of a clip: its null text and its text
 SHARE = 0.8  # of the free memory that clips may take
 Mark = float | torch.cuda.Event
@@ -30,11 +31,16 @@ Mark = float | torch.cuda.Event
 
 class Memory(NamedTuple):
     """What was measured, in bytes: `clip`, of one of the pipeline's own frames and size at most, in
-    a step or decoded; `room`, for all clips. max_batch: how many of them can be made at a time."""
+    a step or decoded; `room`, for all clips. max_batch: how many of them a step takes."""
 
     clip: int
     room: int
     max_batch: int
+
+    @property
+    def clips(self) -> int:
+        """How many there is room for, at least one."""
+        return max(1, self.room // self.clip)
 
 
 class Clip:
@@ -67,13 +73,16 @@ class Engine:
     """
 
     def __init__(self, pipeline: GenTronPipeline, max_batch: int, memory: Memory | None = None):
-        """max_batch: of clips of the pipeline's own frames and size; memory: None where a clip
-        alone may be of any size."""
+        """max_batch: clips of one shape, of the pipeline's own frames and size, that take a step
+        together; memory: None where a clip alone may be of any size."""
         self.pipeline, self.max_batch, self._memory = pipeline, max_batch, memory
         self.clips: list[Clip] = []
         self._own = math.prod(own_shape(pipeline))
+        self._places = SHAPES * max_batch
+        most = self._places if memory is None else min(self._places, memory.clips)
+        self._room = max(max_batch, most)
         self._shared = SharedWork(
-            pipeline.transformer, CONDITIONS, MOST_TIMESTEPS, places=max_batch
+            pipeline.transformer, CONDITIONS, MOST_TIMESTEPS, places=self._places
         )
         # Of prompts that clips are made of: with the last one they go.
         self._texts: WeakValueDictionary[str, PreparedText] = WeakValueDictionary()
@@ -100,13 +109,17 @@ class Engine:
             )
 
     def has_room(self, shape: tuple[int, int, int, int]) -> bool:
-        """Whether a clip with latents of this shape can join; alone any can."""
+        """Whether there is room for a clip with latents of this shape beside all others; alone any
+        has it."""
         taken = sum(math.prod(clip.denoiser.latent_shape) for clip in self.clips)
-        fits = (
-            taken + math.prod(shape) <= self.max_batch * self._own
-            and len(self.clips) < self.max_batch
-        )
-        return fits or not self.clips
+        fits = taken + math.prod(shape) <= self._room * self._own
+        return not self.clips or (fits and len(self.clips) < self._places)
+
+    def step_takes(self, shape: tuple[int, int, int, int]) -> bool:
+        """Whether a step of the clips of this shape takes one more; one it always does."""
+        count = 1 + sum(clip.denoiser.latent_shape == tuple(shape) for clip in self.clips)
+        fits = count * math.prod(shape) <= self.max_batch * self._own
+        return count == 1 or (fits and count <= self.max_batch)
 
     def join(self, sampling: Sampling) -> Clip:
         """A clip of a sampling of one. ValueError where its text is not finite."""

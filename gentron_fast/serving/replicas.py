@@ -118,6 +118,9 @@ class Replicas:
     def has_room(self, shape: tuple[int, ...]) -> bool:
         return len(self._clips) < self.max_batch
 
+    def step_takes(self, shape: tuple[int, ...]) -> bool:
+        return True
+
     def join(self, sampling: Sampling) -> Remote:
         clip = Remote(sampling)
         if not self._clips:

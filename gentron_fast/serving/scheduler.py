@@ -16,6 +16,7 @@ from gentron_fast.pipeline import GenTronPipeline, Sampling
 from gentron_fast.serving.engine import Clip, Engine, measured
 from gentron_fast.serving.job import DeadlinePassed, Job, Progress
 from gentron_fast.serving.request import Request
+from gentron_fast.threads import release_workers
 
 WINDOW = 10.0  # seconds over which the rate of steps is taken
 LATENCIES = 512  # of the newest clips, that percentiles are taken of
@@ -54,10 +55,11 @@ class Scheduler:
         max_batch: int | None = None,
         engine=None,
     ):
-        """queue_size: how many requests may wait; max_batch: how many clips are made at a time,
-        clips of the pipeline's own frames and size: of larger ones fewer. None: as many as there
-        is memory for, but no more than `engine.MOST_CLIPS` of the device. engine:
-        what makes the clips in the pipeline's place, which then only checks what is asked for."""
+        """queue_size: how many requests may wait; max_batch: how many clips of one shape take a
+        step together, clips of the pipeline's own frames and size: of larger ones fewer. None: as
+        many as there is memory for, but no more than `engine.MOST_CLIPS` of the device. Of two
+        shapes there are as many each, where there is memory for them. engine: what makes the clips
+        in the pipeline's place, which then only checks what is asked for."""
         self.pipeline, self.queue_size = pipeline, queue_size
         if engine is None:
             memory = measured(pipeline)
@@ -70,6 +72,7 @@ class Scheduler:
         self._counts, self._faults, self.is_broken = Counter(), 0, False
         self._latencies: deque[float] = deque(maxlen=LATENCIES)
         self._recent: deque[tuple[float, int]] = deque()
+        release_workers()  # of this thread: beside them the scheduler's could not spin
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
         # A thread in the middle of a step would outlive what it needs.
@@ -177,12 +180,10 @@ class Scheduler:
                 self._leave(clip, reason)
 
     def _admit(self) -> None:
-        """Take from the head of the queue what there is room for: who came first goes first."""
-        while True:
-            with self._changed:
-                if not self._queue or not self._engine.has_room(self._queue[0][1].shape):
-                    return
-                job, sampling = self._queue.popleft()
+        """Take from the queue what there is room for: who came first goes first. Whoever waits only
+        for a place in a step of his own shape keeps no other shape waiting."""
+        while (entry := self._next()) is not None:
+            job, sampling = entry
             job.start()
             try:
                 clip = self._engine.join(sampling)
@@ -191,6 +192,16 @@ class Scheduler:
             else:
                 with self._changed:
                     self._jobs[clip] = job
+
+    def _next(self) -> tuple[Job, Sampling] | None:
+        with self._changed:
+            for entry in self._queue:
+                if not self._engine.has_room(entry[1].shape):
+                    return None
+                if self._engine.step_takes(entry[1].shape):
+                    self._queue.remove(entry)
+                    return entry
+        return None
 
     def _step(self, clips: list[Clip]) -> None:
         """A step of clips of one shape. Where they fail together each is tried alone, so that

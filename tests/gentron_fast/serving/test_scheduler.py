@@ -179,9 +179,12 @@ def test_clips_that_come_and_go_in_bf16_are_no_worse_than_plain_bf16(
     assert 0 < errors[0] <= 1.1 * errors[1]
 
 
-def test_a_long_clip_waits_for_no_short_one_and_keeps_none_waiting(pipeline):
+def test_a_long_clip_waits_for_no_short_one_and_keeps_none_waiting(pipeline, monkeypatch):
     """Shapes take turns; what is too large for the room left goes before what came after it."""
-    scheduler, order = Scheduler(pipeline, max_batch=2), []
+    memory = engine.Memory(clip=10, room=25, max_batch=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("gentron_fast.serving.scheduler.measured", lambda pipeline: memory)
+        scheduler, order = Scheduler(pipeline), []
     own = pipeline.default_frames  # four frames of 64 × 64: half of the room each
     first = scheduler.submit(Request("a star", steps=60, frames=1, height=32, width=32))
     large = Request("a star", steps=2, frames=2 * own, height=64, width=64)
@@ -198,6 +201,41 @@ def test_a_long_clip_waits_for_no_short_one_and_keeps_none_waiting(pipeline):
         job.add_done_callback(order.append)
     scheduler.close()
     assert order == [*jobs, long]
+
+
+def test_a_full_step_keeps_no_other_shape_waiting(pipeline):
+    """Of either shape as many take a step as one does; who waits for a place in his own is passed
+    by the other's, and by nobody of his own."""
+    scheduler, order = Scheduler(pipeline, max_batch=2), []
+    made, seen = scheduler._engine, []
+    of_step = made.step
+
+    def step(clips):
+        shapes = [clip.denoiser.latent_shape for clip in made.clips]
+        seen.append(tuple(sorted(shapes.count(shape) for shape in set(shapes))))
+        of_step(clips)
+
+    made.step = step
+    with scheduler._changed:  # all are there before the first is begun
+        wide = [Request("a star", seed=seed, **SMALL | {"steps": 20}) for seed in range(3)]
+        jobs = [scheduler.submit(request) for request in wide]
+        images = SMALL | {"steps": 2, "frames": 1}
+        jobs += [scheduler.submit(Request("a star", seed=seed, **images)) for seed in range(3)]
+    for job in jobs:
+        job.add_done_callback(order.append)
+    scheduler.close()
+    assert order == [*jobs[3:], *jobs[:3]]
+    assert seen[0] == (2, 2) and max(map(sum, seen)) == 4
+
+
+def test_a_clip_waits_where_memory_is_short(pipeline):
+    own = engine.Engine(pipeline, 2, engine.Memory(clip=10, room=25, max_batch=2))
+    image, clip = (pipeline.sampling("", frames=frames).shape for frames in (1, 4))
+    assert pipeline.default_frames == 4
+    for frames in (4, 1, 1):
+        own.join(pipeline.sampling("a star", steps=2, frames=frames))
+    assert own.has_room(image) and not own.step_takes(image)
+    assert not own.has_room(clip) and own.step_takes(clip)
 
 
 def test_shapes_share_the_time_and_not_the_steps(pipeline, monkeypatch):

@@ -23,6 +23,7 @@ from gentron_fast import GenTronPipeline, serve
 from gentron_fast.generate import main as generate
 from gentron_fast.media import read_video, write_media
 from gentron_fast.serving import Request
+from gentron_fast.serving.replicas import AUTOSCALING
 from gentron_train.data.precompute import main as precompute
 from gentron_train.small_world.renderer import seen_prompts
 
@@ -54,13 +55,17 @@ class TwoNodes:
         self.second = None
         return True
 
+    def workers(self, kind: str) -> list[psutil.Process]:
+        """The processes of actors."""
+        children = psutil.Process().children(recursive=True)
+        return [process for process in children if kind in "".join(process.cmdline())]
+
     def kill_worker(self, kind: str = "MapWorker") -> bool:
         """An actor's process; False while there is none."""
-        for process in psutil.Process().children(recursive=True):
-            if kind in "".join(process.cmdline()):
-                process.send_signal(signal.SIGKILL)
-                return True
-        return False
+        workers = self.workers(kind)
+        if workers:
+            workers[0].send_signal(signal.SIGKILL)
+        return bool(workers)
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +169,42 @@ def test_a_replica_that_dies_loses_no_request(nodes, tiny_pipeline_folder):
         asked = {"seed": request.seed, "steps": 40, "solver": "ddim", "progress": False}
         alone = pipeline("a red circle", **asked).frames[0]
         assert (frames.int() - alone.int()).abs().max() <= 1
+
+
+@in_full
+def test_a_second_replica_comes_by_need_and_goes(nodes, tiny_pipeline_folder, monkeypatch):
+    """Clips that were begun on the first one are not lost by it, and those of both are right."""
+    monkeypatch.setitem(AUTOSCALING, "downscale_delay_s", 5)
+    options = [str(tiny_pipeline_folder), f"--ray={nodes.address}", "--max-batch=2", "--queue=64"]
+    wanted = [Request("a red circle", seed=seed, steps=1000, solver="ddim") for seed in range(64)]
+
+    def replicas():
+        return len(nodes.workers("ServeReplica:gentron"))
+
+    def wait_for(count, seconds=90):
+        end = time.monotonic() + seconds
+        while replicas() != count:
+            assert time.monotonic() < end, f"{replicas()} replicas after {seconds} s"
+            time.sleep(0.2)
+
+    with ExitStack() as until_the_end:
+        _, scheduler = serve.load(serve.parse_arguments(options), until_the_end)
+        assert replicas() == 1
+        jobs = [scheduler.submit(request) for request in wanted]
+        wait_for(2)
+        started = sum(job.state != "queued" for job in jobs)
+        for job in jobs[started + 8 :]:  # the next eight are begun beside both
+            job.cancel()
+        made = {job.request.seed: job.result(180) for job in jobs[: started + 8]}
+        wait_for(1)
+        last = scheduler.submit(Request("a red circle", seed=0, steps=2)).result(60)
+        assert len(last) == 4
+        scheduler.close(5)
+    pipeline = GenTronPipeline.from_pretrained(tiny_pipeline_folder)
+    for seed in (0, 1, started, started + 3, started + 7):
+        asked = {"seed": seed, "steps": 1000, "solver": "ddim", "progress": False}
+        alone = pipeline("a red circle", **asked).frames[0]
+        assert (made[seed].int() - alone.int()).abs().max() <= 1
 
 
 @pytest.fixture(scope="module")
