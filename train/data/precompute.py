@@ -143,8 +143,17 @@ class Encoder:
 
 
 def encode_in_order(records: Iterator[Record], encoder: Encoder) -> Iterator[Record]:
-    """The same records in the same order, each with its files; those of one size are encoded
-    together."""
+    """The same records in the same order, each with its files.
+
+    What is encoded together differs in the last bits from what is encoded alone, so that no samples
+    of two shards are: a new shard is the same whatever is made before and behind it.
+    """
+    for _, own in groupby(records, key=lambda record: record.shard):
+        yield from encode_shard(own, encoder)
+
+
+def encode_shard(records: Iterator[Record], encoder: Encoder) -> Iterator[Record]:
+    """Those of one size are encoded together."""
     waiting: deque[Record] = deque()
     groups: dict[torch.Size, list[Record]] = {}
     for record in records:

@@ -160,6 +160,18 @@ def test_precompute_goes_on_where_it_was_cut_off(shards, models, tmp_path, monke
     assert "with other settings or models" in capsys.readouterr().err
 
 
+def test_a_new_shard_is_the_same_whatever_is_made_before_it(shards, models, tmp_path):
+    """To the byte, though texts that are encoded together differ from those encoded alone."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.tar").symlink_to(shards / "clips-0.tar")
+    options = [f"--pipeline={models}", "--size=32x32", "--workers=0", "--max-broken=1"]
+    for folder, names in (("both", "{a,b}"), ("alone", "b")):
+        command = [f"{tmp_path}/{names}.tar", str(tmp_path / folder), *options]
+        assert precompute_main(command) == 0
+    made = [(tmp_path / folder / "b.tar").read_bytes() for folder in ("both", "alone")]
+    assert made[0] == made[1]
+
+
 def test_a_shard_that_was_replaced_under_its_name_is_told(models, tmp_path, capsys):
     path, out = tmp_path / "a.tar", tmp_path / "out"
     command = [str(path), str(out), f"--vae={models / 'vae'}", "--no-text", "--workers=0"]
