@@ -10,7 +10,7 @@
 # make study    people judge the model that ships at two guidance values: docs/study.md
 # make sanitize   the C++ operators and runtime under AddressSanitizer and UndefinedBehaviorSanitizer
 # make ray    200 clips on a Ray cluster of two nodes here, one of them or a worker killed: equal to one process, to the
-#             byte; the same for latents, and clips by HTTP: minutes
+#             byte; the same for latents, replicas that come and go, and clips by HTTP: 16 minutes
 # make nodes  training over two nodes, namespaces of this machine, one of them lost: needs root, sshd and pdsh
 # make fuzz   100,000 hostile files for the runtime under both, 6 minutes; FUZZ=another number
 # make soak    a load test of the server, 10 minutes: nothing lost, nothing wrong, memory flat; MINUTES=another number
