@@ -1,21 +1,25 @@
-"""A clip of the model that ships, from noise to latents, and its decoding.
+"""A clip of the model that ships: from noise to latents, from its prompt to pixels; its decoding.
 
 pytest bench/bench_generate.py --benchmark-only
 """
 
 from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from bench_step import Step, plainly
-from contest import OURS, Contender, absent
+from contest import DTYPES, OPENVINO, OURS, Contender, absent
+from engines import engine, openvino_forward, told
+from torch import nn
 
 from gentron_fast import GenTronPipeline
 from gentron_fast.fp8 import use_fp8
 from gentron_fast.solvers import make_table
 
 PROMPT = "a red circle moving left"
-STEPS = 10
+STEPS, WHOLE_STEPS = 10, 20
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +27,12 @@ def pipeline():
     return GenTronPipeline.from_pretrained()
 
 
-def sampled(step):
+def sampled(step, steps=STEPS):
     """All steps of the table, from (latents, x0 of the step before, step) → the next."""
 
     def run(latents):
         x0 = None
-        for number in range(STEPS):
+        for number in range(steps):
             latents, x0 = step(latents, x0, number)
         return latents
 
@@ -57,6 +61,8 @@ def test_clip(measure, contest, pipeline):
         compiled = sampled(step.batched_compiled), sampled(step.ours_compiled())
         contenders.append(Contender("batched, torch.compile", plainly(compiled[0])))
         contenders.append(Contender("ours, compiled", compiled[1]))
+    if contest.device == "cpu":
+        contenders += contest.engines(partial(step.engines, sampled))
     row = measure(
         f"clip, {STEPS} guided steps, small",
         shape,
@@ -75,6 +81,95 @@ def test_clip(measure, contest, pipeline):
     error = float((off - exact).norm() / exact.norm())
     reuse = row["contenders"]["ours, reuse=2"]["error"]
     print(f"\noff the definition's latents: reuse=2 {reuse:.1%}, fp8, emulated {error:.1%}")
+
+
+class Decoder(nn.Module):
+    """A VAE's decoding as a module of tensors alone."""
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents):
+        return self.vae.decode(latents)
+
+
+class WholeClip:
+    """Ways from noise to the pixels of a prompt, each of which encodes the prompt, makes ahead what
+    a clip makes ahead, runs all steps and decodes."""
+
+    def __init__(self, dtype):
+        self.pipeline = GenTronPipeline.from_pretrained(dtype=dtype)
+        self.dtype, self.vae = dtype, self.pipeline.vae
+        model, side = self.pipeline.transformer, self.pipeline.default_size[0] // self.vae.factor
+        self.shape = 1, model.config.in_channels, self.pipeline.default_frames, side, side
+        self.table = make_table("dpm++", self.pipeline.scheduler, WHOLE_STEPS)
+        self.step = self.step_of(model)
+
+    def texts(self):
+        return [self.pipeline.encode([prompt]) for prompt in (PROMPT, "")]
+
+    def step_of(self, model) -> Step:
+        return Step(model.config, self.shape, self.dtype, "cpu", model, self.texts(), self.table)
+
+    def by(self, step: Step, make_step, decode=None):
+        """make_step: called for each clip, with the step's texts in place; decode: the VAE's."""
+        decode = decode or self.vae.decode
+
+        @torch.no_grad()
+        def run(latents):
+            step.text, step.null_text = self.texts()
+            latents = sampled(make_step(), WHOLE_STEPS)(latents)
+            return decode(latents.to(self.dtype))
+
+        return run
+
+    def compiled(self):
+        model = self.step.copy(self.dtype)
+        model.compile_blocks()
+        step = self.step_of(model)
+        return self.by(step, step.ours)
+
+    def openvino(self):
+        """The steps and the decoding by OpenVINO, the text encoders as they are."""
+        run, threads = self.step.batched_openvino()
+        decoder = Decoder(deepcopy(self.vae).float())
+        decode, _ = openvino_forward(decoder, (torch.zeros(self.shape),), self.dtype)
+        return self.by(self.step, lambda: run, lambda x: decode(x.float()).clone()), told(threads)
+
+    def definition(self, latents):
+        vae = deepcopy(self.vae).to(latents.dtype)
+        with torch.no_grad():
+            latents = sampled(self.step.definition, WHOLE_STEPS)(latents)
+            return vae.decode(latents.to(vae.dtype))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="beside engines for the CPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whole_clip(measure, contest, dtype):
+    """From the prompt to pixels: text encoders, 20 steps at the paper's guidance, VAE."""
+    clip = WholeClip(dtype)
+    plain = clip.by(clip.step, lambda: clip.step.batched)
+    contenders = [
+        Contender(OURS, clip.by(clip.step, clip.step.ours)),
+        Contender("one batched forward", plainly(plain)),
+    ]
+    if contest.smoke:
+        contenders.append(absent("ours, compiled", "not compiled in a dry run"))
+    else:
+        contenders.append(Contender("ours, compiled", clip.compiled()))
+    contenders += contest.engines(lambda: [engine(OPENVINO, clip.openvino)])
+    # Guidance lets the rounding of bf16 grow over a clip.
+    is_exact = dtype == torch.float32
+    measure(
+        f"clip of a prompt, {WHOLE_STEPS} guided steps, small",
+        clip.shape,
+        dtype,
+        make=lambda randn: (randn(*clip.shape, dtype=torch.float32),),
+        definition=clip.definition,
+        contenders=[replace(contender, exact=is_exact) for contender in contenders],
+        times_launch=True,
+    )
 
 
 def test_decode_clip(benchmark, pipeline):

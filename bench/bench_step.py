@@ -4,6 +4,7 @@ pytest bench/bench_step.py --benchmark-only
 """
 
 import contextlib
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from unittest import mock
@@ -11,7 +12,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from contest import DTYPES, OURS, Contender, absent
+from contest import DTYPES, OPENVINO, OURS, ZENTORCH, Contender, absent
+from engines import engine, openvino_forward, told
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gentron_fast import PRESETS, EncodedText, GenTron, TextCondition, layers
@@ -26,7 +29,7 @@ PROMPT, NULL = {"clip": 20, "t5": 40}, {"clip": 2, "t5": 1}  # tokens
 TABLE = make_table("dpm++", SCHEDULER_CONFIG, 50)
 STEP = 25
 EAGER = "three eager forwards"
-PEERS = ("compiled", "Latte")
+PEERS = ("compiled", "engines", "Latte")
 WHOLE_DEPTH = 12  # blocks, up to which torch.compile gets a model as one graph
 
 
@@ -82,6 +85,26 @@ def plainly(function):
             return function(*inputs)
 
     return run
+
+
+def tensors_of(text: TextCondition) -> list[torch.Tensor]:
+    """What a text holds, encoder by encoder."""
+    return [tensor for part in text for tensor in part or () if tensor is not None]
+
+
+class PlainBranches(nn.Module):
+    """The forward of the three branches that other engines get, of tensors alone: x (3, C, T, H, W)
+    and timestep (3,), then `tensors_of` a text of three, which says what is in them."""
+
+    def __init__(self, model: GenTron, text: TextCondition):
+        super().__init__()
+        self.model, self.text = model, text
+        device = model.patch_embed.weight.device
+        self.register_buffer("flags", torch.tensor([True, False, False], device=device))
+
+    def forward(self, x, timestep, *tensors):
+        tensors = iter(tensors)
+        return self.model(x, timestep, self.text.map(lambda _: next(tensors)), self.flags)
 
 
 def text_of(config, lengths, dtype, device) -> TextCondition:
@@ -164,28 +187,70 @@ class Step:
             parts = [self.model(x, self.timestep(step), text, flags) for text, flags in runs]
         return self.update(latents, parts, x0_previous, step)
 
+    def branch_texts(self) -> TextCondition:
+        """The texts of the three branches, padded to one length and masked."""
+        return TextCondition.cat([self.null_text, self.null_text, self.text])
+
     def stacked(self, x, timestep, text, flags):
         return self.model(x, timestep, text, flags)
 
     def batched(self, latents, x0_previous, step=STEP, forward=None):
         """One forward of the three branches, texts padded to one length and masked."""
-        text = TextCondition.cat([self.null_text, self.null_text, self.text])
         flags = torch.tensor([True, False, False], device=self.device)
         x = latents.to(self.dtype).repeat(3, 1, 1, 1, 1)
         with torch.no_grad():
-            inputs = x, self.timestep(step).expand(3), text, flags
+            inputs = x, self.timestep(step).expand(3), self.branch_texts(), flags
             parts = (forward or self.stacked)(*inputs).split(1)
         return self.update(latents, parts, x0_previous, step)
 
     def batched_compiled(self, latents, x0_previous, step=STEP):
         return self.batched(latents, x0_previous, step, self.compiled)
 
-    def batched_blocks_compiled(self):
+    def batched_blocks_compiled(self, model=None, **options):
         """`batched` of the same weights in a model whose blocks are compiled: all of a large model
-        as one graph is minutes of compilation."""
-        model = self.copy(self.dtype)
-        model.compile_blocks()
+        as one graph is minutes of compilation. model: whose weights are not shared."""
+        model = self.copy(self.dtype) if model is None else model
+        model.compile_blocks(**options)
         return partial(self.batched, forward=model)
+
+    def batched_openvino(self):
+        """`batched` by OpenVINO, and the threads it takes: the plain forward converted for texts of
+        these lengths, which are inputs, with the same weights."""
+        model = self.copy(torch.float32)
+        text = self.branch_texts().to(dtype=torch.float32)
+        x = torch.zeros(3, *self.shape[1:])
+        inputs = x, self.timestep(STEP).expand(3).clone(), *tensors_of(text)
+        with plain_operators():
+            run, threads = openvino_forward(PlainBranches(model, text), inputs, self.dtype)
+
+        def forward(x, timestep, text, flags):
+            return run(x.float(), timestep, *tensors_of(text.to(dtype=torch.float32)))
+
+        return partial(self.batched, forward=forward), threads
+
+    def engines(self, around=lambda step: step) -> list[Contender]:
+        """`batched` by engines of others; around: what makes a contender of a step."""
+
+        def openvino():
+            run, threads = self.batched_openvino()
+            return around(run), told(threads)
+
+        def zentorch():
+            from torch._inductor import config as inductor_config
+
+            # Block by block: of the timestep's embedding in fp64 it makes no graph. A copy: it
+            # lays the weights out anew where they are.
+            own = deepcopy(self.model)
+            run = plainly(around(self.batched_blocks_compiled(own, backend="zentorch")))
+
+            def alone(*inputs):
+                # What it tells Inductor at its first call would change others' compilations.
+                with inductor_config.patch(joint_custom_post_pass=None):
+                    return run(*inputs)
+
+            return alone, f"{told(torch.get_num_threads())}, block by block"
+
+        return [engine(OPENVINO, openvino), engine(ZENTORCH, zentorch)]
 
     def update(self, latents, parts, x0_previous, step):
         weights = guidance_weights(LAMBDA_T, LAMBDA_M)
@@ -310,6 +375,8 @@ def compete(measure, contest, name, config, shape, dtype, peers=PEERS, eager=Tru
             Contender("batched, torch.compile", plainly(compiled), note, flops=batched)
         )
         contenders.append(Contender("ours, compiled", step.ours_compiled()))
+    if "engines" in peers and contest.device == "cpu":
+        contenders += contest.engines(step.engines)
     for depth, latte_flops in depths.items():
         label = f"Latte, {latte_flops / plain:.2f} × three forwards' FLOPs"
         contenders.append(replace(step.latte(depth), name=label, flops=latte_flops))

@@ -1,7 +1,7 @@
 """What every benchmark takes: the contest, the clip's shape, options, and the table at the end.
 
 pytest bench/ --benchmark-only      measures          pytest bench/ --benchmark-disable   a dry run
-RESULTS=DIR                         keeps the rows    --full, --budget                    see --help
+RESULTS=DIR                         keeps the rows    --full, --budget, --threads         see --help
 """
 
 import contextlib
@@ -33,6 +33,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("gentron_fast")
     group.addoption("--full", action="store_true", help="every row, without a budget")
     group.addoption("--brief", action="store_true", help="few rounds, and fewer peers")
+    group.addoption("--threads", type=int, help="of every contender on the CPU (default: torch's)")
     group.addoption(
         "--budget",
         type=float,
@@ -42,6 +43,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: measured under --full only")
+    if (threads := config.getoption("threads")) is not None:
+        if threads < 1:
+            raise pytest.UsageError(f"--threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
     command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
     smoke, brief = config.getoption("benchmark_disable"), config.getoption("brief")
     config.stash[_CONTEST] = Contest(DEVICE, smoke, brief, command)

@@ -27,6 +27,7 @@ DTYPES = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16]}[DEVI
 PRESET_NAMES = ["XL/2-T2V", "G/2-T2V"]
 
 OURS, COPY, COMPILE = "ours", "copy", "torch.compile"
+OPENVINO, ZENTORCH = "OpenVINO", "zentorch"
 # ‖out - reference‖ / ‖reference‖ above which a contender computes something else.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 # On the CPU max-autotune chooses among templates of matrix products with frozen weights and tunes
@@ -36,6 +37,7 @@ COMPILE_MODES = {"cpu": ["default"], "cuda": ["default", "max-autotune-no-cudagr
 SECONDS = 3.0  # of measuring a row, within
 ROUNDS, BRIEF_ROUNDS = (9, 100), (5, 50)
 PRODUCT_SIDE = {"cpu": 1024, "cuda": 8192}
+REST = 0.01  # seconds in which threads without work leave the cores
 SLEEP_HZ = 2e9  # at least the GPU's clock, so that a sleep is never shorter than meant
 
 
@@ -46,7 +48,9 @@ class Contender:
     run: a function of one input set, None where it is absent; note: its variant, or why it is
     absent. Of several contenders with one name the fastest counts. checked: held against the
     definition; another model for the same task is not. exact: False for an approximation, whose
-    error is told and not judged. flops: of one call, where they are not ours'.
+    error is told and not judged. flops: of one call, where they are not ours'. own_threads: it
+    computes in threads that are not torch's, which wait for more work in a loop: before every pass
+    of such a row they get the time to give up.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Contender:
     checked: bool = True
     exact: bool = True
     flops: int | None = None
+    own_threads: bool = False
 
 
 def absent(name: str, reason: str) -> Contender:
@@ -96,6 +101,12 @@ class Contest:
             Contender(name, torch.compile(function, dynamic=False, mode=mode), mode)
             for mode in modes or COMPILE_MODES[self.device][: 1 if self.brief else None]
         ]
+
+    def engines(self, make: Callable[[], list[Contender]]) -> list[Contender]:
+        """The contenders that `make` converts or compiles a whole model for."""
+        if self.smoke:
+            return [absent(name, "not converted in a dry run") for name in (OPENVINO, ZENTORCH)]
+        return make()
 
     def measure(
         self,
@@ -246,11 +257,12 @@ class Contest:
         if self.device == "cpu":
             keep_freed_memory()  # as the CUDA allocator does: no page fault is timed
         order = list(calls)
+        rest = REST if any(contender.own_threads for contender in order) else 0.0
         launch = {}  # the host's seconds for a pass
         for _ in range(1 if self.smoke else 2):
             start = time.perf_counter()
             for contender in order:
-                launch[contender] = self._pass(calls[contender])[1]
+                launch[contender] = self._pass(calls[contender], rest=rest)[1]
             elapsed = time.perf_counter() - start
         low, high = BRIEF_ROUNDS if self.brief else ROUNDS
         rounds = 1 if self.smoke else min(high, max(low, int(SECONDS / elapsed)))
@@ -258,18 +270,21 @@ class Contest:
         for _ in range(rounds):
             for contender in order:
                 lead = 0.0 if times_launch else launch[contender]
-                samples[contender].append(self._pass(calls[contender], lead)[0])
+                samples[contender].append(self._pass(calls[contender], lead, rest)[0])
             order = order[1:] + order[:1]
         return samples
 
-    def _pass(self, prepare: Callable, launch: float = 0.0) -> tuple[float, float]:
-        """Seconds a call over one pass, and the host's seconds for the pass.
+    def _pass(
+        self, prepare: Callable, launch: float = 0.0, rest: float = 0.0
+    ) -> tuple[float, float]:
+        """Seconds a call over one pass, after so many of rest, and the host's for the pass.
 
         launch: the host's seconds to launch a pass on the GPU, which sleeps as long before it
         begins: the kernels lie ready, and no launch is timed. Results live to the pass's end: a
         block that is freed at once would be written again while the cache still holds it.
         """
         calls = prepare()
+        time.sleep(rest)
         with torch.no_grad():
             if self.device == "cpu":
                 start = time.perf_counter()

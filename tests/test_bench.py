@@ -21,7 +21,8 @@ import scale
 import torch
 import work
 from bench_step import Step
-from contest import OURS, Contender, Contest, absent
+from contest import OPENVINO, OURS, ZENTORCH, Contender, Contest, absent
+from engines import engine
 
 from gentron_fast import PRESETS, GenTron
 
@@ -422,6 +423,69 @@ def test_a_row_of_compiled_peers_measures_no_eager_one_again(contest):
         *(measured, contest, "a step", config, shape, torch.float32, ("compiled",)), eager=False
     )
     assert names == ["ours", "batched, torch.compile", "ours, compiled"]
+
+
+def test_an_engine_that_cannot_run_is_absent_with_the_reason(tmp_path, monkeypatch):
+    (tmp_path / "openvino.py").write_text("raise ImportError('libov.so:\\nno such file')")
+    (tmp_path / "zentorch.py").write_text("import gone_engine")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("openvino", "zentorch"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert engine(OPENVINO, None).note == "openvino does not load: libov.so:"
+    assert engine(ZENTORCH, None).note == "zentorch: gone_engine is not installed"
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert engine(OPENVINO, None) == absent(OPENVINO, "openvino is not installed")
+
+    def refuses():
+        raise RuntimeError("no such operator\nin line 7")
+
+    monkeypatch.setitem(sys.modules, "openvino", sys)
+    assert engine(OPENVINO, refuses) == absent(OPENVINO, "RuntimeError: no such operator")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_openvino_takes_the_step_where_it_is_installed(contest, dtype):
+    openvino = pytest.importorskip("openvino")
+    shape, config = (1, 4, 2, 4, 4), replace(PRESETS["small-T2V"], depth=2)
+    step = Step(config, shape, dtype, "cpu")
+    (peer,) = (one for one in step.engines() if one.name == OPENVINO)
+    capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if dtype == torch.bfloat16 and "BF16" not in capabilities:
+        assert "this processor computes in" in peer.note and peer.run is None
+        return
+    row, _ = contest.measure(
+        *("a step", shape, dtype),
+        make=lambda randn: tuple(randn(*shape, dtype=torch.float32) for _ in range(2)),
+        definition=step.definition,
+        contenders=[Contender(OURS, step.ours()), peer],
+    )
+    entry = row["contenders"][OPENVINO]
+    assert entry["error"] <= measuring.TOLERANCE[dtype] and entry["speedup"] > 0
+    threads = torch.get_num_threads()
+    assert entry["note"].startswith(f"{threads} thread") and "version 20" in entry["note"]
+    # Of other texts and latents of these sizes it makes what the definition makes, too.
+    step.text = step.text.map(lambda t: -t if t.is_floating_point() else t)
+    latents, x0 = (-torch.rand(shape) for _ in range(2))
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    wanted, _ = step.definition(latents.to(wide), x0.to(wide))
+    made, _ = peer.run(latents, x0)
+    assert (made - wanted).norm() <= measuring.TOLERANCE[dtype] * wanted.norm()
+
+
+def test_rows_are_of_as_many_threads_as_asked_for(tmp_path):
+    (tmp_path / "told.py").write_text("""
+import records
+
+def pytest_collection_finish(session):
+    print(records.device_name("cpu"))
+""")
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "told", "--collect-only"]
+    command += ["bench/bench_guided_step.py", "--threads"]
+    paths = {"PYTHONPATH": str(tmp_path)}
+    options = {"cwd": ROOT, "env": os.environ | paths, "capture_output": True, "text": True}
+    one, none = (subprocess.run([*command, number], **options) for number in ("1", "0"))
+    assert one.returncode == 0 and ", 1 threads)" in one.stdout, one.stdout + one.stderr
+    assert none.returncode != 0 and "--threads must be at least 1, got 0" in none.stderr
 
 
 def test_rows_survive_a_kill_in_the_middle(tmp_path):
