@@ -98,12 +98,12 @@ class WholeClip:
     """Ways from noise to the pixels of a prompt, each of which encodes the prompt, makes ahead what
     a clip makes ahead, runs all steps and decodes."""
 
-    def __init__(self, dtype):
+    def __init__(self, dtype, steps=WHOLE_STEPS):
         self.pipeline = GenTronPipeline.from_pretrained(dtype=dtype)
-        self.dtype, self.vae = dtype, self.pipeline.vae
+        self.dtype, self.steps, self.vae = dtype, steps, self.pipeline.vae
         model, side = self.pipeline.transformer, self.pipeline.default_size[0] // self.vae.factor
         self.shape = 1, model.config.in_channels, self.pipeline.default_frames, side, side
-        self.table = make_table("dpm++", self.pipeline.scheduler, WHOLE_STEPS)
+        self.table = make_table("dpm++", self.pipeline.scheduler, steps)
         self.step = self.step_of(model)
 
     def texts(self):
@@ -119,7 +119,7 @@ class WholeClip:
         @torch.no_grad()
         def run(latents):
             step.text, step.null_text = self.texts()
-            latents = sampled(make_step(), WHOLE_STEPS)(latents)
+            latents = sampled(make_step(), self.steps)(latents)
             return decode(latents.to(self.dtype))
 
         return run
@@ -140,7 +140,7 @@ class WholeClip:
     def definition(self, latents):
         vae = deepcopy(self.vae).to(latents.dtype)
         with torch.no_grad():
-            latents = sampled(self.step.definition, WHOLE_STEPS)(latents)
+            latents = sampled(self.step.definition, self.steps)(latents)
             return vae.decode(latents.to(vae.dtype))
 
 
@@ -148,7 +148,7 @@ class WholeClip:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_whole_clip(measure, contest, dtype):
     """From the prompt to pixels: text encoders, 20 steps at the paper's guidance, VAE."""
-    clip = WholeClip(dtype)
+    clip = WholeClip(dtype, 2 if contest.smoke else WHOLE_STEPS)
     plain = clip.by(clip.step, lambda: clip.step.batched)
     contenders = [
         Contender(OURS, clip.by(clip.step, clip.step.ours)),
@@ -162,7 +162,7 @@ def test_whole_clip(measure, contest, dtype):
     # Guidance lets the rounding of bf16 grow over a clip.
     is_exact = dtype == torch.float32
     measure(
-        f"clip of a prompt, {WHOLE_STEPS} guided steps, small",
+        f"clip of a prompt, {clip.steps} guided steps, small",
         clip.shape,
         dtype,
         make=lambda randn: (randn(*clip.shape, dtype=torch.float32),),
