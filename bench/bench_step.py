@@ -219,7 +219,7 @@ class Step:
         model = self.copy(torch.float32)
         text = self.branch_texts().to(dtype=torch.float32)
         x = torch.zeros(3, *self.shape[1:])
-        inputs = x, self.timestep(STEP).expand(3).clone(), *tensors_of(text)
+        inputs = x, self.timestep(0).expand(3).clone(), *tensors_of(text)
         with plain_operators():
             run, threads = openvino_forward(PlainBranches(model, text), inputs, self.dtype)
 
