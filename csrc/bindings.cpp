@@ -12,6 +12,7 @@
 
 #include "runtime/noise.h"
 #include "runtime/sampler.h"
+#include "runtime/threads.h"
 
 namespace py = pybind11;
 using at::Tensor;
@@ -99,6 +100,8 @@ PYBIND11_MODULE(_runtime, m) {
     }
   });
   m.def("portable_noise", &noise);
+  m.def("available_cores", [](const std::string& root) { return gentron::available_cores(root); });
+  m.def("settle_threads", [](const std::string& root) { gentron::settle_threads(root); });
   py::class_<Sampler>(m, "Sampler")
       .def_static("load", &Sampler::load, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("header", &Sampler::header)

@@ -28,6 +28,7 @@ from gentron_fast.compiled.exporter import MAX_BATCH, MOST_BATCH
 from gentron_fast.compiled.package import part_digests
 from gentron_fast.config import MAX_FRAMES, MAX_SIDE
 from gentron_fast.text import SUBFOLDERS
+from gentron_fast.threads import settle_threads
 
 __all__ = ["CompiledSampler", "export", "export_sampler", "main"]
 
@@ -69,6 +70,7 @@ def export(args: argparse.Namespace) -> None:
     check_temporary_folder()
     check_toolkit(device)
     check_writable([args.out])
+    settle_threads()
     pipeline = GenTronPipeline.from_pretrained(args.pipeline, getattr(torch, args.dtype), device)
     frames = pipeline.default_frames if args.frames is None else args.frames
     size = pipeline.default_size if args.size is None else (args.size * 2)[:2]

@@ -119,8 +119,10 @@ def generate(args: argparse.Namespace) -> None:
 def load_and_make(args, folder: Path, device, clips: list[Clip], frames: int | None) -> None:
     """Load the pipeline in the folder, make and write the clips, and report."""
     from gentron_fast.memory import peak_memory
+    from gentron_fast.threads import settle_threads
 
     start = time.perf_counter()
+    settle_threads()
     pipeline = load_pipeline(args, folder, device)
     load_seconds = time.perf_counter() - start
     if args.offload:
@@ -197,8 +199,10 @@ def generate_compiled(args: argparse.Namespace, prompts: list[str], folder: Path
     from gentron_fast.compiled import CompiledPipeline, CompiledSampler
     from gentron_fast.guidance import guidance_schedule
     from gentron_fast.memory import peak_memory
+    from gentron_fast.threads import settle_threads
 
     start = time.perf_counter()
+    settle_threads()
     sampler = CompiledSampler.load(args.compiled, device=args.device, sha256=args.sha256)
     sampler.check_shape(1 if args.image else args.frames, args.size)
     metadata = sampler.metadata

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from gentron_fast import __version__
+from gentron_fast.threads import settle_threads
 
 ADVICE = "pip install 'gentron_fast[ray]'"
 LOCAL_STORE = 200 * 2**20  # bytes: rows of a few hundred bytes are all that it holds
@@ -28,6 +29,7 @@ class Actor:
         import torch
 
         torch.set_num_threads(cores)
+        settle_threads()
         self.worker, self.wrong = None, ""
         try:
             if version != __version__:

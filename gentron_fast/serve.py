@@ -118,7 +118,9 @@ def load(args: argparse.Namespace, until_the_end: ExitStack):
     from gentron_fast.pipeline import ASSETS, GenTronPipeline
     from gentron_fast.serving import Scheduler
     from gentron_fast.serving.fields import ServedModel
+    from gentron_fast.threads import settle_threads
 
+    settle_threads()
     start, folder = time.perf_counter(), args.pipeline or ASSETS
     device = choose_device(args.device if args.ray is None else "cpu")
     try:

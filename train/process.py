@@ -13,6 +13,7 @@ import deepspeed
 import psutil
 import torch
 
+from gentron_fast.threads import available_cores, settle_threads
 from gentron_train.allocator import keep_freed_memory
 
 REASON_LENGTH = 300  # letters of a library's message
@@ -95,7 +96,8 @@ def start_distributed(timeout: float) -> torch.device:
     with _no_operator_builds():
         deepspeed.init_distributed("gloo", timeout=limit)
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_SIZE"])))
+        torch.set_num_threads(max(1, available_cores() // int(os.environ["LOCAL_SIZE"])))
+    settle_threads()
     return torch.device("cpu")
 
 

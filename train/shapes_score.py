@@ -61,7 +61,9 @@ def _command(argv: list[str]) -> None:
         raise ValueError("--sweep needs --out FILE.json, where its figures are kept")
 
     from gentron_fast import GenTronPipeline
+    from gentron_fast.threads import settle_threads
 
+    settle_threads()
     pipeline = GenTronPipeline.from_pretrained(args.pipeline, device=args.device)
     options = {"frames": args.frames, "steps": args.steps}
     for name in ("solver", *SWEPT):

@@ -13,6 +13,7 @@
 
 #include "refusal.h"
 #include "sampler.h"
+#include "threads.h"
 
 namespace {
 
@@ -208,6 +209,7 @@ at::Tensor scale(const std::optional<double>& value) {
 }
 
 void run(const Arguments& arguments) {
+  gentron::settle_threads();
   gentron::check_writable(arguments.out);
   gentron::Tensors tensors;
   if (!arguments.embeddings.empty()) tensors = gentron::read_safetensors(arguments.embeddings);

@@ -17,6 +17,7 @@ import torch
 from gentron_fast.compiled.graphs import Graph
 from gentron_fast.files import scratch_folder
 from gentron_fast.processes import signal_at_parents_end
+from gentron_fast.threads import available_cores
 
 LEAST_SPACE = 512 << 20  # of TMPDIR: 283 MiB of precompiled headers, then code and its sources
 
@@ -103,7 +104,7 @@ def _compile_in_shares(
     graphs: list[Graph], folder: Path, temporary: Path, on_graph: Callable | None
 ) -> tuple[str, str, str] | None:
     """Returns the first failure: a graph's name, the error in one line, its traceback."""
-    jobs = min(len(os.sched_getaffinity(0)), 8, len(graphs))
+    jobs = min(available_cores(), 8, len(graphs))
     fork = multiprocessing.get_context("fork")
     failures = fork.SimpleQueue()
     shares = [

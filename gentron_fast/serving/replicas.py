@@ -17,6 +17,7 @@ from gentron_fast.on_ray import Layout
 from gentron_fast.pipeline import GenTronPipeline, Sampling
 from gentron_fast.serving.engine import MOST_CLIPS
 from gentron_fast.serving.scheduler import Scheduler, SchedulerClosed
+from gentron_fast.threads import settle_threads
 
 LOOK_SECONDS = 0.05  # between two looks at a clip's progress
 TRIES, PAUSE = 5, 2.0  # of a clip that no replica answers for; seconds
@@ -45,6 +46,7 @@ class Replica:
 
     def __init__(self, folder: Path, dtype: str, device: str, cores: int, max_batch: int | None):
         torch.set_num_threads(cores)
+        settle_threads()
         pipeline = GenTronPipeline.from_pretrained(folder, getattr(torch, dtype), device)
         self.scheduler = Scheduler(pipeline, queue_size=100_000, max_batch=max_batch)
 

@@ -11,7 +11,6 @@ shards; with --ray each GPU of a cluster, or set of cores, makes one shard after
 
 import argparse
 import json
-import os
 import sys
 import tarfile
 from collections import Counter, deque
@@ -42,6 +41,7 @@ from gentron_fast.files import claim, whole_file
 from gentron_fast.model import TextCondition
 from gentron_fast.on_ray import cluster, on_all
 from gentron_fast.text import SUBFOLDERS, TextEncoder
+from gentron_fast.threads import available_cores, settle_threads
 from gentron_fast.vae import VideoVAE, check_finite
 from gentron_train.data.broken import (
     FEW_SAMPLES,
@@ -497,7 +497,8 @@ def _precompute(args: argparse.Namespace) -> None:
     """Check the arguments, encode what is missing, and tell what there is."""
     sizes = () if args.size is None else parse_sizes("--size", args.size)
     check_ray(args)
-    workers = os.cpu_count() if args.workers is None else args.workers
+    settle_threads()
+    workers = available_cores() if args.workers is None else args.workers
     settings = DataSettings(  # checks the values
         size=sizes[0] if len(sizes) == 1 else None,
         buckets=sizes if len(sizes) > 1 else (),
