@@ -87,6 +87,7 @@ def main() -> None:
     rows = newest_rows(RESULTS)
     text = section(rows) + work_section(newest_rows(RESULTS, "saved"))
     text += serve_section(newest_rows(RESULTS, "served"))
+    text += busy_section(newest_rows(RESULTS, "busy"))
     readme = headline(rows)
     if plot_roofline(rows, PLOT):
         text += f"\n![Roofline]({PLOT.name})\n"
@@ -170,6 +171,28 @@ def serve_section(rows: list[dict]) -> str:
         rate = f"p50 and p95 at {_figure(row['arrivals_a_minute'])} requests a minute"
         parts.append(f"\n{title}\n\n{rate}, at most {row['max_batch']} at a time.\n\n")
         parts.append(f"{_markdown(lines)}\n")
+    return "".join(parts)
+
+
+def busy_section(rows: list[dict]) -> str:
+    """The table of bench/bench_busy.py, one a device; nothing without rows."""
+    parts = []
+    for row in rows:
+        head = [
+            "guided step, small",
+            "quiet, ms",
+            "× defaults",
+            "busy, ms",
+            "p90",
+            "× quiet",
+            "p90",
+        ]
+        lines = [head, ["---"] * len(head)]
+        names = ("quiet", "quiet_of_defaults", "busy", "busy_p90", "times_quiet", "times_quiet_p90")
+        for way, figures in row["busy"].items():
+            lines.append([way, *(_figure(figures[name]) for name in names)])
+        where = f"{row['device']} (`{row['command']}`, commit {row['commit']})"
+        parts.append(f"\n### Beside a process that never rests, {where}\n\n{_markdown(lines)}\n")
     return "".join(parts)
 
 

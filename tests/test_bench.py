@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import bench_busy
 import bench_serve
 import contest as measuring
 import gpu
@@ -250,6 +251,16 @@ def test_the_report_tells_of_serving():
     text = report.serve_section([row])
     assert "| scheduler | 123 | 0.25 | 1.5 |" in text and "at 61.7 requests a minute" in text
     assert report.serve_section([]) == ""
+
+
+def test_the_report_tells_of_a_busy_machine():
+    figures = bench_busy.figures_of([[10.0, 10.0], [20.0, 20.0]], [[30.0], [45.0]], [[8.0], [16.0]])
+    assert (figures["quiet"], figures["quiet_p90"], figures["busy"]) == (15.0, 20.0, 37.5)
+    assert figures["quiet_of_defaults"] == 1.25 and figures["times_quiet"] == 2.5
+    assert figures["times_quiet_p90"] == pytest.approx(43.5 / 15)
+    text = report.busy_section([row_of(busy={"commands of ours": figures})])
+    assert "| commands of ours | 15 | 1.25 | 37.5 | 43.5 | 2.5 | 2.9 |" in text
+    assert report.busy_section([]) == ""
 
 
 def test_the_roofline_is_a_picture_of_rows_with_flops(tmp_path):
@@ -729,3 +740,19 @@ def test_the_benchmark_of_serving_runs(tmp_path, monkeypatch, capsys):
         assert all(figures[name] > 0 for name in ("a_minute", "p50", "p95"))
         assert figures["p50"] <= figures["p95"]
     assert "× static batches; at most 2 at a time" in capsys.readouterr().out
+
+
+def test_the_benchmark_of_a_busy_machine_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_busy, "QUIET_STEPS", 1)
+    monkeypatch.setattr(bench_busy, "WARM_UP", 0)
+    monkeypatch.setattr(sys, "argv", ["bench_busy.py", "--turns", "1", "--steps", "1"])
+    monkeypatch.setenv("RESULTS", str(tmp_path))
+    bench_busy.main()
+    (path,) = tmp_path.glob("busy-*.json")
+    (row,) = records.read_rows(path)
+    assert tuple(row["busy"]) == bench_busy.WAYS
+    for figures in row["busy"].values():
+        assert 0 < figures["quiet"] <= figures["quiet_p90"]
+        assert 0 < figures["busy"] <= figures["busy_p90"]
+    assert row["busy"][bench_busy.DEFAULTS]["quiet_of_defaults"] == 1.0
+    assert capsys.readouterr().out.count(" × quiet") == len(bench_busy.WAYS)
