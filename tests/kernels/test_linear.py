@@ -72,7 +72,7 @@ def test_gradients_in_fp32(backend, device, leading, gelu, transposed, wanted):
     for group in tensors, exact:
         operands = [group[i].requires_grad_() for i in wanted]
         out = linear(*group, gelu)
-        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=device).view_as(out)
         gradients.append(torch.autograd.grad((out.sin() * weights).sum(), operands))
     for found, reference, i in zip(*gradients, wanted, strict=True):
         assert found.shape == tensors[i].shape and found.dtype == torch.float32
