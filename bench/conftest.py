@@ -47,7 +47,9 @@ def pytest_configure(config):
         if threads < 1:
             raise pytest.UsageError(f"--threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
+    step = config.getoption("step", None)  # of `make gpu`, by its plugin
     command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
+    command = f"make gpu PART={step}" if step else command
     smoke, brief = config.getoption("benchmark_disable"), config.getoption("brief")
     config.stash[_CONTEST] = Contest(DEVICE, smoke, brief, command)
     config.stash[_ROWS] = []

@@ -39,12 +39,15 @@ def device_name(device: str) -> str:
 
 @cache
 def commit() -> str:
-    """The checkout's commit, "-dirty" behind it when tracked files differ; COMMIT without git."""
+    """The variable COMMIT, where a copy of the checkout is measured, else the checkout's own commit,
+    "-dirty" behind it when tracked files differ."""
+    if named := os.environ.get("COMMIT"):
+        return named
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT", "unknown")
+        return "unknown"
 
 
 def append_row(folder: str | Path, part: str, row: dict) -> Path:
