@@ -61,8 +61,8 @@ PLAN = (
     Step("guided-step", 75, (*BRIEF, "bench/bench_step.py::test_whole_model[eager]")),
     Step("compiled-step", 120, (*BRIEF, "bench/bench_step.py::test_whole_model[compiled]")),
     Step("small-step", 40, (*BRIEF, "bench/bench_step.py::test_small")),
+    Step("training-step", 90, (*BRIEF, "bench/bench_train.py::test_checkpointed")),
     Step("sampler", 160, (*BRIEF, "bench/bench_export.py::test_clip"), builds=True),
-    Step("training-step", 75, (*BRIEF, "bench/bench_train.py::test_checkpointed")),
 )
 # Every row of a kind, in the order in which they matter, where there is time for it.
 EVERY_ROW = {

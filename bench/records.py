@@ -39,7 +39,7 @@ def device_name(device: str) -> str:
 
 @cache
 def commit() -> str:
-    """The variable COMMIT, where a copy of the checkout is measured, else the checkout's own commit,
+    """The variable COMMIT, which a copy of a checkout needs; else the checkout's own commit, with
     "-dirty" behind it when tracked files differ."""
     if named := os.environ.get("COMMIT"):
         return named

@@ -39,8 +39,16 @@ HEADLINES = (
         *("guided step, 4 blocks of XL/2-T2V", None, "forward", "one batched forward"),
     ),
     (
-        *("guided step, 4 blocks of XL/2", "one batched forward, torch.compile"),
+        *("guided step, 4 blocks of XL/2", "the same, torch.compile"),
         *("guided step, 4 blocks of XL/2-T2V", None, "forward", "batched, torch.compile"),
+    ),
+    (
+        *("guided step, G/2 at 512², 8 frames", "one batched forward"),
+        *("guided step, G/2-T2V", None, "forward", "one batched forward"),
+    ),
+    (
+        *("guided step, G/2 at 512², 8 frames", "the same, torch.compile"),
+        *("guided step, G/2-T2V beside compiled", None, "forward", "batched, torch.compile"),
     ),
     (
         *("guided step, small model", "one batched forward"),
@@ -57,6 +65,15 @@ HEADLINES = (
     (
         *("training step, small T2V", "a plain AdamW loop"),
         *("training step, small-T2V", None, "training step", "plain AdamW loop"),
+    ),
+    (
+        *("training step, G/2, checkpointed", "a plain AdamW loop"),
+        *(
+            "training step, G/2-T2V, blocks computed again",
+            None,
+            "training step",
+            "plain AdamW loop",
+        ),
     ),
     (
         *("LayerNorm and modulation, G/2", "torch.compile"),
@@ -81,6 +98,7 @@ HEADLINES = (
 )
 HEADLINE_KEY = ("operator", "preset", "direction")
 HEADLINE_DTYPES = ("float32", "bfloat16")
+THREADS = ("thread)", "threads)")  # end of a processor's name in a row
 
 
 def main() -> None:
@@ -108,21 +126,35 @@ def newest_rows(folder: Path, kind: str = "contenders") -> list[dict]:
 
 
 def headline(rows: list[dict]) -> str:
-    """README's table: how many times as fast as others, on the device that was measured last."""
+    """README's table: how many times as fast as others, on the processor and on the GPU that were
+    measured last."""
     if not rows:
         return "Nothing has been measured yet.\n"
-    device = max(rows, key=lambda row: row["time"])["device"]
-    mine = [row for row in rows if row["device"] == device]
-    lines = [["ours", "beside", *HEADLINE_DTYPES], ["---"] * (2 + len(HEADLINE_DTYPES))]
-    for title, beside, *key, contender in HEADLINES:
-        found = [row for row in mine if [row[name] for name in HEADLINE_KEY] == key]
-        ratios = {
-            row["dtype"]: row["contenders"].get(contender, {}).get("speedup") for row in found
+    last = {_is_processor(row): row["device"] for row in sorted(rows, key=lambda row: row["time"])}
+    ratios = [
+        {
+            (row["device"], row["dtype"]): row["contenders"].get(contender, {}).get("speedup")
+            for row in rows
+            if row["device"] in last.values() and [row[name] for name in HEADLINE_KEY] == key
         }
-        if any(ratios.values()):
-            cells = (_times(ratios.get(dtype)) for dtype in HEADLINE_DTYPES)
-            lines.append([title, beside, *cells])
-    return f"{device}:\n\n{_markdown(lines)}\n"
+        for _, _, *key, contender in HEADLINES
+    ]
+    columns = [
+        (last[kind], dtype)
+        for kind in sorted(last, reverse=True)
+        for dtype in HEADLINE_DTYPES
+        if any(found.get((last[kind], dtype)) for found in ratios)
+    ]
+    lines = [["ours", "beside", *(f"{device}, {dtype}" for device, dtype in columns)]]
+    lines.append(["---"] * len(lines[0]))
+    for (title, beside, *_), found in zip(HEADLINES, ratios, strict=True):
+        if any(found.values()):
+            lines.append([title, beside, *(_times(found.get(column)) for column in columns)])
+    return f"{_markdown(lines)}\n"
+
+
+def _is_processor(row: dict) -> bool:
+    return row["device"].endswith(THREADS)
 
 
 def _times(ratio: float | None) -> str:

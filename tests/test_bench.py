@@ -219,17 +219,20 @@ def test_the_report_shows_what_has_a_file_and_nothing_else(tmp_path):
     assert "\n| training step | 3 × 8 × 64 | bfloat16 | 1 (0.9 to 1.3) |" in without_preset
 
 
-def test_the_headline_is_of_the_device_measured_last():
+def test_the_headline_is_of_the_processor_and_the_gpu_measured_last():
     assert report.headline([]) == "Nothing has been measured yet.\n"
     title, beside, operator, preset, direction, contender = report.HEADLINES[0]
     kind = {"operator": operator, "preset": preset, "direction": direction}
     contenders = {OURS: {"ms": 1.0}, contender: {"ms": 4.5, "speedup": 4.5}}
     row = row_of(**kind, contenders=contenders)
     older = row_of(**kind, contenders=contenders, device="Older", time="2025-01-02T03:04:05")
-    lines = report.headline([row, older, row_of()]).splitlines()
-    assert lines[0] == "Abacus 9:"
-    assert lines[2] == "| ours | beside | float32 | bfloat16 |"
-    assert lines[4:] == [f"| {title} | {beside} | – | 4.50 × |"]
+    faster = {OURS: {"ms": 1.0}, contender: {"ms": 2.0, "speedup": 2.0}}
+    processor = row_of(**kind, contenders=faster, device="Cores (2 threads)")
+    processor |= {"time": older["time"], "dtype": "float32"}
+    lines = report.headline([row, older, processor, row_of()]).splitlines()
+    assert lines[0] == "| ours | beside | Cores (2 threads), float32 | Abacus 9, bfloat16 |"
+    assert lines[2:] == [f"| {title} | {beside} | 2.00 × | 4.50 × |"]
+    assert report.headline([row]).splitlines()[0] == "| ours | beside | Abacus 9, bfloat16 |"
 
 
 ROW_HEAD = {"device": "Abacus 9", "time": "2026-01-02T03:04:05"}
