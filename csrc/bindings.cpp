@@ -67,6 +67,7 @@ py::dict plan(
   result["branches"] = made.branches;
   result["conditions"] = made.conditions;
   result["chunk"] = made.chunk;
+  if (made.guidance.defined()) result["guidance"] = made.guidance;
   result["step_weights"] = made.step_weights;
   result["step_rescale"] = made.step_rescale;
   result["step_coefficients"] = made.step_coefficients;

@@ -73,6 +73,7 @@ CONFIG_SCHEMA |= dict.fromkeys(("width", "heads", "in_channels", "clip_width", "
 CONFIG_SCHEMA |= dict.fromkeys(("learned_range", "temporal", "cross_attention"), FLAG)
 CONFIG_SCHEMA |= dict.fromkeys(("pooled_text", "caption_projection", "cross_norm"), FLAG)
 CONFIG_SCHEMA |= dict.fromkeys(("timestep_cos_first", "final_table", "size_embedding"), FLAG)
+CONFIG_SCHEMA |= {"guidance_embedding": FLAG}
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class GenTronConfig:
     position_interpolation: float = 1.0
     size_embedding: bool = False  # pixel size and aspect ratio join the time embedding
     pixels_per_latent: int = 8  # for the size embedding
+    guidance_embedding: bool = False  # λ_T and λ_M are inputs: a distilled model, one branch a step
 
     def __post_init__(self):
         check(vars(self), CONFIG_SCHEMA)

@@ -78,13 +78,14 @@ def export(args: argparse.Namespace) -> None:
     pipeline.warn_of_shape(frames, *size)
     text_encoder = pipeline.text_encoder
     dtype = pipeline.transformer.patch_embed.weight.dtype
+    distilled = pipeline.transformer.config.guidance_embedding
     names = [item.name for item in fields(pipeline.defaults)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     parts = [*(SUBFOLDERS[name][0] for name in pipeline.transformer.config.encoders), "vae"]
     export_sampler(
         args.out,
         pipeline.transformer,
-        text_encoder.encode([""]).to(device, dtype),
+        None if distilled else text_encoder.encode([""]).to(device, dtype),
         pipeline.scheduler,
         frames=frames,
         latent_size=tuple(side // pipeline.vae.factor for side in size),

@@ -25,6 +25,7 @@ from gentron_kernels.temporal_attention import (
 )
 
 TIMESTEP_CHANNELS = 256
+GUIDANCE_STEP = 100  # of the sinusoid, for a guidance scale of 1
 
 
 def sincos(positions: Tensor, channels: int, cos_first: bool = False) -> Tensor:
@@ -103,6 +104,24 @@ class SizeEmbedder(nn.Module):
         height, width = size.unbind(1)
         parts = self.side(height), self.side(width), self.aspect(height / width)
         return torch.cat(parts, dim=1)
+
+
+class GuidanceEmbedder(nn.Module):
+    """The guidance scales λ_T and λ_M of a distilled model → (B, D): the sum of an embedding each.
+
+    As Meng et al. 2023 (arXiv 2210.03142, section 3.1) embed one scale. A scale is embedded as
+    GUIDANCE_STEP times itself: the sinusoid was made for timesteps of 0 … 999.
+    """
+
+    def __init__(self, width: int, cos_first: bool):
+        super().__init__()
+        self.text = TimestepEmbedder(width, cos_first)
+        self.motion = TimestepEmbedder(width, cos_first)
+
+    def forward(self, guidance: Tensor) -> Tensor:
+        """guidance (B, 2): λ_T and λ_M."""
+        of_text, of_motion = (GUIDANCE_STEP * guidance).unbind(1)
+        return self.text(of_text) + self.motion(of_motion)
 
 
 class SelfAttention(nn.Module):

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from gentron_fast.files import whole_file, write_json
 from gentron_fast.layers import (
     Block,
     FinalLayer,
+    GuidanceEmbedder,
     Mlp,
     SizeEmbedder,
     TemporalAttention,
@@ -130,6 +132,8 @@ class GenTron(nn.Module):
         self.time_embed = TimestepEmbedder(width, config.timestep_cos_first)
         if config.size_embedding:
             self.size_embed = SizeEmbedder(width, config.timestep_cos_first)
+        if config.guidance_embedding:
+            self.guidance_embed = GuidanceEmbedder(width, config.timestep_cos_first)
         pooled = config.encoders if config.pooled_text else ()
         self.pooled_embed = nn.ModuleDict(
             {name: Mlp(w := config.text_width(name), w, width, nn.SiLU()) for name in pooled}
@@ -160,6 +164,8 @@ class GenTron(nn.Module):
         zeroed = [self.final.linear]
         if not self.config.final_table:
             zeroed.append(self.final.adaln)
+        if self.config.guidance_embedding:
+            zeroed += [self.guidance_embed.text.mlp[2], self.guidance_embed.motion.mlp[2]]
         for block in self.blocks:
             zeroed.append(block.adaln)
             if block.encoder is not None:
@@ -179,20 +185,22 @@ class GenTron(nn.Module):
         text: TextCondition,
         motion_free: Tensor | bool | None = None,
         size: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
-        """Predict the noise in the latents.
+        """Predict the noise in the latents; with a guidance embedding, the guided noise.
 
         latents (B, C, T, H, W), an image is T = 1; timestep (B,) in 0 … 999, fractions allowed;
         text of B prompts, or of fewer, each for as many latents in a row; motion_free (B,) bool,
         True where the temporal mask is the identity, one bool for the whole batch, or None as
         False; size (B, 2) pixel height and width for models with a size embedding, taken from the
-        latents when None.
+        latents when None; guidance (B, 2), λ_T and λ_M, for models with a guidance embedding.
         Returns (B, C, T, H, W), 2·C channels with learned-range variance.
         """
         self.check(latents, timestep, text, motion_free)
+        self._check_guidance(guidance, len(latents))
         if size is None and self.config.size_embedding:
             size = self.pixel_size(latents)
-        c, time = self.condition(timestep, text, size)
+        c, time = self.condition(timestep, text, size, guidance)
         text = self.project_captions(text)
         x, y, gate = self.embed(latents), None, None
         frames = frame_numbers(*x.shape[:2], x.device) if self.config.temporal else None
@@ -230,16 +238,23 @@ class GenTron(nn.Module):
         )
 
     def condition(
-        self, timestep: Tensor, text: TextCondition, size: Tensor | None = None
+        self,
+        timestep: Tensor,
+        text: TextCondition,
+        size: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The adaLN condition c = time + size + pooled text, and the part without text: (B, D).
+        """The adaLN condition c = time + size + guidance + pooled text, and the part without text:
+        (B, D).
 
-        text of B prompts, or of fewer, as in `forward`; size (B, 2) in pixels for models with a
-        size embedding.
+        text of B prompts, or of fewer, as in `forward`; size (B, 2) in pixels and guidance (B, 2)
+        for models that embed them.
         """
         time = self.time_embed(timestep)
         if self.config.size_embedding:
             time = time + self.size_embed(size)
+        if self.config.guidance_embedding:
+            time = time + self.guidance_embed(guidance)
         c = time
         for name, mlp in self.pooled_embed.items():
             pooled = mlp(getattr(text, name).pooled)
@@ -307,6 +322,27 @@ class GenTron(nn.Module):
             raise ValueError(f"{text.batch} prompts for {batch} latents")
         if isinstance(motion_free, Tensor) and motion_free.shape != (batch,):
             raise ValueError(f"motion_free must be ({batch},), got {tuple(motion_free.shape)}")
+
+    def _check_guidance(self, guidance: Tensor | None, batch: int) -> None:
+        given = None if guidance is None else tuple(guidance.shape)
+        wanted = (batch, 2) if self.config.guidance_embedding else None
+        if given != wanted:
+            wanted = f"guidance must be {wanted}" if wanted else "the model embeds no guidance"
+            raise ValueError(f"{wanted}, got {given or 'none'}")
+
+    @classmethod
+    def from_teacher(cls, model: "GenTron") -> "GenTron":
+        """A model that takes λ_T and λ_M as inputs, and starts as the text's branch of `model`.
+
+        What is not the guidance embedding is copied; its last layers are zero (Meng et al. 2023,
+        arXiv 2210.03142, section 3.1).
+        """
+        if model.config.guidance_embedding:
+            raise ValueError("the model is distilled already: it takes guidance as an input")
+        student = cls(replace(model.config, guidance_embedding=True)).to(model.patch_embed.weight)
+        missing, _ = student.load_state_dict(model.state_dict(), strict=False)
+        assert all(key.startswith("guidance_embed.") for key in missing)
+        return student
 
     @classmethod
     def from_t2i(cls, model: "GenTron") -> "GenTron":

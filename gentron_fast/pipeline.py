@@ -208,7 +208,8 @@ class GenTronPipeline:
     ) -> PipelineOutput:
         """Sample `clips` clips of each prompt, the clips of one prompt next to each other.
 
-        negative_prompt takes the place of the null text, one or one a prompt; size in pixels, one
+        negative_prompt takes the place of the null text, one or one a prompt, and is refused by a
+        distilled model, as are rescale and reuse; size in pixels, one
         side or (height, width); lambda_t, lambda_m the guidance of text and motion (paper: 7.5, and
         1.0 … 1.3), a number or one a clip, within guidance_range of the steps and 1 outside;
         rescale, 0 to 1, likewise: diffusers' guidance_rescale (Lin et al. 2024, arXiv 2305.08891).
@@ -237,7 +238,9 @@ class GenTronPipeline:
         if output_type not in ("frames", "latent"):
             raise ValueError(f'output_type must be "frames" or "latent", got {output_type!r}')
         self.warn_of_shape(*self._pixels(sampling.shape))
-        text, null_text = self.encode(sampling.prompts), self.encode(sampling.negatives)
+        text = self.encode(sampling.prompts)
+        distilled = self.transformer.config.guidance_embedding
+        null_text = None if distilled else self.encode(sampling.negatives)
         self._bring(self.transformer)
         denoiser = GuidedDenoiser(
             *(self.transformer, text, null_text, sampling.table),
@@ -286,6 +289,12 @@ class GenTronPipeline:
         negatives = arguments.texts(
             "a negative prompt", "" if negative_prompt is None else negative_prompt
         )
+        distilled = self.transformer.config.guidance_embedding
+        if distilled and any(negatives):
+            raise ValueError(
+                "this model is distilled, with the empty prompt as what to keep away from: it "
+                f"takes no negative prompt, got {next(filter(None, negatives))!r}"
+            )
         if len(negatives) not in (1, len(prompts)):
             raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
         frames = self.default_frames if frames is None else frames
@@ -312,7 +321,7 @@ class GenTronPipeline:
             guidance_schedule(_clip_scales(name, scale, len(seeds)), steps, *within)
             for name, scale in (("lambda_t", lambda_t), ("lambda_m", lambda_m))
         ]
-        rescale = check_rescale(_clip_scales("rescale", rescale, len(seeds)))
+        rescale = check_rescale(_clip_scales("rescale", rescale, len(seeds)), distilled)
         h, w = height // self.vae.factor, width // self.vae.factor
         shape = (self.transformer.config.in_channels, frames, h, w)
         return Sampling(prompts, negatives, seeds, shape, table, *scales, rescale)

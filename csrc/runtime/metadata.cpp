@@ -39,6 +39,7 @@ class Fields {
     if (!own.is_array() || own.array().size() > most) fail(key, "must be an array");
     return own.array();
   }
+  bool has(const std::string& key) const { return object_.contains(key); }
   bool boolean(const std::string& key) const {
     if (!value(key).is_boolean()) fail(key, "must be true or false");
     return value(key).boolean();
@@ -185,7 +186,13 @@ void check_graphs(const Fields& fields, const Metadata& made) {
     return kind;
   };
   const int64_t rows = (1 + made.max_batch) * made.steps;
-  check("condition", {{at::kLong, {{2, rows}}}});
+  std::vector<TensorKind> inputs{{at::kLong, {{2, rows}}}};
+  for (const std::string& encoder : made.encoders) {
+    const int64_t wide = made.text_widths.at(encoder);
+    if (made.pooled) inputs.push_back({made.dtype, {{2, rows}, {wide, wide}}});
+  }
+  if (made.distilled) inputs.push_back({at::kFloat, {{2, rows}, {2, 2}}});
+  check("condition", inputs);
   check("modulation", {{made.dtype, {{2, rows}, {made.width, made.width}}}});
   check("embed", {clips(made.max_batch)});
   for (const std::string& set : made.branches) check("step-" + set, {});
@@ -283,6 +290,8 @@ Metadata Metadata::read(const Json& values) {
   made.head_size = made.width / model.integer("heads", 1, made.width);
   made.cross_attention = model.boolean("cross_attention");
   made.pooled = model.boolean("pooled_text");
+  // Of files that were made before there were distilled models the key is absent.
+  made.distilled = model.has("guidance_embedding") && model.boolean("guidance_embedding");
   made.encoders = model.strings("encoders");
   const std::set<std::string> known(made.encoders.begin(), made.encoders.end());
   const bool are_known = std::all_of(
@@ -327,6 +336,7 @@ Metadata Metadata::read(const Json& values) {
   made.lambda_m = fields.number("lambda_m");
   made.rescale = fields.number("rescale");
   if (made.rescale < 0 || made.rescale > 1) fields.fail("rescale", "must be 0 to 1");
+  if (made.distilled && made.rescale != 0) fields.fail("rescale", "must be 0 of a distilled model");
   check_branches(fields, made);
 
   for (const auto& [name, entry] : fields.fields("graphs").object()) {

@@ -44,6 +44,7 @@ struct Metadata {
   // The model.
   int64_t depth = 0, width = 0, head_size = 0;
   bool cross_attention = false, pooled = false;
+  bool distilled = false;  // guidance is an input: the prompt's branch gives the guided noise
   std::vector<std::string> encoders;
   std::map<std::string, int64_t> text_widths, max_tokens, vocabulary;  // by encoder
   at::ScalarType dtype = at::kFloat;

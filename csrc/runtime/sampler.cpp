@@ -431,6 +431,15 @@ SamplingPlan make_plan(
   if (!((plan.rescale >= 0) & (plan.rescale <= 1)).all().item<bool>()) {
     refuse("the rescale must be 0 to 1");
   }
+  if (made.distilled) {
+    if ((plan.rescale != 0).any().item<bool>()) {
+      refuse("a distilled model's one branch has nothing to rescale by: the rescale must be 0");
+    }
+    Tensor own = scales.narrow(2, 1, 2).to(at::kFloat);
+    const bool has_motion = made.latent_shape[1] > 1;
+    if (!has_motion) own = at::cat({own.narrow(2, 0, 1), at::ones_like(own.narrow(2, 1, 1))}, 2);
+    plan.guidance = at::cat({own.narrow(1, 0, 1), own}, 1).to(device);
+  }
   const Tensor active = (plan.weights != 0).any(1).contiguous();
   for (int64_t step = 0; step < steps; ++step) {
     const bool* needed = active[step].const_data_ptr<bool>();
@@ -461,18 +470,27 @@ Tensor Sampler::Parts::sample(const Request& request) const {
       make_plan(*this, request.lambda_t, request.lambda_m, request.rescale, batch, device);
 
   const TextCondition text = prepared(request.text, batch, "the text");
-  const TextCondition null_text = prepared(
-      request.null_text.empty() ? this->null_text() : request.null_text, 1, "the null text");
-  const std::vector<TensorList> null_contexts = contexts(null_text, true);
+  TextCondition null_text;
+  std::vector<TensorList> null_contexts;
+  if (distilled) {
+    if (!request.null_text.empty()) refuse("a distilled model takes no negative prompt");
+  } else {
+    null_text = prepared(
+        request.null_text.empty() ? this->null_text() : request.null_text, 1, "the null text");
+    null_contexts = contexts(null_text, true);
+  }
   const std::vector<TensorList> text_contexts = contexts(text, false);
 
-  // The rows of the modulation, of many steps at once: the null text's, then each prompt's.
+  // The rows of the modulation, of many steps at once: the null text's, then each prompt's. A
+  // distilled model has no null text: there the first prompt's are there twice, since no graph is
+  // made for one row.
   const int64_t conditions = 1 + batch;
   TensorList summaries;
   for (const std::string& encoder : encoders) {
-    if (pooled) {
-      summaries.push_back(at::cat({null_text.at(encoder).pooled, text.at(encoder).pooled}));
-    }
+    if (!pooled) continue;
+    const Tensor& own = text.at(encoder).pooled;
+    const Tensor first = distilled ? own.narrow(0, 0, 1) : null_text.at(encoder).pooled;
+    summaries.push_back(at::cat({first, own}));
   }
   TensorList block_rows(depth);
   Tensor final_rows;
@@ -480,6 +498,7 @@ Tensor Sampler::Parts::sample(const Request& request) const {
     const int64_t length = std::min(plan.chunk, steps - start);
     TensorList inputs{timesteps.narrow(0, start, length).repeat_interleave(conditions)};
     for (const Tensor& summary : summaries) inputs.push_back(summary.repeat({length, 1}));
+    if (distilled) inputs.push_back(plan.guidance.narrow(0, start, length).flatten(0, 1));
     const TensorList made = graph("condition")(std::move(inputs));
     final_rows = made[1].view({length, conditions, 2, width});
     for (int64_t block = 0; block < depth; ++block) {

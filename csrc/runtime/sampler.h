@@ -28,7 +28,8 @@ using Tokens = std::map<std::string, std::pair<at::Tensor, at::Tensor>>;
 
 struct Request {
   TextCondition text;       // of B prompts
-  TextCondition null_text;  // of one prompt; empty: the null text of the package
+  // Of one prompt; empty: the null text of the package. A distilled model takes none.
+  TextCondition null_text;
   std::vector<uint64_t> seeds;  // one a clip
   // A number (), one a clip (B,), or a schedule (S, 1) or (S, B); undefined: the package's own.
   at::Tensor lambda_t, lambda_m, rescale;
@@ -43,6 +44,7 @@ struct SamplingPlan {
   // By set: which condition each sample of the stacked batch has; 0 the null text, 1 … the prompts.
   std::map<std::string, at::Tensor> conditions;
   int64_t chunk = 1;  // steps whose modulation rows are made at once
+  at::Tensor guidance;  // of a distilled model: lambda_t and lambda_m of each condition, (S, 1 + B, 2)
   // A tensor a step on the device: what the step graphs take of the two above, of the solver and,
   // where the range is learned, of its bounds. Each its own: within a table they would not all
   // begin at a multiple of 16 bytes, and a graph would copy those that do not at every step.

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from gentron_fast.compiled.package import WEIGHTS, describe_machine, write_packa
 from gentron_fast.config import MAX_FRAMES
 from gentron_fast.files import scratch_folder, whole_file
 from gentron_fast.guidance.contexts import merged_values
-from gentron_fast.guidance.definition import guidance_coefficients
+from gentron_fast.guidance.definition import check_rescale, guidance_coefficients
 from gentron_fast.guidance.steps import modulation_chunk, modulation_row_bytes
 from gentron_fast.model import GenTron, TextCondition
 from gentron_fast.solvers import make_table
@@ -30,7 +31,7 @@ MOST_BATCH = 1024  # csrc/runtime/metadata.cpp takes no more
 def export_sampler(
     path: str | os.PathLike,
     model: GenTron,
-    null_text: TextCondition,
+    null_text: TextCondition | None,
     scheduler: dict,
     *,
     frames: int,
@@ -50,12 +51,12 @@ def export_sampler(
 ) -> None:
     """Compile the guided sampling of clips of one shape, for the model's device and dtype.
 
-    null_text: the encoded empty prompt; latent_size (h, w); max_tokens: the longest text by
-    encoder, 77 of CLIP and 256 of T5 unless told otherwise, at least 8; factor: pixels per latent
-    along each side (the model's pixels_per_latent); whole: the text encoder and the VAE, on the
-    same device; parts: the `part_digests` of those that a file without them needs. on_graph is told
-    the name of each graph before it is compiled. The file is written aside and renamed. ValueError
-    for what does not fit.
+    null_text: the encoded empty prompt, None for a distilled model; latent_size (h, w); max_tokens:
+    the longest text by encoder, 77 of CLIP and 256 of T5 unless told otherwise, at least 8; factor:
+    pixels per latent along each side (the model's pixels_per_latent); whole: the text encoder and
+    the VAE, on the same device; parts: the `part_digests` of those that a file without them needs.
+    on_graph is told the name of each graph before it is compiled. The file is written aside and
+    renamed. ValueError for what does not fit.
     """
     config, weight = model.config, model.patch_embed.weight
     check_temporary_folder()
@@ -68,6 +69,7 @@ def export_sampler(
         raise ValueError(f"the most clips at once must be 2 to {MOST_BATCH}, got {max_batch}")
     if weight.device.type == "cpu" and not launch.cpu_library():
         raise ValueError("the C++ operators are not built: python setup.py build_ext --inplace")
+    check_rescale(torch.tensor(rescale), config.guidance_embedding)
     table = make_table(solver, scheduler, steps, eta)
     shape = (config.in_channels, frames, *latent_size)
     tensors = _file_tensors(model, null_text)
@@ -75,13 +77,13 @@ def export_sampler(
     most = max(max_batch, 3)  # of the graphs, whose examples are 3 clips; the runtime takes fewer
     graphs = list(sampling_graphs(model, shape, table, most, max_tokens))
     factor = factor or config.pixels_per_latent
-    has_motion = config.temporal and frames > 1
+    kind = config.temporal and frames > 1, config.guidance_embedding
     metadata = {
         "frames": [frames],
         "size": [side * factor for side in latent_size],
         "latent_shape": list(shape),
-        "branches": branch_sets(has_motion),
-        "guidance_coefficients": guidance_coefficients(has_motion),
+        "branches": branch_sets(*kind),
+        "guidance_coefficients": guidance_coefficients(*kind),
         "max_batch": max_batch,
         "max_tokens": max_tokens,
         # Steps whose modulation rows are made at once, for 1, 2, … clips and the null text.
@@ -133,7 +135,7 @@ def export_sampler(
             write_package(partial, metadata, sections)
 
 
-def _file_tensors(model: GenTron, null_text: TextCondition) -> dict[str, Tensor]:
+def _file_tensors(model: GenTron, null_text: TextCondition | None) -> dict[str, Tensor]:
     """The model's weights, what is made of them ahead, and the null text."""
     tensors = dict(model.named_parameters())
     for index, block in enumerate(model.blocks):
@@ -141,7 +143,7 @@ def _file_tensors(model: GenTron, null_text: TextCondition) -> dict[str, Tensor]
             tensors["temporal_positions"] = block.temporal_attention.positions
             names = f"blocks.{index}.merged_weight", f"blocks.{index}.merged_bias"
             tensors |= dict(zip(names, merged_values(block.temporal_attention), strict=True))
-    for name in model.config.encoders:
+    for name in model.config.encoders if null_text is not None else ():
         parts = getattr(null_text, name)._asdict().items()
         tensors |= {f"null.{name}.{part}": t for part, t in parts if t is not None}
     return tensors

@@ -120,12 +120,16 @@ def sampling_graphs(
         return torch.ones(sizes, dtype=dtype, device=weight.device)
 
     pooled = config.encoders if config.pooled_text else ()
-    inputs = some(r, dtype=torch.int64), *(some(r, config.text_width(name)) for name in pooled)
+    inputs = [some(r, dtype=torch.int64), *(some(r, config.text_width(name)) for name in pooled)]
+    prefixes = ("time_embed", "size_embed", "pooled_embed", "final.adaln", "final.table")
+    if config.guidance_embedding:
+        inputs.append(some(r, 2, dtype=torch.float32))
+        prefixes += ("guidance_embed",)
     pixels = tuple(side * config.pixels_per_latent for side in shape[2:])
     yield Graph(
         *("condition", model, functools.partial(_condition, pixels=pixels)),
-        *(inputs, ({0: rows},) * len(inputs)),
-        _named(model, ("time_embed", "size_embed", "pooled_embed", "final.adaln", "final.table")),
+        *(tuple(inputs), ({0: rows},) * len(inputs)),
+        _named(model, prefixes),
     )
     inputs, names = (some(r, config.width),), _named(blocks[0], "adaln", "blocks.*.")
     yield Graph("modulation", blocks[0], _modulation, inputs, ({0: rows},), names)
@@ -155,7 +159,7 @@ def sampling_graphs(
     module, heads, width = _BlockWithMerged(blocks[0]), config.heads, config.width
     patches = shape[2] * shape[3] // config.patch_size**2
     has_motion = config.temporal and shape[1] > 1
-    for set_name in branch_sets(has_motion):
+    for set_name in branch_sets(has_motion, config.guidance_embedding):
         branches = branches_of(set_name)
         k = sum(branches)
         stream, all_rows = some(k * b, shape[1], patches, width), {0: k * batch if k > 1 else batch}
@@ -224,8 +228,10 @@ def learns_range(model: GenTron, table: SolverTable) -> bool:
     return table.log_variance is not None and model.config.learned_range
 
 
-def branch_sets(has_motion: bool) -> list[str]:
+def branch_sets(has_motion: bool, distilled: bool) -> list[str]:
     """The branches that a compiled step may run, ε(∅,∅), ε(∅,c_M), ε(c_T,c_M), fewest first."""
+    if distilled:
+        return ["001"]
     return ["001", "011", "111"] if has_motion else ["001", "101"]
 
 
@@ -260,13 +266,17 @@ def _named(module: nn.Module, prefixes: str | tuple[str, ...] = "", file: str = 
 
 
 def _condition(model: GenTron, timesteps: Tensor, *pooled: Tensor, pixels: tuple[int, int]):
-    """Timesteps (R,), pooled texts (R, P) → the condition c (R, D), final rows (R, 2, D)."""
+    """Timesteps (R,), pooled texts (R, P), of a distilled model guidance (R, 2) → the condition c
+    (R, D), final rows (R, 2, D)."""
+    guidance = None
+    if model.config.guidance_embedding:
+        *pooled, guidance = pooled
     encoders = model.config.encoders if pooled else ()
     text = {name: EncodedText(None, None, own) for name, own in zip(encoders, pooled, strict=True)}
     size = None
     if model.config.size_embedding:
         size = torch.stack([torch.full_like(timesteps, side) for side in pixels], 1)
-    c, time = model.condition(timesteps, TextCondition(**text), size)
+    c, time = model.condition(timesteps, TextCondition(**text), size, guidance)
     return c, model.final.modulation(c, time)
 
 

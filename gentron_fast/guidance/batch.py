@@ -26,7 +26,6 @@ from gentron_fast.guidance.steps import (
     update,
 )
 from gentron_fast.layers import frame_numbers
-from gentron_fast.model import TextCondition
 from gentron_fast.transfer import on_device
 
 if TYPE_CHECKING:
@@ -174,12 +173,7 @@ def fill_rows(denoisers: Sequence[GuidedDenoiser], steps: Sequence[int]) -> None
     missing = [(d, s) for d, s in zip(denoisers, steps, strict=True) if not d.has_rows(s)]
     if not missing:
         return
-    shared = missing[0][0].shared
-    parts = [d.conditions_from(step) for d, step in missing]
-    places, timesteps, texts, sizes = zip(*parts, strict=True)
-    text = texts[0] if len(texts) == 1 else TextCondition.cat(list(texts))
-    size = None if sizes[0] is None else torch.cat(sizes)
-    shared.fill(places, torch.cat(timesteps), text, size)
+    missing[0][0].shared.fill([d.conditions_from(step) for d, step in missing])
     for denoiser, step in missing:
         denoiser.rows_are_made(step)
 

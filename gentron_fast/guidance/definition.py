@@ -19,31 +19,55 @@ from gentron_kernels.guided_step import rescaled_noise
 COEFFICIENTS = ((1, 0, -1), (0, -1, 1), (0, 1, 0))
 # Without motion ε(∅,c_M) is ε(∅,∅): their weights are added, and the second is 0.
 COEFFICIENTS_WITHOUT_MOTION = ((1, -1, 0), (0, 0, 0), (0, 1, 0))
+# A distilled model gives ε̃ itself, of the λ that it takes as inputs (Meng et al. 2023, arXiv
+# 2210.03142): the text's branch alone.
+COEFFICIENTS_DISTILLED = ((0, 0, 0), (0, 0, 0), (1, 0, 0))
 
 
-def guidance_coefficients(has_motion: bool) -> tuple[tuple[int, int, int], ...]:
+def guidance_coefficients(
+    has_motion: bool, distilled: bool = False
+) -> tuple[tuple[int, int, int], ...]:
     """Of each branch's weight: constant, coefficient of λ_T, coefficient of λ_M."""
+    if distilled:
+        return COEFFICIENTS_DISTILLED
     return COEFFICIENTS if has_motion else COEFFICIENTS_WITHOUT_MOTION
 
 
 def guidance_weights(
-    lambda_t: float | Tensor, lambda_m: float | Tensor, has_motion: bool = True
+    lambda_t: float | Tensor,
+    lambda_m: float | Tensor,
+    has_motion: bool = True,
+    distilled: bool = False,
 ) -> tuple[float | Tensor, float | Tensor, float | Tensor]:
     """Weights of ε(∅,∅), ε(∅,c_M) and ε(c_T,c_M); they add up to 1 (paper, section 3.3).
 
     lambda_t, lambda_m: numbers, or one a sample (B,). Without motion (one frame, or a model without
-    temporal layers) ε(∅,c_M) is ε(∅,∅): their weights are added and the second is 0.
+    temporal layers) ε(∅,c_M) is ε(∅,∅): their weights are added and the second is 0. distilled: of
+    a model with a guidance embedding, whose one branch is ε̃.
     """
     return tuple(
         constant + of_text * lambda_t + of_motion * lambda_m
-        for constant, of_text, of_motion in guidance_coefficients(has_motion)
+        for constant, of_text, of_motion in guidance_coefficients(has_motion, distilled)
     )
 
 
-def check_rescale(rescale: Tensor) -> Tensor:
-    """The rescale φ of samples. ValueError unless each is 0 … 1."""
+def guidance_inputs(lambda_t: Tensor, lambda_m: Tensor, has_motion: bool) -> Tensor:
+    """What a distilled model takes of the scales, (..., 2) fp32 of tensors (...): λ_T, and λ_M or,
+    where there is no motion to guide, 1."""
+    if not has_motion:
+        lambda_m = torch.ones_like(lambda_m)
+    return torch.stack([lambda_t, lambda_m], -1).float()
+
+
+def check_rescale(rescale: Tensor, distilled: bool = False) -> Tensor:
+    """The rescale φ of samples. ValueError unless each is 0 … 1, and 0 for a distilled model."""
     if not ((rescale >= 0) & (rescale <= 1)).all():
         raise ValueError(f"the rescale must be 0 … 1, got {rescale.flatten().tolist()}")
+    if distilled and rescale.any():
+        raise ValueError(
+            "a distilled model's one branch has nothing to rescale by: the rescale must be 0, got "
+            f"{rescale.flatten().tolist()}"
+        )
     return rescale
 
 
@@ -61,22 +85,28 @@ def guided_prediction(
 
     latents (B, C, T, H, W); timestep (B,); text and null_text of B prompts each, null_text the
     empty or the negative prompt; lambda_t, lambda_m and rescale, 0 to 1, numbers or (B,). A branch
-    whose weight is 0 does not run, but the text's does where there is a rescale. Learned-range
+    whose weight is 0 does not run, but the text's does where there is a rescale; of a distilled
+    model (`guidance_embedding`) the text's alone, which takes the scales and is ε̃. Learned-range
     variance channels are those of the last branch that a sample needs, the text's where it does
     (DiT practice), and come behind the noise: (B, 2 · C, T, H, W).
     """
     has_motion = model.config.temporal and latents.shape[2] > 1
-    weights = guidance_weights(lambda_t, lambda_m, has_motion)
+    distilled, guidance = model.config.guidance_embedding, None
+    weights = guidance_weights(lambda_t, lambda_m, has_motion, distilled)
+    if distilled:
+        scales = (torch.as_tensor(scale, device=latents.device) for scale in (lambda_t, lambda_m))
+        guidance = guidance_inputs(*(s.expand(len(latents)) for s in scales), has_motion)
     branches = (null_text, True), (null_text, False), (text, False)
     channels = model.config.in_channels
-    rescale = check_rescale(torch.as_tensor(rescale, dtype=torch.float64)).expand(len(latents))
+    rescale = check_rescale(torch.as_tensor(rescale, dtype=torch.float64), distilled)
+    rescale = rescale.expand(len(latents))
     guided = noise = variance = None
     for weight, (condition, motion_free) in zip(weights, branches, strict=True):
         weight = torch.as_tensor(weight, dtype=torch.float64)
         needed = (weight != 0) | ((rescale != 0) & (condition is text))
         if not needed.any():
             continue
-        prediction = model(latents, timestep, condition, motion_free)
+        prediction = model(latents, timestep, condition, motion_free, guidance=guidance)
         prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         noise, own_variance = prediction[:, :channels], prediction[:, channels:]
         needed = needed.to(noise.device).reshape(-1, 1, 1, 1, 1)

@@ -22,8 +22,8 @@ from gentron_fast.guidance.cuda_graph import (
     are_worth_capturing,
     is_bound_by_launches,
 )
-from gentron_fast.guidance.definition import check_rescale, guidance_weights
-from gentron_fast.guidance.shared import SharedWork
+from gentron_fast.guidance.definition import check_rescale, guidance_inputs, guidance_weights
+from gentron_fast.guidance.shared import Conditions, SharedWork
 from gentron_fast.guidance.steps import (
     Branches,
     active_branches,
@@ -55,7 +55,7 @@ class GuidedDenoiser:
         self,
         model: GenTron,
         text: TextCondition | PreparedText,
-        null_text: TextCondition | PreparedText,
+        null_text: TextCondition | PreparedText | None,
         table: SolverTable,
         lambda_t: float | Tensor,
         lambda_m: float | Tensor,
@@ -68,32 +68,46 @@ class GuidedDenoiser:
         shared: SharedWork | None = None,
     ):
         """text of P prompts, each for `clips` samples in a row, so that B = P · clips; null_text,
-        the empty or the negative prompt, of 1 or P; lambda_t, lambda_m and rescale a number, one a
-        sample (B,), or a schedule (S, 1) or (S, B); latent_shape (C, T, H, W). reuse: only every so
-        many steps all branches run; the others add the last difference to the text's branch, which
-        is faster and another function. cuda_graph: replay the step, by default on CUDA where
-        launching it takes the host longer than running it the GPU, and the steps of each kind pay
-        for a capture. shared: with the other denoisers
-        of a GuidedBatch; `release()` gives back the place there, as deleting the denoiser does.
+        the empty or the negative prompt, of 1 or P, None for a distilled model; lambda_t, lambda_m
+        and rescale a number, one a sample (B,), or a schedule (S, 1) or (S, B); latent_shape
+        (C, T, H, W). reuse: only every so many steps all branches run; the others add the last
+        difference to the text's branch, which is faster and another function. cuda_graph: replay
+        the step, by default on CUDA where launching it takes the host longer than running it the
+        GPU, and the steps of each kind pay for a capture. shared: with the other denoisers of a
+        GuidedBatch; `release()` gives back the place there, as deleting the denoiser does.
         """
+        distilled = model.config.guidance_embedding
         if reuse < 1:
             raise ValueError(f"reuse must be at least 1 step, got {reuse}")
-        if null_text.batch not in (1, text.batch):
+        if distilled and reuse > 1:
+            raise ValueError(f"a distilled model has one branch, none to reuse: got {reuse}")
+        if distilled != (null_text is None):
+            raise ValueError(
+                "a distilled model has one branch: its null_text must be None"
+                if distilled
+                else "null_text must be the empty or the negative prompt, got None"
+            )
+        if null_text is not None and null_text.batch not in (1, text.batch):
             raise ValueError(f"null_text has {null_text.batch} prompts, not 1 or {text.batch}")
         self.model, self.table, self.batch = model, table, text.batch * clips
         self.latent_shape = tuple(latent_shape)
         latents = torch.empty(self.batch, *latent_shape, device="meta")
-        for part in (text, null_text):
+        texts = [part for part in (null_text, text) if part is not None]
+        for part in texts:
             own = part.pooled if isinstance(part, PreparedText) else part
             model.check(latents, torch.empty(self.batch, device="meta"), own)
         self.device, self.dtype = model.patch_embed.weight.device, model.patch_embed.weight.dtype
         self.has_motion = model.config.temporal and latent_shape[1] > 1
         self._take_coefficients(lambda_t, lambda_m, rescale)
-        self.null_text, self.text = (
+        texts = [
             part if isinstance(part, PreparedText) else PreparedText.of(model, part)
-            for part in (null_text, text)
-        )
-        self._pooled = TextCondition.cat([self.null_text.pooled, self.text.pooled])
+            for part in texts
+        ]
+        self.text, self.null_text = texts[-1], None if distilled else texts[0]
+        # A row of modulation for each: of a distilled model each sample, since its scales go in.
+        self._pooled = self.text.pooled.repeat(clips)
+        if not distilled:
+            self._pooled = TextCondition.cat([part.pooled for part in texts])
         conditions, steps = self._pooled.batch, len(table.timesteps)
         self.shared = SharedWork(model, conditions, steps) if shared is None else shared
         if self.shared.conditions != conditions:
@@ -125,9 +139,13 @@ class GuidedDenoiser:
         bounds of the log variance, the rescale."""
         table = self.table
         scales = [_per_step(scale, table, self.batch) for scale in (lambda_t, lambda_m)]
-        weights = guidance_weights(*scales, self.has_motion)
+        distilled = self.model.config.guidance_embedding
+        self._guidance = None
+        if distilled:
+            self._guidance = on_device(guidance_inputs(*scales, self.has_motion), self.device)
+        weights = guidance_weights(*scales, self.has_motion, distilled)
         weights = torch.stack([torch.as_tensor(w).expand_as(scales[0]) for w in weights], -1)
-        shares = check_rescale(_per_step(rescale, table, self.batch))
+        shares = check_rescale(_per_step(rescale, table, self.batch), distilled)
         self._active = active_branches(weights, shares)
         self.rescales = (shares != 0).any(1).tolist()
         self.learns_range = table.log_variance is not None and self.model.config.learned_range
@@ -239,6 +257,8 @@ class GuidedDenoiser:
 
     def branch_conditions(self, branch: int) -> Tensor:
         """Which of a step's rows each sample has in a branch, (B,) int64."""
+        if self.null_text is None:
+            return branch_conditions(branch, self.batch, 0, self.batch)
         return branch_conditions(branch, self.batch, self.null_text.batch, self.text.batch)
 
     def has_rows(self, step: int) -> bool:
@@ -249,16 +269,20 @@ class GuidedDenoiser:
         """Where the rows of a step are, one a condition, where the table has them."""
         return self._place + step % self._chunk * self._pooled.batch
 
-    def conditions_from(self, step: int) -> tuple[range, Tensor, TextCondition, Tensor | None]:
+    def conditions_from(self, step: int) -> Conditions:
         """What `SharedWork.fill` makes the rows of a step and its chunk of, in the place of those
         before; once they are there, `rows_are_made` is to be told."""
         self._chunk_start = None  # until then the place holds no step's rows
-        timesteps = self._timesteps[step - step % self._chunk :][: self._chunk]
+        own = slice(step - step % self._chunk, step - step % self._chunk + self._chunk)
+        timesteps, guidance = self._timesteps[own], self._guidance
         steps, conditions = len(timesteps), self._pooled.batch
-        text = self._pooled.map(lambda t: t.repeat(steps, *(1,) * (t.ndim - 1)))
-        size = None if self._size is None else self._size.repeat(steps, 1)
-        rows = range(self._place, self._place + steps * conditions)
-        return rows, timesteps.repeat_interleave(conditions), text, size
+        return Conditions(
+            range(self._place, self._place + steps * conditions),
+            timesteps.repeat_interleave(conditions),
+            self._pooled.map(lambda t: t.repeat(steps, *(1,) * (t.ndim - 1))),
+            None if self._size is None else self._size.repeat(steps, 1),
+            None if guidance is None else guidance[own].flatten(0, 1),
+        )
 
     def rows_are_made(self, step: int) -> None:
         self._chunk_start = step - step % self._chunk
@@ -267,17 +291,24 @@ class GuidedDenoiser:
         """In one line: branches a step, the form of each text, the share of the work saved."""
         counts = [sum(branches) for branches in self._active]
         parts = [f"{counts.count(n)} steps of {n} branches" for n in (3, 2, 1) if n in counts]
+        if self.null_text is None:
+            parts = [f"{len(counts)} steps of one branch, distilled: guidance is its input"]
         for name, contexts in zip(("null", "text"), zip(*self._contexts, strict=True), strict=True):
             for block, context in zip(self.model.blocks[:2], contexts, strict=False):
                 if context is not None:
                     parts.append(f"{name} {block.encoder} {_FORMS[type(context)]}")
-        return "; ".join([*dict.fromkeys(parts), f"{self.work_saved():.1%} of the work saved"])
+        if self.null_text is not None:
+            parts.append(f"{self.work_saved():.1%} of the work saved")
+        return "; ".join(dict.fromkeys(parts))
 
     def work_saved(self) -> float:
         """Share of the blocks' FLOPs saved against a separate forward for every branch of every
-        step (two where there is no motion), unpadded, the identity mask among them as a mask."""
+        step (two where there is no motion), unpadded, the identity mask among them as a mask; 0 for
+        a distilled model, of which nobody would run others."""
         every = (True, self.has_motion, True)
         kind = self.model.config, self.latent_shape
+        if self.null_text is None:
+            return 0.0
         run = sum(step_flops(*kind, branches, self._contexts) for branches in self._active)
         separate = step_flops(*kind, every, self._contexts, separate=True)
         return 1 - run / (len(self._active) * separate)
@@ -285,7 +316,9 @@ class GuidedDenoiser:
     @property
     def _contexts(self) -> list[tuple]:
         """Of each block the null text's context and the text's."""
-        return list(zip(self.null_text.contexts, self.text.contexts, strict=True))
+        own = self.text.contexts
+        nulls = [None] * len(own) if self.null_text is None else self.null_text.contexts
+        return list(zip(nulls, own, strict=True))
 
 
 _FORMS = {ConstantContext: "constant", FoldedContext: "folded", CrossContext: "as keys and values"}

@@ -4,6 +4,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,19 @@ from torch import Tensor
 from gentron_fast.guidance.contexts import merged_values
 from gentron_fast.guidance.steps import modulation_chunk, modulation_row_bytes
 from gentron_fast.model import GenTron, TextCondition
+
+
+class Conditions(NamedTuple):
+    """What modulation rows are made of, one a row of `places` in the table.
+
+    timesteps (R,); text of R prompts; size (R, 2) and guidance (R, 2) for models that embed them.
+    """
+
+    places: range
+    timesteps: Tensor
+    text: TextCondition
+    size: Tensor | None
+    guidance: Tensor | None
 
 
 class SharedWork:
@@ -54,24 +68,22 @@ class SharedWork:
             self._positions[height, width] = self.model.positions(height, width)
         return self._positions[height, width]
 
-    def fill(
-        self,
-        places: Sequence[range],
-        timesteps: Tensor,
-        text: TextCondition,
-        size: Tensor | None,
-    ) -> None:
-        """Make the rows of several places, in one go: timesteps (R,), text of R prompts, size
-        (R, 2) or None, for the rows that the places name."""
-        c, time = self.model.condition(timesteps, text, size)
+    def fill(self, parts: Sequence[Conditions]) -> None:
+        """Make the rows of several places, in one go."""
+        places, timesteps, texts, sizes, guidance = zip(*parts, strict=True)
+        text = texts[0] if len(texts) == 1 else TextCondition.cat(list(texts))
+        size, guidance = (
+            None if column[0] is None else torch.cat(column) for column in (sizes, guidance)
+        )
+        c, time = self.model.condition(torch.cat(timesteps), text, size, guidance)
         final_rows, start = self.model.final.modulation(c, time), 0
-        parts = []
+        rows_of = []
         for place in places:
-            parts.append((slice(place.start, place.stop), slice(start, start + len(place))))
+            rows_of.append((slice(place.start, place.stop), slice(start, start + len(place))))
             start += len(place)
         for index, block in enumerate(self.model.blocks):
             rows = block.modulation(c)
-            for target, source in parts:
+            for target, source in rows_of:
                 self.rows[target, index] = rows[source]
-        for target, source in parts:
+        for target, source in rows_of:
             self.final_rows[target] = final_rows[source]

@@ -24,7 +24,6 @@ from gentron_fast.vae import REASONS
 # them is what a new one waits for.
 MOST_CLIPS = {"cpu": 8, "cuda": 64}
 SHAPES = 2  # of which so many clips can be in the making at once
-CONDITIONS = 2  # of a clip: its null text and its text
 SHARE = 0.8  # of the free memory that clips may take
 Mark = float | torch.cuda.Event
 
@@ -82,11 +81,11 @@ class Engine:
         most = self._places if memory is None else min(self._places, memory.clips)
         self._room = max(max_batch, most)
         self._shared = SharedWork(
-            pipeline.transformer, CONDITIONS, MOST_TIMESTEPS, places=self._places
+            pipeline.transformer, len(_texts(pipeline, "", "")), MOST_TIMESTEPS, places=self._places
         )
         # Of prompts that clips are made of: with the last one they go.
         self._texts: WeakValueDictionary[str, PreparedText] = WeakValueDictionary()
-        self._null_text = self._prepared("")
+        self._kept = [self._prepared(text) for text in _texts(pipeline, "", "")[1:]]
         self._batches: dict[tuple, GuidedBatch] = {}
         # Seconds of a clip's steps that each shape has had, the one of the last turn last.
         self._turns: dict[tuple, float] = {}
@@ -124,9 +123,12 @@ class Engine:
     def join(self, sampling: Sampling) -> Clip:
         """A clip of a sampling of one. ValueError where its text is not finite."""
         (prompt,), (negative,) = sampling.prompts, sampling.negatives
-        return self._begin(sampling, self._prepared(prompt), self._prepared(negative))
+        texts = _texts(self.pipeline, prompt, negative)
+        return self._begin(sampling, *map(self._prepared, texts))
 
-    def _begin(self, sampling: Sampling, text: PreparedText, null_text: PreparedText) -> Clip:
+    def _begin(
+        self, sampling: Sampling, text: PreparedText, null_text: PreparedText | None = None
+    ) -> Clip:
         (seed,) = sampling.seeds
         denoiser = GuidedDenoiser(
             *(self.pipeline.transformer, text, null_text),
@@ -227,6 +229,11 @@ class Engine:
         return text
 
 
+def _texts(pipeline: GenTronPipeline, prompt: str, negative: str) -> tuple[str, ...]:
+    """What is encoded of a clip: of a distilled model the prompt alone."""
+    return (prompt,) if pipeline.transformer.config.guidance_embedding else (prompt, negative)
+
+
 def own_shape(pipeline: GenTronPipeline) -> tuple[int, int, int, int]:
     """Of the latents (C, T, h, w) of a clip of the pipeline's own frames and size."""
     return pipeline.sampling("").shape
@@ -241,8 +248,8 @@ def measured(pipeline: GenTronPipeline) -> Memory:
         engine = Engine(pipeline, count)
         for seed in range(count):
             sampling = pipeline.sampling("", seed=seed, steps=2, lambda_t=3.0, lambda_m=2.0)
-            texts = (PreparedText.of(pipeline.transformer, longest) for _ in range(CONDITIONS))
-            engine._begin(sampling, *texts)
+            texts = (longest for _ in _texts(pipeline, "", ""))
+            engine._begin(sampling, *(PreparedText.of(pipeline.transformer, own) for own in texts))
         engine.step(engine.clips)
 
     longest = longest_text(pipeline)
