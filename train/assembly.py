@@ -28,6 +28,7 @@ from gentron_train.sharding import (
     stored_weights,
 )
 from gentron_train.small_world.renderer import ensure_shards, vocabulary
+from gentron_train.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,19 @@ class Parts:
     source: Source | None
     text_encoder: TextEncoder | None
     train_text: bool
+    teacher: Teacher | None = None  # of a distillation
 
 
 def check_start(settings: Settings, stage: str) -> None:
     """ValueError or FileNotFoundError where a stage has no model to start from; a line where there
-    is no more than a transformer."""
+    is no more than a transformer, or what a distillation is given does not fit."""
+    if (stage == "distill") != (settings.teacher is not None):
+        wanted = "a distillation needs --teacher PIPELINE"
+        raise ValueError(
+            wanted if stage == "distill" else f"--teacher is for distillation, not {stage}"
+        )
+    if stage == "distill":
+        _check_distillation(settings)
     if settings.init is not None:
         stored_config(settings.init / "transformer")
         if not (settings.init / INDEX_NAME).is_file():
@@ -57,6 +66,20 @@ def check_start(settings: Settings, stage: str) -> None:
             )
     elif stage == "t2v":
         raise ValueError("T2V starts from a T2I pipeline: --init T2I_FOLDER")
+
+
+def _check_distillation(settings: Settings) -> None:
+    if not (settings.teacher / INDEX_NAME).is_file():
+        raise FileNotFoundError(f"{settings.teacher} is no whole pipeline: no {INDEX_NAME}")
+    if stored_config(settings.teacher / "transformer").guidance_embedding:
+        raise ValueError(f"{settings.teacher} is distilled already: a teacher has three branches")
+    if settings.p_motion_free:
+        raise ValueError(
+            f"--p-motion-free is {settings.p_motion_free}, must be 0: the teacher's motion-free "
+            "branch is in what it gives"
+        )
+    if settings.draws > 1:
+        raise ValueError(f"--draws is {settings.draws}, must be 1: each sample has its own text")
 
 
 def make_missing(settings: Settings, stage: str) -> None:
@@ -100,6 +123,8 @@ def build_parts(settings: Settings, stage: str, data: DataSettings, device: torc
                 transformer = _image_model(transformer)
             if config.temporal and not transformer.config.temporal:
                 transformer = GenTron.from_t2i(transformer)
+            if config.guidance_embedding and not transformer.config.guidance_embedding:
+                transformer = GenTron.from_teacher(transformer)
         source = None
     pretrained = settings.clip is not None or settings.t5 is not None
     train_text = stage == "t2i" and settings.preset == "small" and settings.train_text
@@ -112,7 +137,8 @@ def build_parts(settings: Settings, stage: str, data: DataSettings, device: torc
     elif not data.has_text:
         dtype = torch.float32 if train_text else DTYPES[settings.parameters]
         text_encoder = load_text_encoder(settings, config, dtype)
-    return Parts(transformer, source, text_encoder, train_text)
+    teacher = Teacher.from_pretrained(settings, device) if stage == "distill" else None
+    return Parts(transformer, source, text_encoder, train_text, teacher)
 
 
 def _image_model(model: GenTron) -> GenTron:

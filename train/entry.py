@@ -5,7 +5,7 @@ import signal
 
 
 def start(stage: str, description: str) -> None:
-    """The whole of train/t2i.py and train/t2v.py on one rank.
+    """The whole of train/t2i.py, train/t2v.py and train/distill.py on one rank.
 
     SIGTERM or Ctrl-C before the first step ends it with one line and exit code 130.
     """

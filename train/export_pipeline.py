@@ -9,6 +9,7 @@ Optimizer state is not read, and no more than one tensor of the transformer is i
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from gentron_train.checkpoint import (
 )
 from gentron_train.data.options import DTYPES
 from gentron_train.settings import Settings, stored_encoders
+from gentron_train.teacher import defaults_of
 
 NAME = "gentron_train.export_pipeline"
 OPTIMIZER_FILE = "*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
@@ -149,9 +151,10 @@ def _export(checkpoint: Path, info: dict, out: Path, ema: bool, dtype: torch.dty
             reasons = "; ".join(missing)
             return f"{out}: no whole pipeline, {reasons}; training takes it as --init"
         size = [side * vae_factor(vae) for side in info["latents"][-2:]]
-        write_json(
-            folder / INDEX_NAME, model_index(config, settings.frames, size, SamplingDefaults())
-        )
+        defaults = SamplingDefaults()
+        if settings.teacher is not None:  # what it rescaled by is in the student's one branch
+            defaults = replace(defaults_of(settings.teacher), rescale=0.0)
+        write_json(folder / INDEX_NAME, model_index(config, settings.frames, size, defaults))
     return f"{out}: step {info['step']}, {'averaged' if ema else 'last'} weights"
 
 

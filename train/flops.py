@@ -50,8 +50,10 @@ def training_flops(
     with torch.device("meta"):
         model = GenTron(config)
         inputs = torch.zeros(draws, *latents), torch.zeros(draws, dtype=torch.long)
+        guidance = torch.ones(draws, 2) if config.guidance_embedding else None
     with FlopCounterMode(display=False) as counter:
-        model(*inputs, meta_text(config, 1, lengths)).sum().backward()
+        text = meta_text(config, 1, lengths)
+        model(*inputs, text, guidance=guidance).sum().backward()
     return counter.get_total_flops() // draws
 
 

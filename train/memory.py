@@ -96,13 +96,14 @@ def _kept(config: GenTronConfig, latents, lengths, batch: int) -> dict[str, int]
         inputs = [torch.zeros(batch, *latents), torch.zeros(batch, dtype=torch.long), text]
         if config.temporal:
             inputs.append(torch.zeros(batch, dtype=torch.bool))
+        guidance = torch.ones(batch, 2) if config.guidance_embedding else None
         weights = [*model.parameters(), *model.buffers()]
         outside, boundary, attention = (_Storages(weights) for _ in range(3))
         inside = [_Storages(weights) for _ in model.blocks]
         for block, own in zip(model.blocks, inside, strict=True):
             block.forward = partial(_watched, block.forward, own, boundary)
         with outside.keeping(), _AttentionOutputs(attention):
-            model(*inputs).square().mean()
+            model(*inputs, guidance=guidance).square().mean()
     again = _Storages.bytes(inside[-1])
     return {
         "none": _Storages.bytes(outside, *inside),
@@ -162,7 +163,11 @@ def model_config(settings: Settings, stage: str) -> GenTronConfig:
         config = stored_config(path.parent)
     else:
         config = settings.fresh_model()
-    return replace(config, temporal=config.temporal or stage == "t2v")
+    return replace(
+        config,
+        temporal=config.temporal or stage == "t2v",
+        guidance_embedding=config.guidance_embedding or stage == "distill",
+    )
 
 
 def frozen_files(settings: Settings, encoders: tuple[str, ...]) -> dict[str, int | None]:
@@ -188,7 +193,7 @@ def report(settings: Settings, stage: str) -> list[str]:
         raise ValueError("--dry-run reads no data: wanted --size or --buckets, got neither")
     height, width = size
     factor = config.pixels_per_latent
-    frames = settings.frames if stage == "t2v" else 1
+    frames = settings.frames if config.temporal else 1
     latents = (config.in_channels, frames, height // factor, width // factor)
     itemsize = {"fp32": 4, "bf16": 2}
     samples = settings.batch * settings.draws

@@ -56,10 +56,13 @@ class Objective(nn.Module):
         text: Tokens | TextCondition,
         motion_free: Tensor | bool | None = None,
         noise: Tensor | None = None,
+        guidance: Tensor | None = None,
+        target: Tensor | None = None,
     ) -> Tensor:
         """latents and noise (B, C, T, h, w) fp32, timestep (B,), motion_free (B,) bool → scalar.
 
-        Without noise the latents are noisy already, and the prediction comes back.
+        Without noise the latents are noisy already, and the prediction comes back; or, with a
+        target like them, a teacher's guided noise, the loss against it. guidance (B, 2).
         """
         noisy = latents if noise is None else self.schedule.add_noise(latents, noise, timestep)
         if self.text_encoder is not None:
@@ -70,12 +73,13 @@ class Objective(nn.Module):
         noisy, text = noisy.to(parameters), text.to(latents.device, parameters)
         autocast = self.dtype != parameters
         with torch.autocast(latents.device.type, self.dtype, enabled=autocast):
-            prediction = self.transformer(noisy, timestep, text, motion_free)
-        if noise is None:
+            prediction = self.transformer(noisy, timestep, text, motion_free, guidance=guidance)
+        goal = noise if target is None else target
+        if goal is None:
             return prediction
         weight = self.weights.to(timestep.device)[timestep]
-        loss = diffusion_loss(prediction, noise, weight)
-        if self.config.learned_range:
+        loss = diffusion_loss(prediction, goal, weight)
+        if self.config.learned_range and target is None:
             loss = loss + vlb_loss(self.schedule, prediction, noise, timestep)
         return loss
 

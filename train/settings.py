@@ -34,7 +34,8 @@ from gentron_train.small_world.renderer import INDEX_NAME as SHARDS_INDEX
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = CONFIGS / "small.yaml"
-STAGES = ("t2i", "t2v")
+STAGES = ("t2i", "t2v", "distill")
+LARGEST = 1000  # guidance, or steps of a trajectory
 MOST_SECONDS = 10**7  # of a timeout: process groups hold it as nanoseconds
 CHECKPOINTING = ("none", "attention", "full")
 # Former names of settings, which files, command lines and checkpoints still hold.
@@ -74,6 +75,18 @@ class Settings(DataOptions):
         False,
         "of the small model, where a file's init, vae and text are not there: those that ship",
     )
+
+    teacher: Path | None = option(None, "distillation: pipeline whose guided noise is learnt")
+    teacher_rescale: float | None = option(None, "guidance rescale in it; else the teacher's own")
+    min_lambda_t: float = option(1.0, "smallest text guidance that is learnt")
+    max_lambda_t: float = option(6.0, "largest text guidance that is learnt")
+    min_lambda_m: float = option(1.0, "smallest motion guidance that is learnt")
+    max_lambda_m: float = option(1.3, "largest motion guidance that is learnt")
+    p_trajectory: float = option(
+        0.5, "share of latents along the teacher's own sampling; the rest is noised data"
+    )
+    min_trajectory_steps: int = option(10, "fewest steps of such a sampling")
+    max_trajectory_steps: int = option(50, "most steps of such a sampling")
 
     data: Path = option(Path("data/shapes"), "folder of shards images-*.tar, clips-*.tar")
     images: str | None = option(None, "shards of images: glob, or URLs as WebDataset reads them")
@@ -127,12 +140,21 @@ class Settings(DataOptions):
     def __post_init__(self):
         super().__post_init__()
         check_least(self, 1, "steps", "log_every", "save_every", "save_total_limit")
-        check_least(self, 1, "global_batch", "accumulation")
+        check_least(self, 1, "global_batch", "accumulation", "min_trajectory_steps")
         check_least(self, 0, "warmup", "sample_every", "export_every", "make_images", "make_clips")
         for name in ("size", "buckets"):
             if getattr(self, name) is not None:
                 parse_sizes(flag(name), getattr(self, name))
-        check_share(self, "decay_ratio", "timestep_range_portion")
+        check_share(self, "decay_ratio", "timestep_range_portion", "p_trajectory")
+        if self.teacher_rescale is not None:
+            check_share(self, "teacher_rescale")
+        for name in ("lambda_t", "lambda_m", "trajectory_steps"):
+            low, high = (f"{end}_{name}" for end in ("min", "max"))
+            if not -LARGEST <= getattr(self, low) <= getattr(self, high) <= LARGEST:
+                raise ValueError(
+                    f"{flag(low)} {getattr(self, low)} and {flag(high)} {getattr(self, high)} must "
+                    f"be a range within ±{LARGEST}"
+                )
         check_positive(self, "lr", "timeout", "max_grad_norm", "minutes", "gpu_memory")
         if self.timeout > MOST_SECONDS:
             raise ValueError(f"--timeout is {self.timeout}, must be at most {MOST_SECONDS}")
@@ -215,9 +237,12 @@ class Settings(DataOptions):
         return {"images": self.make_images, "clips": self.make_clips}
 
     def data_settings(self, stage: str) -> DataSettings:
-        """What the loader of a stage, "t2i" or "t2v", takes."""
+        """What the loader of a stage takes."""
+        has_clips = stage == "t2v"
+        if stage == "distill":
+            has_clips = stored_config(self.teacher / "transformer").temporal
         return DataSettings(
-            kinds=("images",) if stage == "t2i" else ("images", "clips"),
+            kinds=("images", "clips") if has_clips else ("images",),
             images=self.images or str(self.data / "images-*.tar"),
             clips=self.clips or str(self.data / "clips-*.tar"),
             size=None if self.size is None else parse_sizes("--size", self.size)[0],
@@ -368,7 +393,7 @@ def load_config(path: Path, stage: str) -> dict:
 
 
 def parse_settings(stage: str, description: str, argv: list[str] | None = None) -> Settings:
-    """Settings of a stage, "t2i" or "t2v"; wrong input ends with one line and exit code 2.
+    """Settings of a stage, one of STAGES; wrong input ends with one line and exit code 2.
 
     The command line overrides the parts that lie in the --init folder, these override the file that
     --config names (default: configs/small.yaml), that over Settings' own defaults.
@@ -423,6 +448,8 @@ def _or_none(kind: type) -> typing.Callable[[str], object]:
 def _combined(defaults: Settings, given: dict) -> Settings:
     """The settings of a file with the options that were given, and between them what the --init
     folder holds."""
+    if "init" not in given and (teacher := given.get("teacher", defaults.teacher)) is not None:
+        given = given | {"init": teacher}  # what the student starts as, and its other parts
     init, found = given.get("init", defaults.init), {}
     if init is not None and (init / "vae" / CONFIG_NAME).is_file():
         found["vae"] = init / "vae"

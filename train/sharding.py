@@ -17,6 +17,7 @@ from gentron_fast.model import WEIGHTS_STEM, GenTron
 from gentron_train.checkpoint import shard_of
 
 TEMPORAL = "temporal_attention."  # in the names of what a T2I model lacks
+GUIDANCE = "guidance_embed"  # the part that a teacher lacks
 # Every part of a model in turn: its name and its fp32 tensors. The same at every call.
 Source = Callable[[], Iterator[tuple[str, dict[str, Tensor]]]]
 
@@ -43,8 +44,8 @@ def fresh_weights(config: GenTronConfig, seed: int) -> Source:
 def stored_weights(
     folder: Path, config: GenTronConfig, seed: int, fresh_temporal: bool = False
 ) -> Source:
-    """A saved model's weights; temporal layers that it lacks, or all of them with fresh_temporal,
-    are fresh."""
+    """A saved model's weights; a guidance embedding and temporal layers that it lacks, or all of
+    these with fresh_temporal, are fresh."""
     fresh = fresh_weights(config, seed)
 
     def parts() -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -54,7 +55,7 @@ def stored_weights(
             if fresh_temporal:
                 known = {key for key in known if TEMPORAL not in key}
             missing = [key for key in tensors.keys() - known if TEMPORAL not in key]
-            if missing:
+            if missing and part != GUIDANCE:
                 raise ValueError(f"{folder} lacks the tensor {part}.{min(missing)}")
             read = {key: stored.read(f"{part}.{key}").float() for key in known}
             yield part, {key: read.get(key, tensor) for key, tensor in tensors.items()}

@@ -79,6 +79,7 @@ class Trainer:
         self.frozen_text = None
         if parts.text_encoder is not None and not parts.train_text:
             self.frozen_text = parts.text_encoder.to(device).eval()
+        self.teacher = parts.teacher
         self._broken: TooManyBroken | None = None
         self._batch: Batch | None = None
         config = parts.transformer.config
@@ -158,14 +159,21 @@ class Trainer:
             with torch.no_grad():
                 text = self.frozen_text(text)
         self.metrics.count_flops(batch.latents, text)
-        motion_free = batch.motion_free
-        loss = self.engine(
-            on_device(batch.latents, self.device),
-            on_device(batch.timestep, self.device),
-            text,
-            None if motion_free is None else on_device(motion_free, self.device),
-            on_device(batch.noise, self.device),
-        )
+        if self.teacher is not None:
+            own = self.teacher.targets(batch, text)
+            timestep = on_device(own.timestep, self.device)
+            loss = self.engine(
+                own.latents, timestep, own.text, guidance=own.guidance, target=own.noise
+            )
+        else:
+            motion_free = batch.motion_free
+            loss = self.engine(
+                on_device(batch.latents, self.device),
+                on_device(batch.timestep, self.device),
+                text,
+                None if motion_free is None else on_device(motion_free, self.device),
+                on_device(batch.noise, self.device),
+            )
         # A loss that is not finite makes every gradient NaN, and DeepSpeed skips the step.
         good = torch.isfinite(loss.detach()) & (self._broken is None)
         self.engine.backward(loss * torch.where(good, 1.0, math.nan))
@@ -273,7 +281,7 @@ class Trainer:
 
 
 def train(stage: str, description: str, argv: list[str] | None = None) -> None:
-    """The whole of train/t2i.py and train/t2v.py: settings, parts, and the run."""
+    """The whole of train/t2i.py, t2v.py and distill.py: settings, parts, and the run."""
     settings = parse_settings(stage, description, argv)
     if settings.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:
@@ -289,7 +297,7 @@ def train(stage: str, description: str, argv: list[str] | None = None) -> None:
 
 
 def trainer_of(settings: Settings, stage: str) -> Trainer:
-    """The trainer of a stage, "t2i" or "t2v", on this rank."""
+    """The trainer of a stage, one of STAGES, on this rank."""
     launcher = Launcher()
     device = start_distributed(settings.timeout)
     settings = settings.on(dist.get_world_size())

@@ -146,7 +146,9 @@ def test_what_a_distilled_model_has_no_branch_for_is_refused(model, make_text):
     inputs = TABLE, 3.0, 1.0, SHAPE
     with pytest.raises(ValueError, match="null_text must be None"):
         GuidedDenoiser(model, text, text, *inputs)
-    with pytest.raises(ValueError, match=r"nothing to rescale by: the rescale must be 0, got \[0.7"):
+    with pytest.raises(
+        ValueError, match=r"nothing to rescale by: the rescale must be 0, got \[0.7"
+    ):
         GuidedDenoiser(model, text, None, *inputs, rescale=0.7)
     with pytest.raises(ValueError, match="none to reuse: got 2"):
         GuidedDenoiser(model, text, None, *inputs, reuse=2)

@@ -1,0 +1,197 @@
+"""The teacher of a distillation: a frozen model's guided noise, for a student to learn in one
+branch (Meng et al. 2023, arXiv 2210.03142; with λ_M beside λ_T that is ours)."""
+
+# Shapes: B samples, C channels, T frames, h × w latents.
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gentron_fast.config import SamplingDefaults
+from gentron_fast.diffusion import NoiseSchedule
+from gentron_fast.files import read_json
+from gentron_fast.guidance import GuidedBatch, GuidedDenoiser, PreparedText, SharedWork
+from gentron_fast.guidance.definition import guidance_inputs
+from gentron_fast.model import GenTron, TextCondition
+from gentron_fast.pipeline import INDEX_NAME, INDEX_SCHEMA, SCHEDULER_PATH
+from gentron_fast.solvers import SolverTable, make_table
+from gentron_fast.text import TextEncoder
+from gentron_fast.transfer import on_device
+from gentron_train.data.loader import Batch
+from gentron_train.data.options import DTYPES
+from gentron_train.settings import Settings, stored_encoders
+
+SOLVER = "dpm++"  # of the trajectories: it draws no noise
+
+
+class Targets(NamedTuple):
+    """What a student learns from: noisy latents and the teacher's guided noise, (B, C, T, h, w)
+    fp32; timestep (B,); text of B prompts; guidance (B, 2), λ_T and λ_M."""
+
+    latents: Tensor
+    timestep: Tensor
+    text: TextCondition
+    guidance: Tensor
+    noise: Tensor
+
+
+@dataclass
+class Run:
+    """A sample that the teacher denoises: latents and x0 of the step before, (1, C, T, h, w)."""
+
+    denoiser: GuidedDenoiser
+    text: TextCondition
+    guidance: Tensor
+    latents: Tensor
+    x0: Tensor
+    step: int = 0
+
+    @property
+    def row(self) -> Tensor:
+        """alpha, sigma, a, b, c, d of its step."""
+        return self.denoiser.table.rows[self.step]
+
+    @property
+    def timestep(self) -> Tensor:
+        return self.denoiser.table.timesteps[self.step]
+
+
+class Teacher:
+    """Guided noise of a frozen model, by the batched step that samples with it.
+
+    Of each micro-batch the share p_trajectory are latents along the teacher's own sampling, each
+    run at a step of its own: the student meets there what it will meet (arXiv 2503.07274). The
+    others are noised data. Each sample has its own λ_T and λ_M, uniform in the ranges.
+    """
+
+    def __init__(
+        self,
+        model: GenTron,
+        null_text: TextCondition,
+        scheduler: dict,
+        settings: Settings,
+        rescale: float,
+    ):
+        """null_text: the empty prompt, encoded; rescale: of what is learnt."""
+        self.model, self.settings, self.rescale = (
+            model.eval().requires_grad_(False),
+            settings,
+            rescale,
+        )
+        self.scheduler, self.schedule = scheduler, NoiseSchedule.from_config(scheduler)
+        weight = model.patch_embed.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.null_text = PreparedText.of(model, null_text.to(self.device, self.dtype))
+        # Runs of clips, of images among them, and the samples of noised data.
+        places = 3 * settings.batch
+        self.shared = SharedWork(model, 2, settings.max_trajectory_steps, places)
+        self._runs: dict[torch.Size, list[Run]] = {}  # by the shape of their latents
+
+    @classmethod
+    def from_pretrained(cls, settings: Settings, device: torch.device) -> "Teacher":
+        """The model of `settings.teacher`, which is a whole pipeline. FileNotFoundError or
+        ValueError where a part is missing or does not fit."""
+        folder, dtype = settings.teacher, DTYPES[settings.dtype]
+        model = GenTron.from_pretrained(folder / "transformer", dtype, device)
+        encoder = TextEncoder.from_pretrained(**stored_encoders(folder)).eval()
+        encoder.check_widths(model.config)
+        with torch.no_grad():
+            null_text = encoder.encode([""])
+        rescale = settings.teacher_rescale
+        if rescale is None:
+            rescale = defaults_of(folder).rescale
+        return cls(model, null_text, read_json(folder / SCHEDULER_PATH), settings, rescale)
+
+    @torch.no_grad()
+    def targets(self, batch: Batch, text: TextCondition) -> Targets:
+        """What the student learns of a micro-batch of B latents; text of B prompts. The latents of
+        the last p_trajectory · B of them, but for a run's first one, make way for the runs'."""
+        text = text.to(self.device, self.dtype)
+        latents, noise = (on_device(t, self.device) for t in (batch.latents, batch.noise))
+        count = len(latents)
+        along = round(self.settings.p_trajectory * count)
+        own = self._runs.setdefault(latents.shape[1:], [])
+        is_first = not own
+        runs = []
+        for i in range(count - along):
+            runs.append(
+                self._noised(text.select(slice(i, i + 1)), latents[i], noise[i], batch.timestep[i])
+            )
+        for i in range(count - along + len(own), count):
+            part = text.select(slice(i, i + 1))
+            own.append(self._begun(part, latents[i], noise[i], anywhere=is_first))
+        runs += own
+        together = GuidedBatch([run.denoiser for run in runs])
+        steps = [run.step for run in runs]
+        x, before = (torch.cat([getattr(run, name) for run in runs]) for name in ("latents", "x0"))
+        after, x0 = together.step(x, steps, before)
+        alpha, sigma = (
+            on_device(torch.stack(column).float(), self.device).reshape(-1, 1, 1, 1, 1)
+            for column in zip(*(run.row[:2] for run in runs), strict=True)
+        )
+        targets = Targets(
+            x,
+            torch.stack([run.timestep for run in runs]),
+            TextCondition.cat([run.text for run in runs]),
+            torch.cat([run.guidance for run in runs]),
+            (x - alpha * x0) / sigma,
+        )
+        for i, run in enumerate(runs):
+            run.latents, run.x0 = after[i : i + 1], x0[i : i + 1]
+            run.step += 1
+            if run.step == len(run.denoiser.table.timesteps):
+                run.denoiser.release()
+        own[:] = [run for run in own if run.step < len(run.denoiser.table.timesteps)]
+        return targets
+
+    def _noised(self, text: TextCondition, latents: Tensor, noise: Tensor, timestep: Tensor) -> Run:
+        """A single step, at the timestep of the data's noise."""
+        alpha, sigma = self._levels(timestep)
+        row = torch.tensor([alpha, sigma, 0, 1, 0, 0], dtype=torch.float64)
+        table = SolverTable(timestep.reshape(1), row[None])
+        return self._run(text, table, alpha * latents + sigma * noise)
+
+    def _begun(self, text: TextCondition, latents: Tensor, noise: Tensor, anywhere: bool) -> Run:
+        """A trajectory from its first step, or from the data's latents anywhere on it: so the first
+        runs are not all in step."""
+        low, high = self.settings.min_trajectory_steps, self.settings.max_trajectory_steps
+        table = make_table(SOLVER, self.scheduler, int(torch.randint(low, high + 1, ())))
+        if not anywhere:
+            return self._run(text, table, noise)
+        run = self._run(text, table, noise)
+        run.step = int(torch.randint(len(table.timesteps), ()))
+        alpha, sigma = run.row[:2].tolist()
+        run.latents = (alpha * latents + sigma * noise)[None]
+        run.x0 = latents[None]
+        return run
+
+    def _levels(self, timestep: Tensor) -> tuple[float, float]:
+        signal = float(self.schedule.alphas_cumprod[timestep])
+        return signal**0.5, (1 - signal) ** 0.5
+
+    def _run(self, text: TextCondition, table: SolverTable, latents: Tensor) -> Run:
+        settings = self.settings
+        lambda_t = _uniform(settings.min_lambda_t, settings.max_lambda_t)
+        lambda_m = _uniform(settings.min_lambda_m, settings.max_lambda_m)
+        denoiser = GuidedDenoiser(
+            *(self.model, text, self.null_text, table, lambda_t, lambda_m, latents.shape),
+            rescale=self.rescale,
+            cuda_graph=False,
+            shared=self.shared,
+        )
+        guidance = guidance_inputs(lambda_t, lambda_m, denoiser.has_motion)
+        latents = latents.float()[None]
+        return Run(denoiser, text, on_device(guidance, self.device), latents, latents)
+
+
+def defaults_of(folder: Path) -> SamplingDefaults:
+    """What a pipeline folder samples with unless told otherwise."""
+    return SamplingDefaults.from_index(read_json(folder / INDEX_NAME, INDEX_SCHEMA))
+
+
+def _uniform(low: float, high: float) -> Tensor:
+    """(1,) fp64."""
+    return low + (high - low) * torch.rand(1, dtype=torch.float64)
