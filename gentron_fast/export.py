@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def export(args: argparse.Namespace) -> None:
     """Load the pipeline and write the compiled sampler that the arguments ask for."""
-    from gentron_fast.pipeline import ASSETS, GenTronPipeline
+    from gentron_fast.pipeline import ASSETS, GenTronPipeline, parts_folder
 
     silence_libraries()
     device = choose_device(args.device)
@@ -95,7 +95,7 @@ def export(args: argparse.Namespace) -> None:
         max_tokens={name: text_encoder.max_tokens(name) for name in text_encoder.tokenizers},
         factor=pipeline.vae.factor,
         whole=(text_encoder, pipeline.vae) if args.whole else None,
-        parts=part_digests(args.pipeline or ASSETS, parts),
+        parts=part_digests(parts_folder(args.pipeline or ASSETS), parts),
         on_graph=(lambda name: print(f"compiling    {name}", flush=True)) if args.verbose else None,
     )
     with args.out.open("rb") as file:

@@ -41,6 +41,7 @@ FIXED = (
     "--compile",
     "--fp8",
     "--offload",
+    "--fast",
 )  # in a compiled sampler
 SEEN_AFTER = 60  # seconds after which a file that a node wrote must be seen on the others
 NAME_LENGTH = 48  # letters of the prompt in a file name: 4 bytes each stay below the usual 255
@@ -56,7 +57,7 @@ PROMPT...               one or many prompts, each in quotes
 --size H W              in pixels
 --clips N --batch N     clips per prompt (1), clips made at once (1)
 --seed N                of the first clip of each prompt (0)
---model FOLDER          pipeline folder (the small model that ships)
+--model FOLDER --fast   pipeline folder (what ships); its model of few steps
 --compiled FILE --sha256 D   a compiled sampler in its place; its digest
 --steps N --solver S    denoising steps; ddpm, ddim or dpm++ (the model's own)
 --lambda-t X            text guidance (the model's own; in the paper 7.5)
@@ -99,6 +100,8 @@ def generate(args: argparse.Namespace) -> None:
     from gentron_fast.pipeline import ASSETS
 
     rank_and_world()  # checks the launcher's variables before any work
+    if args.fast:
+        args.model = fast_folder(args.model or ASSETS)
     folder = args.model or ASSETS
     if args.compiled is not None:
         return generate_compiled(args, prompts, folder)
@@ -199,6 +202,7 @@ def generate_compiled(args: argparse.Namespace, prompts: list[str], folder: Path
     from gentron_fast.compiled import CompiledPipeline, CompiledSampler
     from gentron_fast.guidance import guidance_schedule
     from gentron_fast.memory import peak_memory
+    from gentron_fast.pipeline import parts_folder
     from gentron_fast.threads import settle_threads
 
     start = time.perf_counter()
@@ -216,7 +220,8 @@ def generate_compiled(args: argparse.Namespace, prompts: list[str], folder: Path
     if not clips:
         return
     device = choose_device(args.device or metadata["device"])
-    pipeline = CompiledPipeline(sampler, None if metadata["whole"] else folder, device)
+    parts = None if metadata["whole"] else parts_folder(folder)
+    pipeline = CompiledPipeline(sampler, parts, device)
     load_seconds = time.perf_counter() - start
     clip_seconds = make_clips(pipeline, args, clips, frames)
     report(clips, load_seconds, clip_seconds, peak_memory(device))
@@ -240,6 +245,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--image", action="store_true")
     parser.add_argument("--clips", type=whole_number(1, MOST_CLIPS), default=1)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--fast", action="store_true")
     parser.add_argument("--compiled", type=Path)
     parser.add_argument("--sha256")
     parser.add_argument("--out", default="outputs/")
@@ -392,6 +398,18 @@ def file_name(prompt: str) -> str:
     return f"{name}-{zlib.crc32(prompt.encode()):08x}".lstrip("-")
 
 
+def fast_folder(folder: Path) -> Path:
+    """Of a pipeline folder that of its distilled model. ValueError where there is none."""
+    from gentron_fast.pipeline import FAST, INDEX_NAME
+
+    if not (folder / FAST / INDEX_NAME).is_file():
+        raise ValueError(
+            f"--fast: {folder} has no distilled model, {FAST}/{INDEX_NAME}; train/distill.py makes "
+            "one"
+        )
+    return folder / FAST
+
+
 def take_defaults(args: argparse.Namespace, folder: Path) -> None:
     """Steps, solver and guidance that the command line leaves out are the pipeline folder's own."""
     from gentron_fast.files import read_json
@@ -408,10 +426,10 @@ def check_solver(args: argparse.Namespace, folder: Path) -> None:
     from gentron_fast.diffusion import SCHEDULER_SCHEMA
     from gentron_fast.files import read_json
     from gentron_fast.guidance import guidance_schedule
-    from gentron_fast.pipeline import SCHEDULER_PATH
+    from gentron_fast.pipeline import SCHEDULER_PATH, parts_folder
     from gentron_fast.solvers import make_table
 
-    scheduler = read_json(folder / SCHEDULER_PATH, SCHEDULER_SCHEMA)
+    scheduler = read_json(parts_folder(folder) / SCHEDULER_PATH, SCHEDULER_SCHEMA)
     make_table(args.solver, scheduler, args.steps, args.eta)
     guidance_schedule(args.lambda_t, args.steps, *args.guidance_range)
 

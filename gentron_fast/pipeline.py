@@ -26,7 +26,7 @@ from gentron_fast.diffusion import SCHEDULER_CONFIG, SCHEDULER_SCHEMA, portable_
 from gentron_fast.files import read_json, whole_folder, write_json
 from gentron_fast.guidance import GuidedDenoiser, check_rescale, guidance_schedule
 from gentron_fast.model import GenTron, TextCondition
-from gentron_fast.schema import MOST_TIMESTEPS, several, whole
+from gentron_fast.schema import MOST_TIMESTEPS, Kind, several, whole
 from gentron_fast.solvers import SolverTable, make_table
 from gentron_fast.text import SUBFOLDERS, TextEncoder
 from gentron_fast.transfer import on_device
@@ -47,7 +47,11 @@ TEXT_COMPONENTS = {
 }
 
 
+FAST = "fast"  # folder in a pipeline folder: a distilled transformer, with a few steps by default
+# In a model_index.json: the folder that has all parts but the transformer.
+SHARED_PARTS = "shared_parts"
 INDEX_SCHEMA = DEFAULTS_SCHEMA | {
+    SHARED_PARTS: Kind("..", lambda value: value == ".."),
     "default_frames": whole(1, MAX_FRAMES),
     "default_size": several(whole(1, MAX_SIDE), 2, 2),
 }
@@ -130,20 +134,24 @@ class GenTronPipeline:
     ) -> "GenTronPipeline":
         """Load a pipeline folder; without a path, the small model that ships.
 
-        FileNotFoundError or ValueError, in one line, where a part is missing or does not fit.
+        A folder whose model_index.json has shared_parts ".." holds a transformer alone, and lies in
+        the pipeline folder that has the other parts: so does `fast`, a distilled model, in that of
+        the model that ships. FileNotFoundError or ValueError, in one line, where a part is missing
+        or does not fit.
         """
         folder = ASSETS if path is None else Path(path)
         index = read_json(folder / INDEX_NAME, INDEX_SCHEMA)
         transformer = GenTron.from_pretrained(folder / "transformer", dtype)
+        shared = parts_folder(folder)
         text_folders = {
-            name: tuple(folder / subfolder for subfolder in SUBFOLDERS[name])
+            name: tuple(shared / subfolder for subfolder in SUBFOLDERS[name])
             for name in transformer.config.encoders
         }
         pipeline = cls(
             transformer,
             TextEncoder.from_pretrained(**text_folders, dtype=dtype),
-            VideoVAE.from_pretrained(folder / "vae", dtype),
-            read_json(folder / SCHEDULER_PATH, SCHEDULER_SCHEMA),
+            VideoVAE.from_pretrained(shared / "vae", dtype),
+            read_json(shared / SCHEDULER_PATH, SCHEDULER_SCHEMA),
             index.get("default_frames", 8),
             index.get("default_size", (512, 512)),
             SamplingDefaults.from_index(index),
@@ -422,6 +430,11 @@ class GenTronPipeline:
     def _send_back(self, part: nn.Module) -> None:
         if self._offloads:
             part.to("cpu")
+
+
+def parts_folder(folder: Path) -> Path:
+    """Where a pipeline folder's parts but its transformer are: there, or where it says."""
+    return folder / read_json(folder / INDEX_NAME, INDEX_SCHEMA).get(SHARED_PARTS, ".")
 
 
 def model_index(

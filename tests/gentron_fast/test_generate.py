@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -293,6 +294,25 @@ def test_verbose_tells_the_branches(generate):
     line = next(line for line in out.splitlines() if line.startswith("guidance "))
     assert code == 0 and "1 steps of 3 branches; 1 steps of 1 branches" in line
     assert "null t5 constant" in line and "of the work saved" in line
+
+
+def test_fast_takes_the_distilled_model_in_the_folder(
+    generate, make_model, tiny_config, tiny_pipeline_folder, tmp_path
+):
+    assert_refused(*generate(PROMPT, "--fast"), "has no distilled model, fast/model_index.json")
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_pipeline_folder, folder)
+    student = make_model(replace(tiny_config, guidance_embedding=True), torch.float32)
+    student.save_pretrained(folder / "fast" / "transformer")
+    index = json.loads((folder / "model_index.json").read_text())
+    own = index | {"shared_parts": "..", "default_lambda_t": 2.5}
+    (folder / "fast" / "model_index.json").write_text(json.dumps(own))
+    code, out, _ = generate(PROMPT, "--fast", "--verbose", model=folder)
+    assert code == 0 and "2 steps of one branch, distilled" in out and "lambda_t 2.5" in out
+    assert_refused(*generate(PROMPT, "--negative-prompt", "x", model=folder / "fast"), "distilled")
+    own["shared_parts"] = "/tmp"
+    (folder / "fast" / "model_index.json").write_text(json.dumps(own))
+    assert_refused(*generate(PROMPT, "--fast", model=folder), "shared_parts", "'/tmp'")
 
 
 def test_image_model_writes_png(generate, tiny_t2i_folder, tmp_path):
