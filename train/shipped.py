@@ -3,9 +3,9 @@
 python -m gentron_train.shipped      (make train)
 
 The stages of configs/shipped.yaml in order: the small world's shards, autoencoder, text encoders,
-T2I, T2V, a sweep over guidance that chooses the defaults, figures and a picture. What is done is
-noted in OUT/stages.json; started again, the run goes on where it was. At the end OUT/pipeline is a
-pipeline folder, and OUT/MODEL.md tells how it was made.
+T2I, T2V, a sweep over guidance that chooses the defaults, a distilled model, figures and a
+picture. What is done is noted in OUT/stages.json; started again, the run goes on where it was. At
+the end OUT/pipeline is a pipeline folder, and OUT/MODEL.md tells how it was made.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from pathlib import Path
 from gentron_fast.commandline import check_writable, refuse, run
 from gentron_fast.config import SamplingDefaults
 from gentron_fast.files import read_json, whole_file, whole_folder, write_json
-from gentron_fast.pipeline import INDEX_NAME, PARTS
+from gentron_fast.pipeline import FAST, INDEX_NAME, PARTS, SHARED_PARTS
 from gentron_fast.schema import Kind, several
-from gentron_train.checkpoint import checkpoint_names
+from gentron_train.checkpoint import EXPORTED, checkpoint_names
 from gentron_train.settings import read_yaml
 from gentron_train.small_world.evaluator import Scores, format_table
 from gentron_train.small_world.sweep import SWEPT, choose, sweep_table
@@ -48,6 +48,7 @@ DONE = several(
     *(0, 10_000),
 )
 NAME = "gentron_train.shipped"
+FAST_STEPS = 8  # docs/decisions.md
 
 
 def read_stages(path: Path, out: Path) -> dict[str, list[list[str]]]:
@@ -154,13 +155,24 @@ def assemble(out: Path) -> None:
         write_json(partial / INDEX_NAME, index | defaults.to_index())
 
 
+def add_fast(pipeline: Path, distilled: Path) -> None:
+    """Put the transformer of a distilled pipeline into the folder of the one that taught it, where
+    `generate --fast` takes it: FAST_STEPS steps, the other parts shared."""
+    with whole_folder(pipeline / FAST, (INDEX_NAME, "transformer")) as partial:
+        shutil.copytree(distilled / "transformer", partial / "transformer")
+        index = read_json(distilled / INDEX_NAME)
+        defaults = replace(SamplingDefaults.from_index(index), steps=FAST_STEPS)
+        write_json(partial / INDEX_NAME, index | defaults.to_index() | {SHARED_PARTS: ".."})
+
+
 def model_page(out: Path) -> str:
     """MODEL.md: the commands with their times, the sweep, the figures."""
     done = read_json(out / STATE)["done"]
-    sweep, score, ceiling = (read_json(out / f"{n}.json") for n in ("sweep", "score", "ceiling"))
+    sweep = read_json(out / "sweep.json")
+    score, fast, ceiling = (read_json(out / f"{n}.json") for n in ("score", "fast", "ceiling"))
     tables = [
         format_table({name: Scores(**column) for name, column in part["scores"].items()})
-        for part in (score, ceiling)
+        for part in (score, fast, ceiling)
     ]
     hours = sum(stage["seconds"] for stage in done) / 3600
     commits = ", ".join(dict.fromkeys(stage["commit"] for stage in done))
@@ -174,8 +186,10 @@ def model_page(out: Path) -> str:
         "\n".join(f"    {row}" for row in rows),
         f"{score['settings']['prompts']} prompts a column; shares in % with 95 % intervals:",
         "\n".join(f"    {line}" for line in tables[0].splitlines()),
-        "Clean clips through the autoencoder, the most that can be reached:",
+        f"The distilled model, `--fast`, in {fast['settings']['steps']} steps of one branch:",
         "\n".join(f"    {line}" for line in tables[1].splitlines()),
+        "Clean clips through the autoencoder, the most that can be reached:",
+        "\n".join(f"    {line}" for line in tables[2].splitlines()),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -191,11 +205,15 @@ def _command(argv: list[str]) -> None:
     parser.error = refuse
     parser.add_argument("--out", type=Path, default=Path("runs/shipped"))
     parser.add_argument("--config", type=Path, default=CONFIG)
-    parser.add_argument("--assemble", action="store_true", help=argparse.SUPPRESS)  # a stage's own
+    for stage in ("--assemble", "--add-fast"):  # of stages of its own
+        parser.add_argument(stage, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     out = args.out.absolute()
     if args.assemble:
         assemble(out)
+        return
+    if args.add_fast:
+        add_fast(out / "pipeline", out / "distilled" / EXPORTED)
         return
     stages = read_stages(args.config, out)
     check_writable([out / STATE])

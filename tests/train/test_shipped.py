@@ -9,6 +9,7 @@ import pytest
 
 from gentron_fast import GenTronPipeline
 from gentron_fast.files import write_json
+from gentron_fast.pipeline import FAST
 from gentron_train import shipped
 from gentron_train.checkpoint import checkpoints_folder
 
@@ -22,7 +23,7 @@ def test_the_configuration_is_every_stage_in_order():
     stages = shipped.read_stages(shipped.CONFIG, Path("/a b"))
     assert list(stages) == [
         *("shards", "autoencoder", "text encoders", "t2i", "t2v"),
-        *("sweep", "assembly", "figures", "picture"),
+        *("sweep", "assembly", "distillation", "figures", "picture"),
     ]
     words = [word for commands in stages.values() for words in commands for word in words]
     assert "/a b/shapes" in words and not [word for word in words if "{" in word]
@@ -79,10 +80,10 @@ def test_the_pipeline_has_the_sweeps_choice_and_its_page(tiny_pipeline_folder, t
     row = {f"{column} {name}": v for column in ("seen", "unseen") for name, v in shares.items()}
     rows = [row | {"lambda_t": 7.5, "lambda_m": 1.2, "rescale": 0, "seen psnr": 10.0}]
     rows.append(row | {"lambda_t": 2, "lambda_m": 1.2, "rescale": 0.5})
-    settings = {"prompts": 100}
+    settings = {"prompts": 100, "steps": 8}
     write_json(tmp_path / "sweep.json", {"settings": settings, "rows": rows})
     column = {"shares": {"all": 0.5}, "counts": {"all": 100}, "fidelity": {"psnr": 20.0}}
-    for name in ("score", "ceiling"):
+    for name in ("score", "fast", "ceiling"):
         content = {"settings": settings, "scores": {"seen": column}}
         write_json(tmp_path / f"{name}.json", content)
     done = {"stage": "shards", "command": f"x {tmp_path}/y", "seconds": 7200, "commit": "abc"}
@@ -91,7 +92,13 @@ def test_the_pipeline_has_the_sweeps_choice_and_its_page(tiny_pipeline_folder, t
     assert shipped.main(["--assemble", "--out", str(tmp_path)]) == 0
     defaults = GenTronPipeline.from_pretrained(tmp_path / "pipeline").defaults
     assert (defaults.lambda_t, defaults.lambda_m, defaults.rescale) == (2, 1.2, 0.5)
+    shutil.copytree(tmp_path / "pipeline", tmp_path / "distilled" / "pipeline")
+    assert shipped.main(["--add-fast", "--out", str(tmp_path)]) == 0
+    fast = GenTronPipeline.from_pretrained(tmp_path / "pipeline" / FAST)
+    assert (fast.defaults.lambda_t, fast.defaults.steps) == (2, 8)
+    assert not (tmp_path / "pipeline" / FAST / "vae").exists()
     page = shipped.model_page(tmp_path)
+    assert "in 8 steps of one branch" in page
     for words in ("in 2.0 hours at abc", "x OUT/y", "chosen: λ_T 2, λ_M 1.2, φ 0.5", "20.00"):
         assert words in page
 
