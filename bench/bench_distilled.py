@@ -1,0 +1,126 @@
+"""The distilled model that ships: a step of one branch and a clip of few, beside its teacher's.
+
+pytest bench/bench_distilled.py --benchmark-only
+"""
+
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+from bench_generate import sampled
+from bench_step import STEP, Step, plainly
+from contest import DTYPES, OURS, Contender
+
+from gentron_fast import GenTronPipeline
+from gentron_fast.guidance import GuidedDenoiser, guided_prediction
+from gentron_fast.pipeline import ASSETS, FAST
+from gentron_fast.solvers import make_table, solver_step
+
+EAGER = "one eager forward"
+PROMPT, LAMBDA_M = "a red circle moving left", 1.2  # the paper's, which needs all three branches
+
+
+class Guided(Step):
+    """The step of a pipeline's model, distilled or its teacher, at guidance of its own."""
+
+    def __init__(self, pipeline: GenTronPipeline, dtype, device, steps: int, lambda_m: float):
+        pipeline.to(device, dtype)
+        self.pipeline, self.lambda_m = pipeline, lambda_m
+        self.scales = pipeline.defaults.lambda_t, lambda_m
+        model, side = pipeline.transformer, pipeline.default_size[0] // pipeline.vae.factor
+        shape = 1, model.config.in_channels, pipeline.default_frames, side, side
+        texts = [pipeline.encode([prompt]) for prompt in (PROMPT, "")]
+        if model.config.guidance_embedding:
+            texts[1] = None
+        table = make_table(pipeline.defaults.solver, pipeline.scheduler, steps)
+        super().__init__(model.config, shape, dtype, device, model, texts, table)
+
+    def denoiser(self, **options) -> GuidedDenoiser:
+        texts, rescale = (self.text, self.null_text), self.pipeline.defaults.rescale
+        inputs = self.model, *texts, self.table, *self.scales, self.shape[1:]
+        return GuidedDenoiser(*inputs, rescale=rescale, **options)
+
+    def definition(self, latents, x0_previous, step=STEP, dtype=None):
+        """One forward of a distilled model, in the dtype of the latents unless told, and the
+        solver's step."""
+        dtype = dtype or latents.dtype
+        model = self.model if dtype == self.dtype else self.copy(dtype)
+        with torch.no_grad():
+            inputs = model, latents.to(dtype), self.timestep(step), self.text.to(dtype=dtype), None
+            noise = guided_prediction(*inputs, *self.scales)
+        return solver_step(self.table.rows[step], latents, noise, x0_previous)
+
+    def clip(self, steps: int, whole: bool = False):
+        """From noise to latents, or of a prompt to pixels."""
+        if not whole:
+            return sampled(self.ours(), steps)
+
+        @torch.no_grad()
+        def run(latents):
+            self.text = self.pipeline.encode([PROMPT])
+            if self.null_text is not None:
+                self.null_text = self.pipeline.encode([""])
+            latents = sampled(self.ours(), steps)(latents)
+            return self.pipeline.vae.decode(latents.to(self.dtype))
+
+        return run
+
+
+def pair(dtype, device, steps: int, of_teacher: int, lambda_m: float = LAMBDA_M):
+    """The distilled model and its teacher, in so many steps each."""
+    fast, teacher = (GenTronPipeline.from_pretrained(path) for path in (ASSETS / FAST, ASSETS))
+    return (
+        Guided(fast, dtype, device, steps, lambda_m),
+        Guided(teacher, dtype, device, of_teacher, lambda_m),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_step(measure, contest, dtype):
+    one, three = pair(dtype, contest.device, 50, 50)
+    is_exact = dtype == torch.float32  # in bf16 held against plain torch's own error
+    row = measure(
+        "guided step, small, distilled",
+        one.shape,
+        dtype,
+        make=lambda randn: tuple(randn(*one.shape, dtype=torch.float32) for _ in range(2)),
+        definition=one.definition,
+        contenders=[
+            Contender(OURS, one.ours(), exact=is_exact),
+            Contender(EAGER, plainly(partial(one.definition, dtype=dtype)), exact=is_exact),
+            Contender("the teacher's three branches", three.ours(), checked=False),
+        ],
+        times_launch=True,
+        work=one.denoiser().describe(),
+    )
+    own, plain = (row["contenders"][name]["error"] for name in (OURS, EAGER))
+    assert is_exact or own <= 1.1 * plain, f"ours is off by {own:.1e}, plain torch by {plain:.1e}"
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["latents", "of a prompt"])
+def test_clip(measure, contest, whole):
+    """Eight steps of one branch; the teacher's fifty of three, and of two at its own λ_M."""
+    dtype, steps = torch.float32, (2, 3) if contest.smoke else (8, 50)
+    one, three = pair(dtype, contest.device, *steps)
+    _, own = pair(dtype, contest.device, *steps, lambda_m=three.pipeline.defaults.lambda_m)
+
+    def defined(latents):
+        latents = sampled(one.definition, steps[0])(latents)
+        vae = deepcopy(one.pipeline.vae).to(latents.dtype)
+        return vae.decode(latents) if whole else latents
+
+    teacher = f"the teacher's {steps[1]} steps of"
+    measure(
+        f"clip{' of a prompt' if whole else ''}, {steps[0]} steps, small, distilled",
+        one.shape,
+        dtype,
+        make=lambda randn: (randn(*one.shape, dtype=torch.float32),),
+        definition=torch.no_grad()(defined),
+        contenders=[
+            Contender(OURS, one.clip(steps[0], whole)),
+            Contender(f"{teacher} three branches", three.clip(steps[1], whole), checked=False),
+            Contender(f"{teacher} two", own.clip(steps[1], whole), checked=False),
+        ],
+        times_launch=True,
+    )
