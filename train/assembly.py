@@ -58,7 +58,12 @@ def check_start(settings: Settings, stage: str) -> None:
     if stage == "distill":
         _check_distillation(settings)
     if settings.init is not None:
-        stored_config(settings.init / "transformer")
+        stored = stored_config(settings.init / "transformer")
+        if stored.guidance_embedding and stage != "distill":
+            raise ValueError(
+                f"{settings.init} is distilled, its guidance an input: train its teacher on, and "
+                "distil that (train/distill.py)"
+            )
         if not (settings.init / INDEX_NAME).is_file():
             say(
                 f"{settings.init} is no whole pipeline, it has no {INDEX_NAME}: the parts that are "

@@ -199,6 +199,7 @@ def report(settings: Settings, stage: str) -> list[str]:
     samples = settings.batch * settings.draws
     kept = activations(config, latents, MAX_TOKENS, samples, itemsize[settings.dtype])
     frozen = frozen_files(settings, config.encoders)
+    teacher = parameter_count(config) * itemsize[settings.dtype] if settings.teacher else 0
     room, where = _room(settings)
     title = f"{settings.preset}{'-T2V' if stage == 't2v' else ''}"
     title += f" with {settings.model}" if settings.model else ""
@@ -213,7 +214,9 @@ def report(settings: Settings, stage: str) -> list[str]:
         shared = states(parameter_count(config), ranks, itemsize[settings.parameters])
         for mode in CHECKPOINTING:
             memory = Memory(
-                **shared, frozen=sum(filter(None, frozen.values())), activations=kept[mode]
+                **shared,
+                frozen=sum(filter(None, frozen.values())) + teacher,
+                activations=kept[mode],
             )
             parts = [getattr(memory, item.name) / 2**30 for item in fields(memory)]
             total = memory.total / 2**30
@@ -224,6 +227,8 @@ def report(settings: Settings, stage: str) -> list[str]:
                 f"{'yes' if total <= room else 'no'}{mark}"
             )
     lines.append("frozen: the encoders' files, which shards of embeddings and latents do without")
+    if teacher:
+        lines[-1] += f"; the teacher, {teacher / 2**30:.2f} GiB; what it computes is not counted"
     away = [f"{name} (no files here)" for name, size in frozen.items() if size is None]
     lines.append(
         "not counted: " + ", ".join(["the CUDA context, what NCCL takes, fragmentation", *away])

@@ -279,7 +279,8 @@ def parse_fields(text: str) -> dict[str, object]:
     ValueError that names --model.
     """
     known = {item.name: item.type for item in dataclasses.fields(GenTronConfig)}
-    del known["temporal"]  # the stage says it
+    for name in ("temporal", "guidance_embedding"):  # the stage says it
+        del known[name]
     result = {}
     for word in text.split() or [""]:
         name, equals, value = word.partition("=")

@@ -21,7 +21,7 @@ from gentron_fast.solvers import SolverTable, make_table
 from gentron_fast.text import TextEncoder
 from gentron_fast.transfer import on_device
 from gentron_train.data.loader import Batch
-from gentron_train.data.options import DTYPES
+from gentron_train.data.options import DTYPES, parse_sizes
 from gentron_train.settings import Settings, stored_encoders
 
 SOLVER = "dpm++"  # of the trajectories: it draws no noise
@@ -85,8 +85,9 @@ class Teacher:
         weight = model.patch_embed.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.null_text = PreparedText.of(model, null_text.to(self.device, self.dtype))
-        # Runs of clips, of images among them, and the samples of noised data.
-        places = 3 * settings.batch
+        # The samples of noised data, and runs of clips and of images among them, of each size.
+        sizes = 1 if settings.buckets is None else len(parse_sizes("--buckets", settings.buckets))
+        places = (1 + 2 * sizes) * settings.batch
         self.shared = SharedWork(model, 2, settings.max_trajectory_steps, places)
         self._runs: dict[torch.Size, list[Run]] = {}  # by the shape of their latents
 

@@ -106,6 +106,7 @@ EXPORTABLE = {
     "final_table": (True, "an adaLN of its own in the final layer"),
     "timestep_cos_first": (True, "sinusoids that begin with the sine"),
     "mlp_ratio": (4.0, "an MLP that is not 4 times as wide as the model"),
+    "guidance_embedding": (False, "guidance as an input"),
 }
 
 

@@ -141,6 +141,14 @@ def test_what_does_not_fit_is_refused(settings, tiny_t2i_folder, tmp_path):
     for changes in ({"min_lambda_t": 7.0}, {"max_lambda_m": 1e9}, {"min_trajectory_steps": 60}):
         with pytest.raises(ValueError, match="must be a range within"):
             replace(settings, **changes)
+    student = tmp_path / "student"
+    config = replace(model_config(settings, "t2v"), guidance_embedding=True)
+    GenTron(config).save_pretrained(student / "transformer")
+    (student / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match="student is distilled, its guidance an input"):
+        check_start(replace(settings, teacher=None, init=student), "t2v")
+    with pytest.raises(ValueError, match="distilled already: a teacher has three branches"):
+        check_start(replace(settings, teacher=student), "distill")
     images = replace(settings, teacher=tiny_t2i_folder, init=tiny_t2i_folder)
     assert images.data_settings("distill").kinds == ("images",)
     assert model_config(images, "distill").guidance_embedding
