@@ -46,15 +46,7 @@ def sweep(
     settings: "prompts" and "seed" of `evaluate`, and what else its calls take, the grid's values
     coming over them. Beside out (.json) stand a picture and a contact sheet (.png, -clips.png).
     """
-    if out.suffix != ".json":
-        raise ValueError(
-            f"{out} does not end in .json: pictures are drawn beside a sweep's figures"
-        )
-    pictures = out.with_suffix(".png"), out.with_name(f"{out.stem}-clips.png")
-    if not out.exists() and (there := [str(path) for path in pictures if path.exists()]):
-        raise ValueError(
-            f"{' and '.join(there)} would be drawn over; choose another file or move it"
-        )
+    pictures = pictures_beside(out)
     options = {k: v for k, v in settings.items() if k not in ("prompts", "seed")}
     rows = []
     if out.exists():
@@ -82,6 +74,19 @@ def sweep(
     _draw(rows, pictures[0])
     _draw_sheet(pipeline, rows, options, pictures[1])
     return rows
+
+
+def pictures_beside(out: Path) -> tuple[Path, Path]:
+    """Where a plot and a contact sheet of the figures in `out` are drawn. ValueError where it is no
+    .json, or where they are there without it."""
+    if out.suffix != ".json":
+        raise ValueError(f"{out} does not end in .json: pictures are drawn beside its figures")
+    pictures = out.with_suffix(".png"), out.with_name(f"{out.stem}-clips.png")
+    if not out.exists() and (there := [str(path) for path in pictures if path.exists()]):
+        raise ValueError(
+            f"{' and '.join(there)} would be drawn over; choose another file or move it"
+        )
+    return pictures
 
 
 def alignment(row: dict) -> float:

@@ -1,0 +1,188 @@
+"""A distilled model beside its teacher: what is right, how it looks and how long a clip takes.
+
+python -m gentron_train.small_world.distilled --out FILE.json [--prompts N]
+
+Both read the same prompts with the same seeds, each at the guidance of the teacher's folder. What
+FILE.json holds is not scored again; beside it stand a plot and a contact sheet.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gentron_fast.commandline import check_writable, refuse, run, silence_libraries, whole_number
+from gentron_fast.files import read_json, whole_file, write_json
+from gentron_fast.intervals import wilson_interval
+from gentron_fast.media import contact_sheet
+from gentron_train.small_world.evaluator import evaluate
+from gentron_train.small_world.picture import labelled
+from gentron_train.small_world.sweep import (
+    COLUMNS,
+    SHEET_PROMPTS,
+    alignment,
+    pictures_beside,
+    psnr,
+)
+
+NAME = "gentron_train.small_world.distilled"
+TEACHER, STUDENT = "teacher", "student"
+POINTS = ((TEACHER, 50), (TEACHER, 8), (STUDENT, 50), (STUDENT, 8), (STUDENT, 4))
+ROUNDS = 5  # of single clips that are timed, the ways taking turns
+FIGURES = "all", "shape", "motion"
+
+
+def compare(
+    pipelines: dict, points: Sequence[tuple[str, int]], settings: dict, out: Path
+) -> list[dict]:
+    """Score every (model, steps); rows of `out` for the same settings are kept.
+
+    settings: "prompts" and "seed" of `evaluate`, lambda_t and lambda_m.
+    """
+    pictures, rows = pictures_beside(out), []
+    if out.exists():
+        found = read_json(out)
+        if found.get("settings") != settings:
+            raise ValueError(f"{out} holds figures of other settings; choose another file")
+        rows = found["rows"]
+    guidance = {name: settings[name] for name in ("lambda_t", "lambda_m")}
+    for model, steps in points:
+        if any((row["model"], row["steps"]) == (model, steps) for row in rows):
+            continue
+        scores = evaluate(
+            pipelines[model],
+            settings["prompts"],
+            settings["seed"],
+            columns=COLUMNS,
+            steps=steps,
+            **guidance,
+        )
+        row = {"model": model, "steps": steps}
+        for name, column in scores.items():
+            row |= {f"{name} {figure}": value for figure, value in column.shares.items()}
+            row |= {f"{name} {figure}": value for figure, value in column.fidelity.items()}
+        rows.append(row)
+        write_json(out, {"settings": settings, "rows": rows})
+    for row, seconds in zip(rows, _seconds(pipelines, rows, guidance), strict=True):
+        row["seconds"] = seconds
+    write_json(out, {"settings": settings, "rows": rows})
+    _draw(rows, pictures[0])
+    _draw_sheet(pipelines, rows, guidance, pictures[1])
+    return rows
+
+
+def _seconds(pipelines: dict, rows: list[dict], guidance: dict) -> list[float]:
+    """Median seconds of one clip, from prompt to frames, of every row's way."""
+    spent: list[list[float]] = [[] for _ in rows]
+    for _ in range(ROUNDS):
+        for row, own in zip(rows, spent, strict=True):
+            start = time.perf_counter()
+            _clips(pipelines, row, guidance, SHEET_PROMPTS[:1])
+            own.append(time.perf_counter() - start)
+    return [float(np.median(own)) for own in spent]
+
+
+def _clips(pipelines: dict, row: dict, guidance: dict, prompts: Sequence[str]) -> np.ndarray:
+    options = {"seed": [0] * len(prompts), "steps": row["steps"], "progress": False}
+    return np.asarray(pipelines[row["model"]](list(prompts), **options, **guidance).frames)
+
+
+def table(rows: list[dict], prompts: int) -> str:
+    """A line a row: means over seen and unseen prompts, the interval of what is all right."""
+    lines = [
+        f"{'':13}{'all':>19}{'shape':>8}{'motion':>8}{'PSNR':>8}{'Fréchet':>9}{'s a clip':>10}"
+    ]
+    for row in rows:
+        low, high = wilson_interval(round(alignment(row) * 2 * prompts), 2 * prompts)
+        cells = f"{100 * alignment(row):6.1f} ({100 * low:4.1f}–{100 * high:4.1f})"
+        means = [np.mean([row[f"{c} {name}"] for c in COLUMNS]) for name in FIGURES[1:]]
+        distance = np.mean([row[f"{c} fréchet"] for c in COLUMNS])
+        lines.append(
+            f"{row['model']} {row['steps']:>4} {cells:>19}"
+            + "".join(f"{100 * mean:8.1f}" for mean in means)
+            + f"{psnr(row):8.2f}{distance:9.2f}{row['seconds']:10.3f}"
+        )
+    return "\n".join(lines)
+
+
+def _draw(rows: list[dict], path: Path) -> None:
+    """Alignment and PSNR against the seconds of a clip."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    panels = zip(
+        figure.subplots(1, 2),
+        (lambda row: 100 * alignment(row), psnr),
+        ("right in colour, shape and motion, %", "PSNR against the best scene, median, dB"),
+        strict=True,
+    )
+    for axes, value, label in panels:
+        for model in (TEACHER, STUDENT):
+            own = sorted((r for r in rows if r["model"] == model), key=lambda r: r["seconds"])
+            points = [(row["seconds"], value(row)) for row in own]
+            axes.plot(*zip(*points, strict=True), "o-", ms=4, label=model)
+            for row, point in zip(own, points, strict=True):
+                place = {"xytext": (3, 3), "textcoords": "offset points"}
+                axes.annotate(f"{row['steps']} steps", point, **place)
+        axes.set_xscale("log")
+        axes.set_xlabel("seconds a clip")
+        axes.set_ylabel(label)
+        axes.legend(fontsize="small")
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+
+
+def _draw_sheet(pipelines: dict, rows: list[dict], guidance: dict, path: Path) -> None:
+    """A row a way: clips of the same prompts, all of seed 0."""
+    from PIL import Image
+
+    strips = []
+    for row in rows:
+        sheets = [contact_sheet([clip]) for clip in _clips(pipelines, row, guidance, SHEET_PROMPTS)]
+        branches = "one branch" if row["model"] == STUDENT else "its own branches"
+        title = f"{row['model']}, {row['steps']} steps of {branches}, {row['seconds']:.2f} s a clip"
+        strips.append(labelled(np.concatenate(sheets, 1), title))
+    with whole_file(path) as partial:
+        Image.fromarray(np.concatenate(strips)).save(partial, format="png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0; 2 after wrong input, which is told in one line; 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    return run(NAME, lambda: _command(argv), argv, "stopped; the same command goes on")
+
+
+def _command(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog=NAME, description=__doc__.partition("\n")[0])
+    parser.error = refuse
+    parser.add_argument("--teacher", type=Path, help="pipeline folder (the model that ships)")
+    parser.add_argument("--student", type=Path, help="of a distilled model (the teacher's fast/)")
+    parser.add_argument("--prompts", type=whole_number(1), default=100, help="seen, and unseen")
+    parser.add_argument("--seed", type=whole_number(0), default=0)
+    parser.add_argument("--lambda-m", type=float, help="(the teacher's own)")
+    parser.add_argument("--lambda-t", type=float, help="(the teacher's own)")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the figures")
+    args = parser.parse_args(argv)
+    pictures_beside(args.out)
+    check_writable([args.out])
+    silence_libraries()
+    from gentron_fast import GenTronPipeline
+    from gentron_fast.pipeline import ASSETS, FAST
+    from gentron_fast.threads import settle_threads
+
+    settle_threads()
+    teacher = args.teacher or ASSETS
+    folders = {TEACHER: teacher, STUDENT: args.student or teacher / FAST}
+    pipelines = {name: GenTronPipeline.from_pretrained(path) for name, path in folders.items()}
+    own, settings = pipelines[TEACHER].defaults, {"prompts": args.prompts, "seed": args.seed}
+    for name in ("lambda_t", "lambda_m"):
+        given = getattr(args, name)
+        settings[name] = getattr(own, name) if given is None else given
+    print(table(compare(pipelines, POINTS, settings, args.out), args.prompts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
