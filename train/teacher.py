@@ -76,11 +76,8 @@ class Teacher:
         rescale: float,
     ):
         """null_text: the empty prompt, encoded; rescale: of what is learnt."""
-        self.model, self.settings, self.rescale = (
-            model.eval().requires_grad_(False),
-            settings,
-            rescale,
-        )
+        self.model = model.eval().requires_grad_(False)
+        self.settings, self.rescale = settings, rescale
         self.scheduler, self.schedule = scheduler, NoiseSchedule.from_config(scheduler)
         weight = model.patch_embed.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -112,19 +109,14 @@ class Teacher:
         the last p_trajectory · B of them, but for a run's first one, make way for the runs'."""
         text = text.to(self.device, self.dtype)
         latents, noise = (on_device(t, self.device) for t in (batch.latents, batch.noise))
-        count = len(latents)
-        along = round(self.settings.p_trajectory * count)
+        texts = [text.select(slice(i, i + 1)) for i in range(len(latents))]
+        samples = list(zip(texts, latents, noise, batch.timestep, strict=True))
+        fresh = len(samples) - round(self.settings.p_trajectory * len(samples))
         own = self._runs.setdefault(latents.shape[1:], [])
         is_first = not own
-        runs = []
-        for i in range(count - along):
-            runs.append(
-                self._noised(text.select(slice(i, i + 1)), latents[i], noise[i], batch.timestep[i])
-            )
-        for i in range(count - along + len(own), count):
-            part = text.select(slice(i, i + 1))
-            own.append(self._begun(part, latents[i], noise[i], anywhere=is_first))
-        runs += own
+        for *sample, _ in samples[fresh + len(own) :]:
+            own.append(self._begun(*sample, anywhere=is_first))
+        runs = [self._noised(*sample) for sample in samples[:fresh]] + own
         together = GuidedBatch([run.denoiser for run in runs])
         steps = [run.step for run in runs]
         x, before = (torch.cat([getattr(run, name) for run in runs]) for name in ("latents", "x0"))
