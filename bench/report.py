@@ -35,24 +35,24 @@ LEGEND = (
 # and the contender in it.
 HEADLINES = (
     (
-        *("guided step, 4 blocks of XL/2", "one batched forward"),
-        *("guided step, 4 blocks of XL/2-T2V", None, "forward", "one batched forward"),
-    ),
-    (
-        *("guided step, 4 blocks of XL/2", "the same, torch.compile"),
+        *("guided step, 4 blocks of XL/2", "one batched forward, torch.compile"),
         *("guided step, 4 blocks of XL/2-T2V", None, "forward", "batched, torch.compile"),
     ),
     (
-        *("guided step, G/2 at 512², 8 frames", "one batched forward"),
-        *("guided step, G/2-T2V", None, "forward", "one batched forward"),
-    ),
-    (
-        *("guided step, G/2 at 512², 8 frames", "the same, torch.compile"),
+        *("guided step, G/2 at 512², 8 frames", "one batched forward, torch.compile"),
         *("guided step, G/2-T2V beside compiled", None, "forward", "batched, torch.compile"),
     ),
     (
         *("guided step, small model", "one batched forward"),
         *("guided step, small", None, "forward", "one batched forward"),
+    ),
+    (
+        *("guided step, small model", "OpenVINO"),
+        *("guided step, small", None, "forward", "OpenVINO"),
+    ),
+    (
+        *("clip of a prompt, small model", "OpenVINO"),
+        *("clip of a prompt, 20 guided steps, small", None, "forward", "OpenVINO"),
     ),
     (
         *("guided step, PixArt-α XL/2", "diffusers"),
@@ -98,7 +98,7 @@ HEADLINES = (
 )
 HEADLINE_KEY = ("operator", "preset", "direction")
 HEADLINE_DTYPES = ("float32", "bfloat16")
-THREADS = ("thread)", "threads)")  # end of a processor's name in a row
+THREAD, THREADS = "thread)", "threads)"  # end of a processor's name in a row
 
 
 def main() -> None:
@@ -126,24 +126,26 @@ def newest_rows(folder: Path, kind: str = "contenders") -> list[dict]:
 
 
 def headline(rows: list[dict]) -> str:
-    """README's table: how many times as fast as others, on the processor and on the GPU that were
-    measured last."""
+    """README's table: how many times as fast as others, on every processor, several threads of it,
+    and on the GPU that was measured last."""
     if not rows:
         return "Nothing has been measured yet.\n"
-    last = {_is_processor(row): row["device"] for row in sorted(rows, key=lambda row: row["time"])}
+    devices = sorted({row["device"] for row in rows if row["device"].endswith(THREADS)})
+    times = {row["time"]: row["device"] for row in rows if not _is_processor(row)}
+    devices += [times[max(times)]] if times else []
     ratios = [
         {
             (row["device"], row["dtype"]): row["contenders"].get(contender, {}).get("speedup")
             for row in rows
-            if row["device"] in last.values() and [row[name] for name in HEADLINE_KEY] == key
+            if row["device"] in devices and [row[name] for name in HEADLINE_KEY] == key
         }
         for _, _, *key, contender in HEADLINES
     ]
     columns = [
-        (last[kind], dtype)
-        for kind in sorted(last, reverse=True)
+        (device, dtype)
+        for device in devices
         for dtype in HEADLINE_DTYPES
-        if any(found.get((last[kind], dtype)) for found in ratios)
+        if any(found.get((device, dtype)) for found in ratios)
     ]
     lines = [["ours", "beside", *(f"{device}, {dtype}" for device, dtype in columns)]]
     lines.append(["---"] * len(lines[0]))
@@ -154,7 +156,7 @@ def headline(rows: list[dict]) -> str:
 
 
 def _is_processor(row: dict) -> bool:
-    return row["device"].endswith(THREADS)
+    return row["device"].endswith((THREAD, THREADS))
 
 
 def _times(ratio: float | None) -> str:

@@ -175,6 +175,10 @@ class VideoVAE(nn.Module):
             raise ValueError(f"slice_frames must be at least 1, not {slice_frames}")
         images = rearrange(latents, "b c t h w -> (b t) c h w").to(self.dtype)
         images = images / self.scaling_factor + self.shift_factor
+        if images.device.type == "cpu" and not torch.compiler.is_compiling():
+            # All layers keep this layout: the small decoder takes 0.8 of its time in fp32, 0.7 in
+            # bf16, Stable Diffusion's the same and 0.95.
+            images = images.contiguous(memory_format=torch.channels_last)
         pixels = torch.cat(
             [self.autoencoder.decode(part).sample for part in images.split(slice_frames)]
         )

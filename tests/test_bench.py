@@ -219,7 +219,7 @@ def test_the_report_shows_what_has_a_file_and_nothing_else(tmp_path):
     assert "\n| training step | 3 × 8 × 64 | bfloat16 | 1 (0.9 to 1.3) |" in without_preset
 
 
-def test_the_headline_is_of_the_processor_and_the_gpu_measured_last():
+def test_the_headline_is_of_every_processor_and_the_gpu_measured_last():
     assert report.headline([]) == "Nothing has been measured yet.\n"
     title, beside, operator, preset, direction, contender = report.HEADLINES[0]
     kind = {"operator": operator, "preset": preset, "direction": direction}
@@ -229,9 +229,12 @@ def test_the_headline_is_of_the_processor_and_the_gpu_measured_last():
     faster = {OURS: {"ms": 1.0}, contender: {"ms": 2.0, "speedup": 2.0}}
     processor = row_of(**kind, contenders=faster, device="Cores (2 threads)")
     processor |= {"time": older["time"], "dtype": "float32"}
-    lines = report.headline([row, older, processor, row_of()]).splitlines()
-    assert lines[0] == "| ours | beside | Cores (2 threads), float32 | Abacus 9, bfloat16 |"
-    assert lines[2:] == [f"| {title} | {beside} | 2.00 × | 4.50 × |"]
+    another = processor | {"device": "Atoms (4 threads)"}
+    single = processor | {"device": "Cores (1 thread)"}
+    lines = report.headline([row, older, processor, another, single, row_of()]).splitlines()
+    names = "Atoms (4 threads), float32 | Cores (2 threads), float32 | Abacus 9, bfloat16"
+    assert lines[0] == f"| ours | beside | {names} |"
+    assert lines[2:] == [f"| {title} | {beside} | 2.00 × | 2.00 × | 4.50 × |"]
     assert report.headline([row]).splitlines()[0] == "| ours | beside | Abacus 9, bfloat16 |"
 
 

@@ -1,14 +1,21 @@
 // A linear layer and its GELU as one call of oneDNN, or as torch's own operators where PyTorch was
-// built without it. An operator of ours, since compilers take oneDNN's for frozen weights only and
-// it has no gradient.
+// built without it; for small weights in bf16 as products of our own where the CPU has AMX. An
+// operator of ours, since compilers take oneDNN's for frozen weights only and it has no gradient.
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
 #include <optional>
 #include <string_view>
+#include <vector>
+
+#include "amx.h"
 
 namespace gentron {
 namespace {
@@ -38,6 +45,55 @@ const c10::TypedOperatorHandle<Onednn>* onednn(at::ScalarType dtype) {
   return layer && known ? &*layer : nullptr;
 }
 
+#ifdef GENTRON_HAS_AVX512
+// Larger weights are oneDNN's: the second-level cache does not hold them, and they pay for packing.
+constexpr int64_t SMALL = 1 << 20;  // bytes
+
+bool takes_amx(const Tensor& x, const Tensor& weight) {
+  const int64_t channels = weight.size(1);
+  return x.scalar_type() == at::kBFloat16 && channels > 0 && channels % amx::CHANNELS == 0 &&
+         weight.stride(1) == 1 && static_cast<int64_t>(weight.nbytes()) <= SMALL &&
+         weight.size(0) > 0 && x.numel() / channels >= amx::TOKENS * at::get_num_threads() &&
+         amx::available();
+}
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+Tensor linear_amx(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                  bool gelu) {
+  const int64_t channels = weight.size(1), outputs = weight.size(0), stride = weight.stride(0);
+  const Tensor rows = x.contiguous();
+  const int64_t tokens = rows.numel() / channels;
+  auto sizes = x.sizes().vec();
+  sizes.back() = outputs;
+  Tensor out = at::empty(sizes, x.options());
+  std::vector<float> offset((outputs + amx::CHANNELS - 1) / amx::CHANNELS * amx::CHANNELS);
+  if (bias) {
+    const auto* data = bias->const_data_ptr<at::BFloat16>();
+    for (int64_t n = 0; n < outputs; ++n) offset[n] = widen(data[n * bias->stride(0)]);
+  }
+  const auto* from = rows.const_data_ptr<at::BFloat16>();
+  const auto* weights = weight.const_data_ptr<at::BFloat16>();
+  auto* to = out.mutable_data_ptr<at::BFloat16>();
+  const auto block = gelu ? amx::linear_block<true> : amx::linear_block<false>;
+  at::parallel_for(0, (tokens + amx::TOKENS - 1) / amx::TOKENS, 1, [&](int64_t begin, int64_t end) {
+    const size_t bytes = amx::TOKENS * channels * sizeof(at::BFloat16);
+    const std::unique_ptr<uint32_t, Free> tiles(
+        static_cast<uint32_t*>(std::aligned_alloc(LINE, bytes)));
+    TORCH_CHECK(tiles, "out of memory: ", bytes, " bytes of scratch");
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * amx::TOKENS, count = std::min(amx::TOKENS, tokens - first);
+      amx::pack(from + first * channels, count, channels, tiles.get());
+      block(tiles.get(), count, weights, stride, offset.data(), channels, outputs,
+            to + first * outputs);
+    }
+  });
+  return out;
+}
+#endif
+
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool gelu) {
   TORCH_CHECK_VALUE(x.dim() >= 1 && weight.dim() == 2 && x.size(-1) == weight.size(1),
                     "x must be (..., K) and weight (M, K), got ", x.sizes(), " and ",
@@ -50,6 +106,9 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
     TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(), "bias must have x's dtype ",
                      x.scalar_type(), ", got ", bias->scalar_type());
   }
+#ifdef GENTRON_HAS_AVX512
+  if (takes_amx(x, weight)) return linear_amx(x, weight, bias, gelu);
+#endif
   const auto* layer = onednn(x.scalar_type());
   if (layer && x.numel() > 0)
     return layer->call(x, weight, bias, gelu ? "gelu" : "none", Scalars(),

@@ -27,6 +27,7 @@ from gentron_fast.evaluation.results import (
     score_column,
 )
 from gentron_fast.files import whole_file, write_json
+from gentron_fast.threads import settle_threads
 
 NAME = "gentron_fast.evaluate score"
 HELP = f"""\
@@ -100,6 +101,7 @@ def score(args: argparse.Namespace) -> dict[str, Result]:
     entries = {name: list_entries(args.run, name, manifest.get("renamed", {})) for name in PARTS}
     if not any(entries.values()) and not official:
         raise ValueError(f"{args.run} holds no {CATEGORIES[0]}/samples, nor another category's")
+    settle_threads()
     scorers = load_scorers(args, [name for name in PARTS if entries[name]])
     results = {}
     for category in CATEGORIES:

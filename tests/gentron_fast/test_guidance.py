@@ -349,6 +349,19 @@ def test_compiled_blocks_serve_every_prompt_step_and_scale(tiny_config, make_mod
     assert kinds == [3, 3, 3]  # the first block, the blocks of either encoder
 
 
+def test_a_steps_results_may_be_written_to(tiny_config, make_model, make_text):
+    """Blocks run in inference mode on the CPU; nothing made there leaves."""
+    model = make_model(tiny_config, torch.float32)
+    texts = (make_text(tiny_config, 1, *lengths, torch.float32) for lengths in ((5, 8), (2, 1)))
+    denoiser = GuidedDenoiser(model, *texts, TABLE, 7.5, 1.2, (4, 3, 8, 8))
+    latents = torch.randn(1, 4, 3, 8, 8)
+    results = *denoiser.step(latents, 0), *denoiser.branches(latents, 0)
+    assert len(results) == 5
+    for result in results:
+        assert not result.is_inference()
+        result.mul_(2)
+
+
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 def test_reused_differences(case, rescale):
     model, latents, _, text, null_text = case

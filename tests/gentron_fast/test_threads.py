@@ -238,6 +238,27 @@ def test_commands_settle_their_threads(tiny_pipeline_folder, tmp_path, monkeypat
         assert capsys.readouterr().err.strip().endswith("error: settled"), line
 
 
+# Command lines that compute nothing by torch, leave it to commands of these, or, as `convert` and
+# an export of a checkpoint, only move weights.
+NOT_COMPUTING = {
+    *("gentron_fast/convert/pipelines.py", "gentron_fast/evaluate.py"),
+    *("gentron_fast/evaluation/study.py", "gentron_fast/evaluation/video.py"),
+    *("train/export_pipeline.py", "train/shapes_table.py", "train/shipped.py"),
+    "train/small_world/renderer.py",
+}
+
+
+def test_every_command_that_computes_settles_its_threads():
+    root = Path(__file__).parents[2]
+    sources = [path for name in ("gentron_fast", "train") for path in (root / name).rglob("*.py")]
+    texts = {path.relative_to(root).as_posix(): path.read_text() for path in sources}
+    commands = {name for name, text in texts.items() if "    return run(" in text}
+    unsettled = {name for name in commands if "settle_threads()" not in texts[name]}
+    assert unsettled == NOT_COMPUTING
+    assert "settle_threads()" in texts["gentron_fast/evaluation/score.py"]
+    assert not [name for name, text in texts.items() if "os.cpu_count" in text]
+
+
 def test_ranks_share_the_cores_that_there_are(monkeypatch):
     from gentron_train import process
 

@@ -50,6 +50,37 @@ def test_values(backend, device, leading, dtype, gelu, transposed):
     assert error(out, exact) <= limit
 
 
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(
+    "channels", [(192, 576), (768, 192), (32, 17), (64, 40), (40, 64)], ids=str
+)
+@pytest.mark.parametrize("rows", [64, 97, 200])
+@torch.no_grad()
+def test_small_weights_in_bfloat16(backend, device, rows, channels, gelu):
+    """Rows and outputs that do not fill whole tiles, of a CPU that has tiles too."""
+    tensors = inputs(rows, channels=channels, dtype=torch.bfloat16, device=device)
+    exact = definition(*(t.double() for t in tensors), gelu)
+    assert error(linear(*tensors, gelu), exact) < 3e-3
+    apart = torch.full((2 * channels[1], channels[0] + 3), torch.nan).to(tensors[1])
+    apart = apart[::2, : channels[0]].copy_(tensors[1])
+    assert error(linear(tensors[0], apart, tensors[2], gelu), exact) < 3e-3
+
+
+@pytest.mark.parametrize("outputs", [32, 40])
+@torch.no_grad()
+def test_gelu_far_out(outputs):
+    """Where the tanh is 1 to the last bit, and of what is not finite."""
+    x = torch.zeros(64, 32, dtype=torch.bfloat16)
+    weight = torch.zeros(outputs, 32, dtype=torch.bfloat16)
+    weight[:, 0] = 1
+    x[:4, 0] = torch.tensor([torch.nan, torch.inf, 1e30, -1e30])
+    bias = torch.zeros(outputs, dtype=torch.bfloat16)
+    out = linear(x, weight, bias, True)[:4]
+    assert out[0].isnan().all() and (out[1] == torch.inf).all()
+    assert (out[2] == x[2, 0]).all() and (out[3].abs() < 1e15).all()
+    assert not linear(x, weight, bias, True)[4:].any()
+
+
 @torch.no_grad()
 def test_no_rows():
     assert linear(*inputs(0, dtype=torch.bfloat16), True).shape == (0, 40)

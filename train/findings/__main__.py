@@ -15,6 +15,7 @@ from pathlib import Path
 from gentron_fast.commandline import check_writable, refuse, run, usable_device
 from gentron_fast.cores import all_cores
 from gentron_fast.files import whole_file
+from gentron_fast.threads import settle_threads
 from gentron_train.checkpoint import EXPORTED
 from gentron_train.findings import page as pages
 from gentron_train.findings.scoring import read_records, record, result_name, write_record
@@ -190,6 +191,7 @@ def _score(args, table: Table) -> None:
     """One run's scores into RESULTS."""
     if args.score not in table.runs or args.seed is None:
         raise ValueError(f"--score takes a run of {', '.join(table.runs)}, and --seed")
+    settle_threads()
     trained = ROOT / trained_folder(args.out, args.score, args.seed)
     own = table.runs[args.score]
     values = record(table, own, args.seed, trained, args.lambda_m, str(args.device))

@@ -37,6 +37,7 @@ from gentron_fast.files import (
     whole_file,
     whole_folder,
 )
+from gentron_fast.threads import settle_threads
 from gentron_fast.vae import VideoVAE
 from gentron_train.data.broken import BrokenSample, broken_by
 from gentron_train.data.decode import decode_clip, decode_image
@@ -354,6 +355,7 @@ def command(argv: list[str]) -> None:
         levels=args.levels,
         decoder_only=args.decoder_only,
     )
+    settle_threads()
     train(args.data, args.out, training, args.device, args.resume, args.init)
     print(f"autoencoder in {args.out}")
 

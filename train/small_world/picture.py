@@ -66,7 +66,9 @@ def _command(argv: list[str]) -> None:
     from PIL import Image
 
     from gentron_fast import GenTronPipeline
+    from gentron_fast.threads import settle_threads
 
+    settle_threads()
     pipeline = GenTronPipeline.from_pretrained(args.pipeline)
     frames = pipeline(list(PROMPTS), seed=[0] * len(PROMPTS)).frames.numpy()
     with whole_file(args.out) as partial:

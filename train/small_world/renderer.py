@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import os
 import reprlib
 import signal
 import sys
@@ -30,6 +29,7 @@ import numpy as np
 from gentron_fast.commandline import refuse, run
 from gentron_fast.files import read_json, whole_file, write_json
 from gentron_fast.schema import check, whole
+from gentron_fast.threads import available_cores
 
 SIZE = 64  # pixels, both ways
 FPS = 24
@@ -585,7 +585,7 @@ def write_shards(
         for number, start in enumerate(range(0, total, shard_size))
     ]
     missing = [job for job in jobs if not job[0].exists()]
-    processes = min(processes or os.cpu_count() or 1, len(missing))
+    processes = min(processes or available_cores(), len(missing))
     bar = tqdm(total=sum(j[4] - j[3] for j in missing), unit="sample", disable=not progress)
     with bar:
         if processes > 1:

@@ -27,6 +27,7 @@ from gentron_fast.config import ENCODERS
 from gentron_fast.files import check_output_folder, whole_folder
 from gentron_fast.model import EncodedText, TextCondition
 from gentron_fast.text import TextEncoder
+from gentron_fast.threads import settle_threads
 from gentron_train.data.options import check_positive
 from gentron_train.small_world.architecture import TEXT_WIDTH, small_text_encoder
 from gentron_train.small_world.autoencoder import (
@@ -245,6 +246,7 @@ def command(argv: list[str]) -> None:
         print(f"text encoders in {args.out}, finished before")
         return
     training = TextTraining(args.steps, args.batch, args.lr, seed=args.seed)
+    settle_threads()
     accuracies = train(args.out, training, args.device, args.resume)
     for name, shares in accuracies.items():
         print(f"{name:12}", *(f"{fact} {100 * share:.0f}" for fact, share in shares.items()))
