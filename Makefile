@@ -1,4 +1,4 @@
-# make demo   a clip by the model that ships        make test   everything the tests need, and the tests
+# make demo   clips by the models that ship           make test   everything the tests need, and the tests
 # make lint   ruff                                  make train  the small model, from nothing: hours, resumed
 # make gpu      on a CUDA machine, by its own python: tests and figures in nine minutes; then REST=1: what failed or was
 #               cut, in four; LIMIT=SECONDS, RESULTS=DIR, PART=NAME; DRY=1 walks through it here, without a GPU
@@ -27,6 +27,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
+	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid --fast --out outputs/fast/
 
 test: .venv/dev
 	$(BIN)/ruff check .

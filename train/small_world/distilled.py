@@ -33,6 +33,7 @@ TEACHER, STUDENT = "teacher", "student"
 POINTS = ((TEACHER, 50), (TEACHER, 8), (STUDENT, 50), (STUDENT, 8), (STUDENT, 4))
 ROUNDS = 5  # of single clips that are timed, the ways taking turns
 FIGURES = "all", "shape", "motion"
+TICKS = 0.1, 0.2, 0.5, 1, 2, 5  # seconds
 
 
 def compare(
@@ -128,7 +129,10 @@ def _draw(rows: list[dict], path: Path) -> None:
                 place = {"xytext": (3, 3), "textcoords": "offset points"}
                 axes.annotate(f"{row['steps']} steps", point, **place)
         axes.set_xscale("log")
+        axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        axes.minorticks_off()
         axes.set_xlabel("seconds a clip")
+        axes.set_xlim(0.8 * min(r["seconds"] for r in rows), 1.7 * max(r["seconds"] for r in rows))
         axes.set_ylabel(label)
         axes.legend(fontsize="small")
     with whole_file(path) as partial:
