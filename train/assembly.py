@@ -28,7 +28,7 @@ from gentron_train.sharding import (
     stored_weights,
 )
 from gentron_train.small_world.renderer import ensure_shards, vocabulary
-from gentron_train.teacher import Teacher
+from gentron_train.teacher import Teacher, check_teacher
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def check_start(settings: Settings, stage: str) -> None:
             wanted if stage == "distill" else f"--teacher is for distillation, not {stage}"
         )
     if stage == "distill":
-        _check_distillation(settings)
+        check_teacher(settings)
     if settings.init is not None:
         stored = stored_config(settings.init / "transformer")
         if stored.guidance_embedding and stage != "distill":
@@ -71,20 +71,6 @@ def check_start(settings: Settings, stage: str) -> None:
             )
     elif stage == "t2v":
         raise ValueError("T2V starts from a T2I pipeline: --init T2I_FOLDER")
-
-
-def _check_distillation(settings: Settings) -> None:
-    if not (settings.teacher / INDEX_NAME).is_file():
-        raise FileNotFoundError(f"{settings.teacher} is no whole pipeline: no {INDEX_NAME}")
-    if stored_config(settings.teacher / "transformer").guidance_embedding:
-        raise ValueError(f"{settings.teacher} is distilled already: a teacher has three branches")
-    if settings.p_motion_free:
-        raise ValueError(
-            f"--p-motion-free is {settings.p_motion_free}, must be 0: the teacher's motion-free "
-            "branch is in what it gives"
-        )
-    if settings.draws > 1:
-        raise ValueError(f"--draws is {settings.draws}, must be 1: each sample has its own text")
 
 
 def make_missing(settings: Settings, stage: str) -> None:

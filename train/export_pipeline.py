@@ -9,7 +9,6 @@ Optimizer state is not read, and no more than one tensor of the transformer is i
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gentron_fast.commandline import check_writable, refuse, run
-from gentron_fast.config import GenTronConfig, SamplingDefaults
+from gentron_fast.config import GenTronConfig
 from gentron_fast.convert.pipelines import copy_parts, vae_factor
 from gentron_fast.convert.tensors import Spec, write_tensors
 from gentron_fast.diffusion import SCHEDULER_CONFIG
@@ -38,7 +37,7 @@ from gentron_train.checkpoint import (
 )
 from gentron_train.data.options import DTYPES
 from gentron_train.settings import Settings, stored_encoders
-from gentron_train.teacher import defaults_of
+from gentron_train.teacher import exported_defaults
 
 NAME = "gentron_train.export_pipeline"
 OPTIMIZER_FILE = "*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
@@ -151,9 +150,7 @@ def _export(checkpoint: Path, info: dict, out: Path, ema: bool, dtype: torch.dty
             reasons = "; ".join(missing)
             return f"{out}: no whole pipeline, {reasons}; training takes it as --init"
         size = [side * vae_factor(vae) for side in info["latents"][-2:]]
-        defaults = SamplingDefaults()
-        if settings.teacher is not None:  # what it rescaled by is in the student's one branch
-            defaults = replace(defaults_of(settings.teacher), rescale=0.0)
+        defaults = exported_defaults(settings)
         write_json(folder / INDEX_NAME, model_index(config, settings.frames, size, defaults))
     return f"{out}: step {info['step']}, {'averaged' if ema else 'last'} weights"
 

@@ -193,7 +193,7 @@ def report(settings: Settings, stage: str) -> list[str]:
         raise ValueError("--dry-run reads no data: wanted --size or --buckets, got neither")
     height, width = size
     factor = config.pixels_per_latent
-    frames = settings.frames if config.temporal else 1
+    frames = settings.frames if config.temporal and stage != "t2i" else 1
     latents = (config.in_channels, frames, height // factor, width // factor)
     itemsize = {"fp32": 4, "bf16": 2}
     samples = settings.batch * settings.draws

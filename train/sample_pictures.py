@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gentron_fast.config import SamplingDefaults
 from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
 from gentron_fast.generate import read_prompts_file
 from gentron_fast.guidance import guided_prediction
@@ -14,9 +13,9 @@ from gentron_fast.text import TextEncoder
 from gentron_fast.vae import VideoVAE, check_finite, to_frames
 from gentron_train.assembly import gather_persistent
 from gentron_train.settings import Settings
+from gentron_train.teacher import exported_defaults
 
 SAMPLE_STEPS = 20
-DEFAULTS = SamplingDefaults()  # as the exported pipeline has them
 PROMPTS = ("a red circle moving left", "a large blue star", "a green square above a yellow cross")
 
 
@@ -52,6 +51,7 @@ class SamplePictures:
         state = torch.get_rng_state()
         engine.eval()
         gather_persistent(engine)
+        defaults = exported_defaults(settings)
         table = make_table("dpm++", SCHEDULER_CONFIG, SAMPLE_STEPS)
         seeds = [settings.seed + row for row in range(count)]
         x, x0 = portable_noise(self.shape, seeds, 0).to(self.device), None
@@ -59,7 +59,7 @@ class SamplePictures:
         for row, timestep in zip(table.rows, timesteps, strict=True):
             noise = guided_prediction(
                 *(engine.module, x, timestep.expand(count), *texts),
-                *(DEFAULTS.lambda_t, DEFAULTS.lambda_m, DEFAULTS.rescale),
+                *(defaults.lambda_t, defaults.lambda_m, defaults.rescale),
             )
             x, x0 = solver_step(row, x, noise[:, : self.shape[0]], x0)
         engine.train()

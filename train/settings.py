@@ -15,7 +15,8 @@ import yaml
 from gentron_fast.commandline import refuse
 from gentron_fast.config import PRESETS, GenTronConfig
 from gentron_fast.model import CONFIG_NAME
-from gentron_fast.pipeline import ASSETS
+from gentron_fast.pipeline import ASSETS, parts_folder
+from gentron_fast.pipeline import INDEX_NAME as PIPELINE_INDEX
 from gentron_fast.text import SUBFOLDERS
 from gentron_train.data.loader import DataSettings
 from gentron_train.data.options import (
@@ -300,9 +301,15 @@ def stored_config(transformer: Path) -> GenTronConfig:
     return GenTronConfig.read(transformer / CONFIG_NAME)
 
 
+def shared_folder(pipeline: Path) -> Path:
+    """Where the parts of a pipeline folder but its transformer are: there, or where it says."""
+    return parts_folder(pipeline) if (pipeline / PIPELINE_INDEX).is_file() else pipeline
+
+
 def stored_encoders(pipeline: Path) -> dict[str, tuple[Path, Path]]:
-    """Model and tokenizer folders of the text encoders that a pipeline folder holds."""
-    folders = {name: [pipeline / part for part in parts] for name, parts in SUBFOLDERS.items()}
+    """Model and tokenizer folders of the text encoders that a pipeline folder has."""
+    folder = shared_folder(pipeline)
+    folders = {name: [folder / part for part in parts] for name, parts in SUBFOLDERS.items()}
     return {name: tuple(pair) for name, pair in folders.items() if pair[0].is_dir()}
 
 
@@ -449,11 +456,12 @@ def _or_none(kind: type) -> typing.Callable[[str], object]:
 def _combined(defaults: Settings, given: dict) -> Settings:
     """The settings of a file with the options that were given, and between them what the --init
     folder holds."""
-    if "init" not in given and (teacher := given.get("teacher", defaults.teacher)) is not None:
-        given = given | {"init": teacher}  # what the student starts as, and its other parts
     init, found = given.get("init", defaults.init), {}
-    if init is not None and (init / "vae" / CONFIG_NAME).is_file():
-        found["vae"] = init / "vae"
+    if init is None and (teacher := given.get("teacher", defaults.teacher)) is not None:
+        init = teacher  # what the student starts as, and its other parts
+        given = given | {"init": teacher}
+    if init is not None and (vae := shared_folder(init) / "vae" / CONFIG_NAME).is_file():
+        found["vae"] = vae.parent
     if init is not None and (encoders := stored_encoders(init)):
         found |= dict.fromkeys([*encoders, "text"])  # None, for text_sources to take them
     if given.get("text") is not None:

@@ -3,7 +3,7 @@ branch (Meng et al. 2023, arXiv 2210.03142; with λ_M beside λ_T that is ours).
 
 # Shapes: B samples, C channels, T frames, h × w latents.
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gentron_fast.config import SamplingDefaults
-from gentron_fast.diffusion import NoiseSchedule
+from gentron_fast.diffusion import SCHEDULER_CONFIG, SCHEDULER_SCHEMA, NoiseSchedule
 from gentron_fast.files import read_json
 from gentron_fast.guidance import GuidedBatch, GuidedDenoiser, PreparedText, SharedWork
 from gentron_fast.guidance.definition import guidance_inputs
@@ -21,8 +21,8 @@ from gentron_fast.solvers import SolverTable, make_table
 from gentron_fast.text import TextEncoder
 from gentron_fast.transfer import on_device
 from gentron_train.data.loader import Batch
-from gentron_train.data.options import DTYPES, parse_sizes
-from gentron_train.settings import Settings, stored_encoders
+from gentron_train.data.options import DTYPES, flag, parse_sizes
+from gentron_train.settings import Settings, stored_config, stored_encoders
 
 SOLVER = "dpm++"  # of the trajectories: it draws no noise
 
@@ -183,6 +183,48 @@ class Teacher:
 def defaults_of(folder: Path) -> SamplingDefaults:
     """What a pipeline folder samples with unless told otherwise."""
     return SamplingDefaults.from_index(read_json(folder / INDEX_NAME, INDEX_SCHEMA))
+
+
+def exported_defaults(settings: Settings) -> SamplingDefaults:
+    """What the pipeline of a run samples with: the paper's values, of a student its teacher's, but
+    for the rescale, which is in its one branch."""
+    if settings.teacher is None:
+        return SamplingDefaults()
+    return replace(defaults_of(settings.teacher), rescale=0.0)
+
+
+def check_teacher(settings: Settings) -> None:
+    """ValueError or FileNotFoundError where the pipeline `settings.teacher` cannot teach."""
+    folder = settings.teacher
+    if not (folder / INDEX_NAME).is_file():
+        raise FileNotFoundError(f"{folder} is no whole pipeline: no {INDEX_NAME}")
+    if stored_config(folder / "transformer").guidance_embedding:
+        raise ValueError(f"{folder} is distilled already: a teacher has three branches")
+    if settings.p_motion_free:
+        raise ValueError(
+            f"--p-motion-free is {settings.p_motion_free}, must be 0: the teacher's motion-free "
+            "branch is in what it gives"
+        )
+    if settings.draws > 1:
+        raise ValueError(f"--draws is {settings.draws}, must be 1: each sample has its own text")
+    for name in ("lambda_t", "lambda_m"):
+        low, high = getattr(settings, f"min_{name}"), getattr(settings, f"max_{name}")
+        own = getattr(defaults_of(folder), name)
+        if not low <= own <= high:
+            raise ValueError(
+                f"{folder} samples at {name} {own} unless told otherwise, outside of "
+                f"{flag(f'min_{name}')} {low} … {flag(f'max_{name}')} {high}: a student would not "
+                "learn it"
+            )
+    schedules = [
+        NoiseSchedule.from_config(values).alphas_cumprod
+        for values in (read_json(folder / SCHEDULER_PATH, SCHEDULER_SCHEMA), SCHEDULER_CONFIG)
+    ]
+    if not torch.equal(*schedules):
+        raise ValueError(
+            f"{folder / SCHEDULER_PATH} is another noise schedule than that of training, DiT's "
+            "1000 timesteps of linear β: such a teacher is not taken"
+        )
 
 
 def _uniform(low: float, high: float) -> Tensor:

@@ -112,15 +112,16 @@ GENTRON_AMX_INLINE __m512 gelu(__m512 x) {
   constexpr float LINEAR = -2.302208198F, CUBIC = LINEAR * 0.044715F;  // -2 √(2/π) / ln 2
   const __m512 square = _mm512_mul_ps(x, x);
   const __m512 slope = _mm512_fmadd_ps(square, _mm512_set1_ps(CUBIC), _mm512_set1_ps(LINEAR));
-  // Past 2^±64 nothing changes that bf16 could show, and subnormal numbers would be slow.
-  const __m512 bound = _mm512_set1_ps(64.0F);
-  __m512 power = _mm512_min_ps(bound, _mm512_mul_ps(x, slope));
+  // Beyond 2^±64 it is x or 0: to fp32 the tanh is 1 long before, and subnormal numbers are slow.
+  const __m512 bound = _mm512_set1_ps(64.0F), unbounded = _mm512_mul_ps(x, slope);
+  const __mmask16 is_zero = _mm512_cmp_ps_mask(unbounded, bound, _CMP_GE_OQ);
+  __m512 power = _mm512_min_ps(bound, unbounded);
   power = _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), bound), power);
   const __m512 denominator = _mm512_add_ps(power_of_two(power), _mm512_set1_ps(1.0F));
   __m512 inverse = _mm512_rcp14_ps(denominator);  // and a step of Newton's
   inverse = _mm512_mul_ps(
       inverse, _mm512_fnmadd_ps(denominator, inverse, _mm512_set1_ps(2.0F)));
-  return _mm512_mul_ps(x, inverse);
+  return _mm512_maskz_mul_ps(static_cast<__mmask16>(~is_zero), x, inverse);
 }
 
 // A block of at most TOKENS rows of x (…, channels) in tiles of pairs: of every CHANNELS channels

@@ -157,6 +157,9 @@ void check_branches(const Fields& fields, const Metadata& made) {
       std::set(sets.begin(), sets.end()).size() != sets.size()) {
     fields.fail("branches", "must be sets such as 011 that differ and end in 1");
   }
+  if (made.distilled && sets != std::vector<std::string>{"001"}) {
+    fields.fail("branches", "must be 001 alone of a distilled model");
+  }
   const at::Tensor weighs = (made.coefficients != 0).any(1).contiguous();
   const bool* needed = weighs.const_data_ptr<bool>();
   const auto runs_all = [&](const std::string& set) {

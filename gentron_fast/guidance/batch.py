@@ -132,8 +132,9 @@ def forward_branches(denoiser: GuidedDenoiser, plan: Plan, latents: Tensor, inde
     the table that the denoiser shares."""
     shared, model, size = denoiser.shared, denoiser.model, latents.shape[-2:]
     count = sum(1 for samples in plan.sizes if samples)
+    positions = shared.positions(*size)  # which it keeps
     with _untracked(latents.device):
-        x = embed(model, latents, count, shared.positions(*size), plan.samples)
+        x = embed(model, latents, count, positions, plan.samples)
         y = gate = None
         parts = zip(model.blocks, plan.contexts, plan.motion_free, strict=True)
         for number, (block, context, motion_free) in enumerate(parts):

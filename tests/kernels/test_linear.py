@@ -50,13 +50,22 @@ def test_values(backend, device, leading, dtype, gelu, transposed):
     assert error(out, exact) <= limit
 
 
+@pytest.fixture
+def one_thread():
+    """The loop over tiles is for as many rows as there are threads to share them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize(
     "channels", [(192, 576), (768, 192), (32, 17), (64, 40), (40, 64)], ids=str
 )
 @pytest.mark.parametrize("rows", [64, 97, 200])
 @torch.no_grad()
-def test_small_weights_in_bfloat16(backend, device, rows, channels, gelu):
+def test_small_weights_in_bfloat16(backend, device, rows, channels, gelu, one_thread):
     """Rows and outputs that do not fill whole tiles, of a CPU that has tiles too."""
     tensors = inputs(rows, channels=channels, dtype=torch.bfloat16, device=device)
     exact = definition(*(t.double() for t in tensors), gelu)
@@ -68,7 +77,7 @@ def test_small_weights_in_bfloat16(backend, device, rows, channels, gelu):
 
 @pytest.mark.parametrize("outputs", [32, 40])
 @torch.no_grad()
-def test_gelu_far_out(outputs):
+def test_gelu_far_out(outputs, one_thread):
     """Where the tanh is 1 to the last bit, and of what is not finite."""
     x = torch.zeros(64, 32, dtype=torch.bfloat16)
     weight = torch.zeros(outputs, 32, dtype=torch.bfloat16)
@@ -77,7 +86,7 @@ def test_gelu_far_out(outputs):
     bias = torch.zeros(outputs, dtype=torch.bfloat16)
     out = linear(x, weight, bias, True)[:4]
     assert out[0].isnan().all() and (out[1] == torch.inf).all()
-    assert (out[2] == x[2, 0]).all() and (out[3].abs() < 1e15).all()
+    assert (out[2] == x[2, 0]).all() and not out[3].any()
     assert not linear(x, weight, bias, True)[4:].any()
 
 

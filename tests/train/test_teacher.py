@@ -1,5 +1,7 @@
 """The teacher of a distillation against the definition of guidance, and a student's run."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -26,7 +28,13 @@ CPU = torch.device("cpu")
 def settings(world, tiny_pipeline_folder, tmp_path) -> Settings:
     changes = {"teacher": tiny_pipeline_folder, "init": tiny_pipeline_folder, "draws": 1}
     changes |= {"batch": 4, "p_null": 0.0, "p_motion_free": 0.0, "p_image": 0.0}
-    changes |= {"min_trajectory_steps": 3, "max_trajectory_steps": 4, "teacher_rescale": 0.7}
+    torch.manual_seed(0)
+    changes |= {
+        "max_lambda_t": 8.0,
+        "min_trajectory_steps": 3,
+        "max_trajectory_steps": 4,
+        "teacher_rescale": 0.7,
+    }
     made = settings_of(world, tiny_pipeline_folder, tmp_path / "run", "t2v", frames=3)
     return replace(made, **changes, in_memory=False, windows_per_clip=0, workers=0)
 
@@ -74,7 +82,7 @@ def test_targets_are_the_guided_noise_of_each_sample(settings, batches, p_trajec
         )
         torch.testing.assert_close(own.latents[:fresh], noisy)
     lambda_t, lambda_m = zip(*scales, strict=True)
-    assert 1 <= min(lambda_t) < 3 < max(lambda_t) <= 6 and 1 <= min(lambda_m) < max(lambda_m) <= 1.3
+    assert 1 <= min(lambda_t) < 3 < max(lambda_t) <= 8 and 1 <= min(lambda_m) < max(lambda_m) <= 1.3
 
 
 def test_a_run_is_the_teachers_own_sampling(settings, batches, monkeypatch):
@@ -134,11 +142,12 @@ def test_what_does_not_fit_is_refused(settings, tiny_t2i_folder, tmp_path):
         ({"teacher": tmp_path}, "distill", "no whole pipeline: no model_index.json"),
         ({"p_motion_free": 0.2}, "distill", "--p-motion-free is 0.2, must be 0"),
         ({"draws": 2}, "distill", "--draws is 2, must be 1"),
+        ({"max_lambda_t": 6.0}, "distill", r"samples at lambda_t 7.5 .* --max-lambda-t 6.0"),
     )
     for changes, stage, message in wrong:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             check_start(replace(settings, **changes), stage)
-    for changes in ({"min_lambda_t": 7.0}, {"max_lambda_m": 1e9}, {"min_trajectory_steps": 60}):
+    for changes in ({"min_lambda_t": 9.0}, {"max_lambda_m": 1e9}, {"min_trajectory_steps": 60}):
         with pytest.raises(ValueError, match="must be a range within"):
             replace(settings, **changes)
     student = tmp_path / "student"
@@ -149,6 +158,12 @@ def test_what_does_not_fit_is_refused(settings, tiny_t2i_folder, tmp_path):
         check_start(replace(settings, teacher=None, init=student), "t2v")
     with pytest.raises(ValueError, match="distilled already: a teacher has three branches"):
         check_start(replace(settings, teacher=student), "distill")
+    other = tmp_path / "other"
+    shutil.copytree(settings.teacher, other)
+    path = other / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_end": 0.01}))
+    with pytest.raises(ValueError, match="is another noise schedule than that of training"):
+        check_start(replace(settings, teacher=other), "distill")
     images = replace(settings, teacher=tiny_t2i_folder, init=tiny_t2i_folder)
     assert images.data_settings("distill").kinds == ("images",)
     assert model_config(images, "distill").guidance_embedding
@@ -165,6 +180,7 @@ def test_a_model_that_no_rank_holds_whole_starts_as_its_teacher(settings):
 
 def test_a_run_is_resumed_and_exported_as_a_pipeline(world, tiny_pipeline_folder, tmp_path):
     options = (f"--teacher={tiny_pipeline_folder}", f"--init={tiny_pipeline_folder}")
+    options += ("--max-lambda-t=8",)
     options += ("--batch=4", "--frames=3", "--p-motion-free=0", "--p-image=0.25", "--save-every=4")
     run = tmp_path / "run"
     finish(launch("train/distill.py", world, run, *options, "--steps=4", "--minutes=5"))

@@ -41,7 +41,8 @@ def compare(
 ) -> list[dict]:
     """Score every (model, steps); rows of `out` for the same settings are kept.
 
-    settings: "prompts" and "seed" of `evaluate`, lambda_t and lambda_m.
+    settings: "prompts" and "seed" of `evaluate`, lambda_t and lambda_m, and whatever else tells one
+    comparison from another.
     """
     pictures, rows = pictures_beside(out), []
     if out.exists():
@@ -174,6 +175,7 @@ def _command(argv: list[str]) -> None:
     check_writable([args.out])
     silence_libraries()
     from gentron_fast import GenTronPipeline
+    from gentron_fast.compiled.package import part_digests
     from gentron_fast.pipeline import ASSETS, FAST
     from gentron_fast.threads import settle_threads
 
@@ -185,6 +187,8 @@ def _command(argv: list[str]) -> None:
     for name in ("lambda_t", "lambda_m"):
         given = getattr(args, name)
         settings[name] = getattr(own, name) if given is None else given
+    for name, folder in folders.items():
+        settings |= {name: part_digests(folder, ["transformer"])["transformer"]}
     print(table(compare(pipelines, POINTS, settings, args.out), args.prompts))
 
 
