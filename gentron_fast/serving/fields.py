@@ -43,19 +43,21 @@ class Limits:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What the fields that a request leaves out are filled with. size: height, width in pixels."""
+    """What the fields that a request leaves out are filled with. size: height, width in pixels;
+    distilled: it takes no negative prompt and no rescale."""
 
     name: str
     makes_video: bool
     frames: int
     size: tuple[int, int]
     defaults: SamplingDefaults
+    distilled: bool = False
 
     @classmethod
     def of(cls, name: str, pipeline) -> "ServedModel":
-        temporal = pipeline.transformer.config.temporal
-        size = tuple(pipeline.default_size)
-        return cls(name, temporal, pipeline.default_frames, size, pipeline.defaults)
+        config, size = pipeline.transformer.config, tuple(pipeline.default_size)
+        own = pipeline.default_frames, size, pipeline.defaults
+        return cls(name, config.temporal, *own, config.guidance_embedding)
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,7 @@ class Service:
             | {"frames": self.model.frames, "size": f"{width}x{height}"},
             "limits": asdict(self.limits),
             "solvers": SOLVERS,
+            "distilled": self.model.distilled,
             "fps": self.fps,
         }
 

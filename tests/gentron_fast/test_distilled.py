@@ -23,6 +23,7 @@ from gentron_fast.guidance import (
 )
 from gentron_fast.pipeline import model_index
 from gentron_fast.serving.engine import Engine, measured
+from gentron_fast.serving.fields import ServedModel
 from gentron_fast.solvers import make_table, solver_step
 
 TABLE = make_table("dpm++", SCHEDULER_CONFIG, 4)
@@ -206,6 +207,7 @@ def test_the_engine_makes_what_the_pipeline_makes(folder):
         expected = pipeline("a star", **own, **options, progress=False, output_type="latent")
         assert relative(clip.latents, expected.latents) < 1e-5
     assert measured(pipeline).clips >= 1
+    assert ServedModel.of("fast", pipeline).distilled  # the page shows nothing that is refused
 
 
 def test_the_compiled_sampler_is_the_pipeline(folder, tmp_path):
