@@ -121,6 +121,7 @@ def test_a_micro_step_of_training(config, encoder, checkpointing):
             device=device,
             frozen_text=text_encoder if encoder == "frozen" else None,
             metrics=SimpleNamespace(count_flops=lambda *_: None),
+            teacher=None,
             _broken=None,
         )
         latents = torch.rand(4, config.in_channels, frames, 8, 8)
