@@ -26,7 +26,7 @@ class Guided(Step):
 
     def __init__(self, pipeline: GenTronPipeline, dtype, device, steps: int, lambda_m: float):
         pipeline.to(device, dtype)
-        self.pipeline, self.lambda_m = pipeline, lambda_m
+        self.pipeline = pipeline
         self.scales = pipeline.defaults.lambda_t, lambda_m
         model, side = pipeline.transformer, pipeline.default_size[0] // pipeline.vae.factor
         shape = 1, model.config.in_channels, pipeline.default_frames, side, side

@@ -14,16 +14,23 @@ from pathlib import Path
 
 import numpy as np
 
-from gentron_fast.commandline import check_writable, refuse, run, silence_libraries, whole_number
+from gentron_fast.commandline import (
+    check_writable,
+    number,
+    refuse,
+    run,
+    silence_libraries,
+    whole_number,
+)
 from gentron_fast.files import read_json, whole_file, write_json
 from gentron_fast.intervals import wilson_interval
-from gentron_fast.media import contact_sheet
 from gentron_train.small_world.evaluator import evaluate
-from gentron_train.small_world.picture import labelled
 from gentron_train.small_world.sweep import (
     COLUMNS,
     SHEET_PROMPTS,
     alignment,
+    draw_sheet,
+    figures_of,
     pictures_beside,
     psnr,
 )
@@ -62,11 +69,7 @@ def compare(
             steps=steps,
             **guidance,
         )
-        row = {"model": model, "steps": steps}
-        for name, column in scores.items():
-            row |= {f"{name} {figure}": value for figure, value in column.shares.items()}
-            row |= {f"{name} {figure}": value for figure, value in column.fidelity.items()}
-        rows.append(row)
+        rows.append({"model": model, "steps": steps} | figures_of(scores))
         write_json(out, {"settings": settings, "rows": rows})
     for row, seconds in zip(rows, _seconds(pipelines, rows, guidance), strict=True):
         row["seconds"] = seconds
@@ -82,14 +85,10 @@ def _seconds(pipelines: dict, rows: list[dict], guidance: dict) -> list[float]:
     for _ in range(ROUNDS):
         for row, own in zip(rows, spent, strict=True):
             start = time.perf_counter()
-            _clips(pipelines, row, guidance, SHEET_PROMPTS[:1])
+            options = {"steps": row["steps"], "progress": False}
+            pipelines[row["model"]](SHEET_PROMPTS[0], **options, **guidance)
             own.append(time.perf_counter() - start)
     return [float(np.median(own)) for own in spent]
-
-
-def _clips(pipelines: dict, row: dict, guidance: dict, prompts: Sequence[str]) -> np.ndarray:
-    options = {"seed": [0] * len(prompts), "steps": row["steps"], "progress": False}
-    return np.asarray(pipelines[row["model"]](list(prompts), **options, **guidance).frames)
 
 
 def table(rows: list[dict], prompts: int) -> str:
@@ -141,17 +140,13 @@ def _draw(rows: list[dict], path: Path) -> None:
 
 
 def _draw_sheet(pipelines: dict, rows: list[dict], guidance: dict, path: Path) -> None:
-    """A row a way: clips of the same prompts, all of seed 0."""
-    from PIL import Image
-
-    strips = []
+    """A row a way."""
+    ways = []
     for row in rows:
-        sheets = [contact_sheet([clip]) for clip in _clips(pipelines, row, guidance, SHEET_PROMPTS)]
         branches = "one branch" if row["model"] == STUDENT else "its own branches"
         title = f"{row['model']}, {row['steps']} steps of {branches}, {row['seconds']:.2f} s a clip"
-        strips.append(labelled(np.concatenate(sheets, 1), title))
-    with whole_file(path) as partial:
-        Image.fromarray(np.concatenate(strips)).save(partial, format="png")
+        ways.append((title, pipelines[row["model"]], guidance | {"steps": row["steps"]}))
+    draw_sheet(ways, path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -167,8 +162,8 @@ def _command(argv: list[str]) -> None:
     parser.add_argument("--student", type=Path, help="of a distilled model (the teacher's fast/)")
     parser.add_argument("--prompts", type=whole_number(1), default=100, help="seen, and unseen")
     parser.add_argument("--seed", type=whole_number(0), default=0)
-    parser.add_argument("--lambda-m", type=float, help="(the teacher's own)")
-    parser.add_argument("--lambda-t", type=float, help="(the teacher's own)")
+    parser.add_argument("--lambda-m", type=number, help="(the teacher's own)")
+    parser.add_argument("--lambda-t", type=number, help="(the teacher's own)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the figures")
     args = parser.parse_args(argv)
     pictures_beside(args.out)
@@ -188,7 +183,7 @@ def _command(argv: list[str]) -> None:
         given = getattr(args, name)
         settings[name] = getattr(own, name) if given is None else given
     for name, folder in folders.items():
-        settings |= {name: part_digests(folder, ["transformer"])["transformer"]}
+        settings[name] = part_digests(folder, ["transformer"])["transformer"]
     print(table(compare(pipelines, POINTS, settings, args.out), args.prompts))
 
 

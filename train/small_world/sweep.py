@@ -14,7 +14,7 @@ from gentron_fast.commandline import number
 from gentron_fast.config import SamplingDefaults
 from gentron_fast.files import read_json, whole_file, write_json
 from gentron_fast.media import contact_sheet
-from gentron_train.small_world.evaluator import evaluate
+from gentron_train.small_world.evaluator import Scores, evaluate
 from gentron_train.small_world.picture import labelled
 
 SWEPT = ("lambda_t", "lambda_m", "rescale")
@@ -65,15 +65,20 @@ def sweep(
             columns=COLUMNS,
             **options | point,
         )
-        row = {name: (options | point)[name] for name in SWEPT}
-        for name, column in scores.items():
-            row |= {f"{name} {share}": column.shares[share] for share in column.shares}
-            row |= {f"{name} {figure}": column.fidelity[figure] for figure in column.fidelity}
-        rows.append(row)
+        rows.append({name: (options | point)[name] for name in SWEPT} | figures_of(scores))
         write_json(out, {"settings": settings, "rows": rows})
     _draw(rows, pictures[0])
     _draw_sheet(pipeline, rows, options, pictures[1])
     return rows
+
+
+def figures_of(scores: dict[str, Scores]) -> dict[str, float]:
+    """Shares and fidelity of all columns by names such as "seen all"."""
+    return {
+        f"{name} {figure}": value
+        for name, column in scores.items()
+        for figure, value in (column.shares | column.fidelity).items()
+    }
 
 
 def pictures_beside(out: Path) -> tuple[Path, Path]:
@@ -147,15 +152,22 @@ def _draw(rows: Sequence[dict], path: Path) -> None:
 
 
 def _draw_sheet(pipeline, rows: Sequence[dict], options: dict, path: Path) -> None:
-    """A row a point: clips of the same prompts, all of seed 0."""
-    from PIL import Image
-
+    """A row a point."""
     strips = []
     for row in rows:
         own = options | {name: row[name] for name in SWEPT}
-        clips = pipeline(list(SHEET_PROMPTS), seed=[0] * len(SHEET_PROMPTS), progress=False, **own)
+        strips.append(("   ".join(f"{name} {row[name]:g}" for name in SWEPT), pipeline, own))
+    draw_sheet(strips, path)
+
+
+def draw_sheet(ways: Sequence[tuple], path: Path) -> None:
+    """A row of clips of SHEET_PROMPTS, all of seed 0, for each (title, pipeline, options)."""
+    from PIL import Image
+
+    strips, prompts = [], list(SHEET_PROMPTS)
+    for title, pipeline, options in ways:
+        clips = pipeline(prompts, seed=[0] * len(prompts), progress=False, **options)
         sheets = [contact_sheet([clip]) for clip in np.asarray(clips.frames)]
-        title = "   ".join(f"{name} {row[name]:g}" for name in SWEPT)
         strips.append(labelled(np.concatenate(sheets, 1), title))
     with whole_file(path) as partial:
         Image.fromarray(np.concatenate(strips)).save(partial, format="png")
