@@ -49,16 +49,26 @@ class TwoNodes:
         if self.second is None:
             self.second = self.cluster.add_node(**self.node)
 
-    def kill_node(self) -> bool:
-        """The second one: its raylet and its workers, by SIGKILL."""
+    def kill_node(self, kind: str = "MapWorker") -> bool:
+        """The second one: its raylet and its workers, by SIGKILL. False before an actor is at work
+        there, up to which those of the first one are held still, for they would do it all."""
+        raylet = self.second.all_processes["raylet"][0].process
+        second = self.workers(kind, psutil.Process(raylet.pid))
+        first = [worker for worker in self.workers(kind) if worker not in second]
+        if not any(title(worker).endswith(".submit") for worker in second):
+            for worker in first:
+                worker.send_signal(signal.SIGSTOP)
+            return False
         self.cluster.remove_node(self.second, allow_graceful=False)
         self.second = None
+        for worker in first:
+            worker.send_signal(signal.SIGCONT)
         return True
 
-    def workers(self, kind: str) -> list[psutil.Process]:
-        """The processes of actors."""
-        children = psutil.Process().children(recursive=True)
-        return [process for process in children if kind in "".join(process.cmdline())]
+    def workers(self, kind: str, root: psutil.Process | None = None) -> list[psutil.Process]:
+        """The processes of actors, of all nodes or below `root`."""
+        children = (root or psutil.Process()).children(recursive=True)
+        return [process for process in children if kind in title(process)]
 
     def kill_worker(self, kind: str = "MapWorker") -> bool:
         """An actor's process; False while there is none."""
@@ -66,6 +76,14 @@ class TwoNodes:
         if workers:
             workers[0].send_signal(signal.SIGKILL)
         return bool(workers)
+
+
+def title(process: psutil.Process) -> str:
+    """What Ray names a process: the actor, and the call that it is at."""
+    try:
+        return "".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 @pytest.fixture(scope="module")
