@@ -2,26 +2,30 @@
 
 python -m gentron_train.findings      (make findings)
 
-Runs are trained one after another, a seed after another, and can be cut off anywhere: the same
-command goes on. RESULTS has a file of each run's scores; what is there is not trained again.
+Runs are trained JOBS at a time, all seeds of one before the next, and can be cut off anywhere: the
+same command goes on. RESULTS has a file of each run's scores; what is there is not trained again.
 """
 
 import argparse
 import os
+import signal
+import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
-from gentron_fast.commandline import check_writable, refuse, run, usable_device
+from gentron_fast.commandline import check_writable, refuse, run, usable_device, whole_number
 from gentron_fast.cores import all_cores
 from gentron_fast.files import whole_file
-from gentron_fast.threads import settle_threads
+from gentron_fast.processes import signal_at_parents_end
+from gentron_fast.threads import available_cores, settle_threads
 from gentron_train.checkpoint import EXPORTED
 from gentron_train.findings import page as pages
 from gentron_train.findings.scoring import read_records, record, result_name, write_record
 from gentron_train.findings.table import TABLE, Run, Table, read_table
 from gentron_train.flops import parameter_count, training_flops
-from gentron_train.shipped import ROOT, run_command, run_stages
+from gentron_train.shipped import ROOT, program, run_command, run_stages
 
 NAME = "gentron_train.findings"
 PICTURES = "findings"  # folder beside the page
@@ -30,6 +34,7 @@ PICTURES = "findings"  # folder beside the page
 STEP_SECONDS, RATE = 0.1, 150e9
 SCORE_SECONDS = {"t2i": 40, "t2v": 150}
 LENGTHS = {"clip": 16, "t5": 64}
+POLL = 1.0  # seconds between two looks at what runs
 TURN = 1.0  # seconds in which one who waits for the cores gets them
 
 
@@ -129,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--plan", action="store_true", help="print what would be run, and how long")
     what.add_argument("--page", action="store_true", help="write the page of what is there")
     what.add_argument("--score", help=argparse.SUPPRESS)  # of one run: a stage's own
+    what.add_argument("--one", help=argparse.SUPPRESS)  # a run, trained and scored: a job's own
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--lambda-m", type=float, help=argparse.SUPPRESS)
     parser.add_argument(
@@ -138,6 +144,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--document", type=Path, default=Path("docs/findings.md"))
     parser.add_argument("--table", type=Path, default=TABLE, help="the runs")
     parser.add_argument("--device", type=usable_device, default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--jobs",
+        type=whole_number(1),
+        help="runs at a time, which share the cores (default: cpu: one a core)",
+    )
     return parser
 
 
@@ -149,6 +160,9 @@ def _command(argv: list[str]) -> None:
     )
     if args.score is not None:
         _score(args, table)
+        return
+    if args.one is not None:
+        _train_one(args, table)
         return
     records = read_records(ROOT / args.results)
     pages.check_records(records, table)
@@ -166,34 +180,103 @@ def _command(argv: list[str]) -> None:
 
 
 def _train(jobs: list[tuple[Run, int]], table: Table, args) -> None:
+    """Groups of JOBS runs, each run a process with its share of the cores; between two groups who
+    waits for the cores gets them."""
     if args.device.type == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or the trainer would take the GPU
     (ROOT / args.out).mkdir(parents=True, exist_ok=True)
     counts = ["--images", str(table.images), "--clips", str(table.clips)]
     shapes = ["python", "-m", "gentron_train.shapes", str(args.out / "shapes"), *counts]
-    options = ["--out", str(args.out), "--results", str(args.results)]
-    options += ["--table", str(in_checkout(args.table)), "--device", str(args.device)]
-    for number, (job, seed) in enumerate(jobs, 1):
-        print(f"run          {number} of {len(jobs)}: {job.name}, seed {seed}", flush=True)
+    if jobs:
         with all_cores():
             run_stages({"shards": [shapes]}, ROOT / args.out / "data")
-            folder = ROOT / trained_folder(args.out, job.name, seed).parent
-            run_stages({"training": [training(job, seed, table, args.out)]}, folder)
-            for scale in table.scales(job):
-                if not (ROOT / args.results / result_name(job.name, seed, scale)).exists():
-                    run_command(scoring(job, seed, scale, options), f"scoring {job.name}")
-                    _write(args, table)  # at no time do results lie here that the page lacks
-        if number < len(jobs):
+    at_once = args.jobs or (available_cores() if args.device.type == "cpu" else 1)
+    left = list(jobs)
+    while left:
+        ready = [
+            (job, seed)
+            for job, seed in left
+            if job.start is None or _is_trained(args.out, job.start, seed)
+        ]
+        group = ready[:at_once]
+        with all_cores():
+            _train_group(group, (len(jobs) - len(left), len(jobs)), table, args)
+        left = [job for job in left if job not in group]
+        if left:
             time.sleep(TURN)
+
+
+def _train_group(group: list[tuple[Run, int]], place: tuple[int, int], table: Table, args) -> None:
+    """Runs side by side; their output goes to a file each. ValueError for one that fails, once the
+    others have ended; the page after each result."""
+    threads = str(max(1, available_cores() // len(group)))
+    environment = {"OMP_NUM_THREADS": threads} | os.environ
+    first, total = place
+    with ExitStack() as ends:
+        running, failed = {}, []
+        for number, (job, seed) in enumerate(group, first + 1):
+            folder = ROOT / trained_folder(args.out, job.name, seed).parent
+            log = folder.with_name(f"{folder.name}.txt")
+            print(f"run          {number} of {total}: {job.name}, seed {seed}: {log}", flush=True)
+            words = ["python", "-m", NAME, "--one", job.name, "--seed", str(seed), *_options(args)]
+            output = ends.enter_context(open(log, "a", encoding="utf-8"))
+            process = subprocess.Popen(
+                program(words), cwd=ROOT, env=environment, stdout=output, stderr=output
+            )
+            ends.callback(_end, process)
+            running[process] = log
+        known = _result_names(args)
+        while running:
+            time.sleep(POLL)
+            for process in [process for process in running if process.poll() is not None]:
+                log = running.pop(process)
+                failed += [log] if process.returncode else []
+            if (names := _result_names(args)) != known:
+                known = names
+                _write(args, table)
+        if failed:
+            end = " ".join(failed[0].read_text(encoding="utf-8", errors="replace").split())
+            raise ValueError(f"a run failed, {failed[0]} ends with: {end[-300:]}")
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ask a run that is not over to end, and wait until it has."""
+    process.terminate()
+    process.wait()
+
+
+def _result_names(args) -> list[str]:
+    return sorted(path.name for path in (ROOT / args.results).glob("*-seed*.json"))
+
+
+def _train_one(args, table: Table) -> None:
+    """One run from nothing to its results."""
+    job, seed = _named_run(args.one, args.seed, table)
+    signal_at_parents_end(signal.SIGTERM)
+    folder = ROOT / trained_folder(args.out, job.name, seed).parent
+    run_stages({"training": [training(job, seed, table, args.out)]}, folder)
+    for scale in table.scales(job):
+        if not (ROOT / args.results / result_name(job.name, seed, scale)).exists():
+            run_command(scoring(job, seed, scale, _options(args)), f"scoring {job.name}")
+
+
+def _options(args) -> list[str]:
+    """Where a run of this one's lies and how it is made."""
+    options = ["--out", str(args.out), "--results", str(args.results)]
+    return [*options, "--table", str(in_checkout(args.table)), "--device", str(args.device)]
+
+
+def _named_run(name: str, seed: int | None, table: Table) -> tuple[Run, int]:
+    if name not in table.runs or seed is None:
+        raise ValueError(f"wanted a run of {', '.join(table.runs)}, and --seed")
+    return table.runs[name], seed
 
 
 def _score(args, table: Table) -> None:
     """One run's scores into RESULTS."""
-    if args.score not in table.runs or args.seed is None:
-        raise ValueError(f"--score takes a run of {', '.join(table.runs)}, and --seed")
+    own, _ = _named_run(args.score, args.seed, table)
     settle_threads()
     trained = ROOT / trained_folder(args.out, args.score, args.seed)
-    own = table.runs[args.score]
     values = record(table, own, args.seed, trained, args.lambda_m, str(args.device))
     name = result_name(args.score, args.seed, args.lambda_m)
     write_record(ROOT / args.results / name, values)

@@ -82,10 +82,10 @@ class Table:
         return model_config(first.settings(self.config), run.stage)
 
     def jobs(self, pilot: bool) -> list[tuple[Run, int]]:
-        """Runs with their seeds, in order, a seed after another."""
+        """Runs with their seeds, in order: all seeds of a run that is not the pilot's."""
         runs = self.runs.values()
         if not pilot:
-            return [(run, seed) for seed in self.seeds for run in runs]
+            return [(run, seed) for run in runs for seed in self.seeds]
         first, *others = self.pilot
         return [(run, first) for run in runs] + [
             (run, seed) for seed in others for run in runs if run.name in self.again

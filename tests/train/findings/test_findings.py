@@ -69,8 +69,9 @@ def test_who_waits_for_the_cores_gets_them_next(tmp_path, capsys):
     "argv, message",
     [
         (["--pilot", "--plan"], "not allowed with argument"),
-        (["--score", "nobody"], "--score takes a run of adaln, clip"),
-        (["--score", "clip"], "and --seed"),
+        (["--score", "nobody"], "wanted a run of adaln, clip"),
+        (["--one", "clip"], "and --seed"),
+        (["--jobs", "0"], "wanted a whole number"),
         (["--table", "nowhere.yaml"], "no such configuration"),
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--document", "/dev/null/x"], "cannot write into"),
