@@ -28,7 +28,7 @@ from gentron_train.sharding import (
     stored_weights,
 )
 from gentron_train.small_world.renderer import ensure_shards, vocabulary
-from gentron_train.teacher import Teacher, check_teacher
+from gentron_train.teacher import StoredTeacher, Teacher, check_teacher, make_teacher
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Parts:
     source: Source | None
     text_encoder: TextEncoder | None
     train_text: bool
-    teacher: Teacher | None = None  # of a distillation
+    teacher: Teacher | StoredTeacher | None = None  # of a distillation
 
 
 def check_start(settings: Settings, stage: str) -> None:
@@ -128,7 +128,7 @@ def build_parts(settings: Settings, stage: str, data: DataSettings, device: torc
     elif not data.has_text:
         dtype = torch.float32 if train_text else DTYPES[settings.parameters]
         text_encoder = load_text_encoder(settings, config, dtype)
-    teacher = Teacher.from_pretrained(settings, device) if stage == "distill" else None
+    teacher = make_teacher(settings, data.trajectories, device) if stage == "distill" else None
     return Parts(transformer, source, text_encoder, train_text, teacher)
 
 

@@ -3,6 +3,7 @@ branch (Meng et al. 2023, arXiv 2210.03142; with λ_M beside λ_T that is ours).
 
 # Shapes: B samples, C channels, T frames, h × w latents.
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from gentron_fast.text import TextEncoder
 from gentron_fast.transfer import on_device
 from gentron_train.data.loader import Batch
 from gentron_train.data.options import DTYPES, flag, parse_sizes
+from gentron_train.data.sources import Point, folder_digest
 from gentron_train.settings import Settings, stored_config, stored_encoders
 
 SOLVER = "dpm++"  # of the trajectories: it draws no noise
@@ -57,6 +59,10 @@ class Run:
     @property
     def timestep(self) -> Tensor:
         return self.denoiser.table.timesteps[self.step]
+
+    @property
+    def is_over(self) -> bool:
+        return self.step == len(self.denoiser.table.timesteps)
 
 
 class Teacher:
@@ -98,25 +104,57 @@ class Teacher:
         encoder.check_widths(model.config)
         with torch.no_grad():
             null_text = encoder.encode([""])
-        rescale = settings.teacher_rescale
-        if rescale is None:
-            rescale = defaults_of(folder).rescale
-        return cls(model, null_text, read_json(folder / SCHEDULER_PATH), settings, rescale)
+        scheduler = read_json(folder / SCHEDULER_PATH)
+        return cls(model, null_text, scheduler, settings, own_rescale(settings))
 
     @torch.no_grad()
     def targets(self, batch: Batch, text: TextCondition) -> Targets:
         """What the student learns of a micro-batch of B latents; text of B prompts. The latents of
-        the last p_trajectory · B of them, but for a run's first one, make way for the runs'."""
+        the last p_trajectory · B of them, but for a run's first one, make way for the runs', or for
+        those of trajectories that were stored."""
         text = text.to(self.device, self.dtype)
         latents, noise = (on_device(t, self.device) for t in (batch.latents, batch.noise))
         texts = [text.select(slice(i, i + 1)) for i in range(len(latents))]
         samples = list(zip(texts, latents, noise, batch.timestep, strict=True))
         fresh = len(samples) - round(self.settings.p_trajectory * len(samples))
+        begun = [self._noised(*sample) for sample in samples[:fresh]]
+        if batch.points is not None:
+            stored = stored_targets(
+                batch.points[fresh:], text.select(slice(fresh, None)), self.device
+            )
+            return stored if not begun else _joined(self._advance(begun), stored)
         own = self._runs.setdefault(latents.shape[1:], [])
         is_first = not own
         for *sample, _ in samples[fresh + len(own) :]:
             own.append(self._begun(*sample, anywhere=is_first))
-        runs = [self._noised(*sample) for sample in samples[:fresh]] + own
+        targets = self._advance(begun + own)
+        own[:] = [run for run in own if not run.is_over]
+        return targets
+
+    @torch.no_grad()
+    def sample(
+        self, texts: list[TextCondition], noise: list[Tensor], count: int
+    ) -> list[list[Point]]:
+        """Of whole samplings of prompts from noise (C, T, h, w) each, `count` points that were
+        passed, fewer where one has fewer steps."""
+        runs = [
+            self._begun(text.to(self.device, self.dtype), own, own, anywhere=False)
+            for text, own in zip(texts, on_device(torch.stack(noise), self.device), strict=True)
+        ]
+        lengths = [len(run.denoiser.table.timesteps) for run in runs]
+        kept = [set(torch.randperm(length)[:count].tolist()) for length in lengths]
+        points: list[list[Point]] = [[] for _ in runs]
+        while left := [n for n, run in enumerate(runs) if not run.is_over]:
+            places = [runs[n].step for n in left]
+            made = self._advance([runs[n] for n in left])
+            for row, (n, place) in enumerate(zip(left, places, strict=True)):
+                if place in kept[n]:
+                    fields = (made.latents, made.noise, made.timestep, made.guidance)
+                    points[n].append(Point(*(field[row].cpu() for field in fields)))
+        return points
+
+    def _advance(self, runs: list[Run]) -> Targets:
+        """A step of each run; what was met and given there."""
         together = GuidedBatch([run.denoiser for run in runs])
         steps = [run.step for run in runs]
         x, before = (torch.cat([getattr(run, name) for run in runs]) for name in ("latents", "x0"))
@@ -135,9 +173,8 @@ class Teacher:
         for i, run in enumerate(runs):
             run.latents, run.x0 = after[i : i + 1], x0[i : i + 1]
             run.step += 1
-            if run.step == len(run.denoiser.table.timesteps):
+            if run.is_over:
                 run.denoiser.release()
-        own[:] = [run for run in own if run.step < len(run.denoiser.table.timesteps)]
         return targets
 
     def _noised(self, text: TextCondition, latents: Tensor, noise: Tensor, timestep: Tensor) -> Run:
@@ -180,9 +217,64 @@ class Teacher:
         return Run(denoiser, text, on_device(guidance, self.device), latents, latents)
 
 
+def make_teacher(
+    settings: Settings, trajectories: dict | None, device: torch.device
+) -> "Teacher | StoredTeacher":
+    """What gives a run's targets; trajectories: what its shards say of those stored in them.
+
+    ValueError where these are of another teacher, or where captions would be dropped again.
+    """
+    if trajectories is not None:
+        digest = folder_digest(settings.teacher / "transformer")
+        if trajectories.get("teacher") != digest:
+            raise ValueError(
+                f"the trajectories in the shards are not of {settings.teacher}, or of other weights"
+            )
+        if settings.p_null:
+            raise ValueError(
+                f"--p-null is {settings.p_null}, must be 0: captions were dropped when the "
+                f"trajectories were stored, {trajectories.get('p_null')} of them"
+            )
+        if settings.p_trajectory == 1:
+            return StoredTeacher(device, DTYPES[settings.dtype])
+    return Teacher.from_pretrained(settings, device)
+
+
+class StoredTeacher:
+    """What a teacher gave along samplings that were stored (gentron_train.trajectories), in the
+    place of one that runs."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+
+    def targets(self, batch: Batch, text: TextCondition) -> Targets:
+        """As of a Teacher whose every latent lies on a sampling."""
+        return stored_targets(batch.points, text.to(self.device, self.dtype), self.device)
+
+
+def stored_targets(points: Sequence[Point], text: TextCondition, device: torch.device) -> Targets:
+    """What a student learns of stored points; text of their prompts."""
+    latents, noise, timestep, guidance = (
+        on_device(torch.stack(column), device) for column in zip(*points, strict=True)
+    )
+    return Targets(latents.float(), timestep, text, guidance, noise.float())
+
+
+def _joined(first: Targets, second: Targets) -> Targets:
+    pairs = {name: (getattr(first, name), getattr(second, name)) for name in Targets._fields}
+    text = TextCondition.cat(list(pairs.pop("text")))
+    return Targets(text=text, **{name: torch.cat(pair) for name, pair in pairs.items()})
+
+
 def defaults_of(folder: Path) -> SamplingDefaults:
     """What a pipeline folder samples with unless told otherwise."""
     return SamplingDefaults.from_index(read_json(folder / INDEX_NAME, INDEX_SCHEMA))
+
+
+def own_rescale(settings: Settings) -> float:
+    """Of what is learnt: as asked for, else the teacher's own."""
+    asked = settings.teacher_rescale
+    return defaults_of(settings.teacher).rescale if asked is None else asked
 
 
 def exported_defaults(settings: Settings) -> SamplingDefaults:

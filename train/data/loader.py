@@ -33,9 +33,11 @@ from gentron_train.data.decode import Sampling
 from gentron_train.data.options import TIMESTEPS, DataOptions
 from gentron_train.data.shards import Shard, check_any_sample, count, find_shards, index, read_facts
 from gentron_train.data.sources import (
+    Facts,
     LatentSource,
     MemorySource,
     PixelSource,
+    Point,
     Sample,
     check_kinds,
     encode_shards,
@@ -101,10 +103,22 @@ class DataSettings(DataOptions):
     @functools.cached_property
     def has_text(self) -> bool:
         """Whether they hold the texts' embeddings too."""
+        return self.precomputed and self._first_facts(self.kinds[0])[1] is not None
+
+    @property
+    def trajectories(self) -> dict | None:
+        """What the shards say of the trajectories that are stored in them; None unless those of
+        every kind hold some. ValueError where the kinds' are of two teachers."""
         if not self.precomputed:
-            return False
-        first = self.shards[self.kinds[0]][0]
-        return load_facts(read_facts(first), first.url)[1] is not None
+            return None
+        first, *others = (self._first_facts(kind)[0].trajectories for kind in self.kinds)
+        if None not in (first, *others) and any(other != first for other in others):
+            raise ValueError("the trajectories of images and of clips were not made alike")
+        return None if None in (first, *others) else first
+
+    def _first_facts(self, kind: str) -> tuple[Facts, TextCondition | None]:
+        first = self.shards[kind][0]
+        return load_facts(read_facts(first), first.url)
 
 
 @dataclass(frozen=True)
@@ -119,6 +133,7 @@ class Batch:
     timestep: Tensor  # (B·K,) int64
     motion_free: Tensor | None  # (B·K,) bool; None for images
     text: Tokens | TextCondition  # of B captions, the null text where they were dropped
+    points: list[Point] | None = None  # of the samples' stored trajectories
 
 
 class Position:
@@ -438,12 +453,14 @@ class Loader:
             keeps.append(keep)
             stills.append(still)
         motion_free = torch.tensor(stills).repeat_interleave(self.data.draws)
+        points = [sample.point for sample in samples]
         return Batch(
             torch.cat(latents),
             torch.cat(noises),
             torch.cat(timesteps),
             motion_free if "clips" in self.data.kinds else None,
             self.source.text(samples, keeps),
+            None if None in points else points,
         )
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +31,18 @@ from gentron_train.data.shards import Shard, count, digest, index, read, read_fa
 
 ENCODED_AT_ONCE = 64  # frames
 FORMAT = 1  # of precomputed shards
+POINT = "trajectory."  # before the names of a stored trajectory's tensors
 Posterior = tuple[Tensor, Tensor]  # mean and standard deviation, fp16
+
+
+class Point(NamedTuple):
+    """Where a teacher's sampling passed: latents and its guided noise for them, each (C, T, h, w),
+    timestep () and guidance (2,), λ_T and λ_M."""
+
+    latents: Tensor
+    noise: Tensor
+    timestep: Tensor
+    guidance: Tensor
 
 
 @dataclass
@@ -43,6 +55,7 @@ class Sample:
     text: str | int | TextCondition
     pixels: Tensor | None = None
     posterior: Posterior | None = None
+    point: Point | None = None  # one of a trajectory that was stored with it
 
     @property
     def size(self) -> tuple[int, int]:
@@ -197,6 +210,8 @@ class Facts:
     vae: str  # digest of its folder
     format: int = FORMAT
     source: str = ""  # digest of the shard of pixels; earlier versions have none
+    # With trajectories: their teacher's digest, and the settings that they were sampled with.
+    trajectories: dict | None = None
 
 
 class LatentSource:
@@ -254,7 +269,11 @@ class LatentSource:
                 return Sample(read_caption(files), posterior=posterior)
             text = unpack_text(tensors)
             TextCondition.cat([text, self.null])  # as it will be in a batch
-            return Sample(text, posterior=posterior)
+            point = None
+            if f"{POINT}latents" in tensors:
+                point = _one_point(tensors, seeded(self.sampling.seed, "point", position))
+                self._check(kind, point.latents, point.noise)
+            return Sample(text, posterior=posterior, point=point)
 
     def _check(self, kind: str, mean: Tensor, std: Tensor) -> None:
         """BrokenSample where latents do not fit others of their kind, or the model."""
@@ -311,7 +330,7 @@ def relevant_sampling(sampling: Sampling, shard: Shard) -> dict:
 
 def pack_facts(facts: Facts, null: TextCondition | None) -> bytes:
     """The content of a shard's member PRECOMPUTED."""
-    values = {name: value for name, value in asdict(facts).items() if value != ""}
+    values = {name: value for name, value in asdict(facts).items() if value not in ("", None)}
     tensors = {"facts": torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)}
     return save(tensors | (pack_text(null) if null is not None else {}))
 
@@ -345,6 +364,23 @@ def unpack_text(tensors: dict[str, Tensor]) -> TextCondition:
             parts = (tensors.get(f"{name}.{part}") for part in EncodedText._fields)
             encoders[name] = EncodedText(*(None if p is None else p[None].clone() for p in parts))
     return TextCondition(**encoders)
+
+
+def pack_points(points: list[Point]) -> dict[str, Tensor]:
+    """Points of one trajectory as tensors, latents and noise in fp16."""
+    columns = (torch.stack(column) for column in zip(*points, strict=True))
+    tensors = dict(zip(Point._fields, columns, strict=True))
+    for name in ("latents", "noise"):
+        tensors[name] = tensors[name].half()
+        check_finite(tensors[name], f"a teacher's {name}, in fp16, are")
+    return {f"{POINT}{name}": tensor for name, tensor in tensors.items()}
+
+
+def _one_point(tensors: dict[str, Tensor], generator: torch.Generator) -> Point:
+    """One of those that `pack_points` packed."""
+    columns = [tensors[f"{POINT}{name}"] for name in Point._fields]
+    number = int(torch.randint(len(columns[0]), (), generator=generator))
+    return Point(*(column[number].clone() for column in columns))
 
 
 @dataclass(frozen=True)
