@@ -25,7 +25,7 @@ from gentron_train.findings import page as pages
 from gentron_train.findings.scoring import read_records, record, result_name, write_record
 from gentron_train.findings.table import TABLE, Run, Table, read_table
 from gentron_train.flops import parameter_count, training_flops
-from gentron_train.shipped import ROOT, program, run_command, run_stages
+from gentron_train.shipped import ROOT, program, run_stages
 
 NAME = "gentron_train.findings"
 PICTURES = "findings"  # folder beside the page
@@ -82,12 +82,6 @@ def training(job: Run, seed: int, table: Table, out: Path) -> list[str]:
     return train + job.words()
 
 
-def scoring(job: Run, seed: int, scale: float | None, options: list[str]) -> list[str]:
-    """The command that scores a trained run at one λ_M."""
-    words = ["python", "-m", NAME, "--score", job.name, "--seed", str(seed), *options]
-    return words if scale is None else [*words, "--lambda-m", f"{scale:g}"]
-
-
 def plan(table: Table, jobs: list[tuple[Run, int]], records: list[dict]) -> list[str]:
     """What would be run, with an estimate: of the pilot's times, or before it by the FLOPs."""
     told = pages.estimate(records, table)
@@ -133,10 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--pilot", action="store_true", help="the seeds that are left out instead")
     what.add_argument("--plan", action="store_true", help="print what would be run, and how long")
     what.add_argument("--page", action="store_true", help="write the page of what is there")
-    what.add_argument("--score", help=argparse.SUPPRESS)  # of one run: a stage's own
     what.add_argument("--one", help=argparse.SUPPRESS)  # a run, trained and scored: a job's own
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--lambda-m", type=float, help=argparse.SUPPRESS)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/findings"), help="folder of the runs"
     )
@@ -158,9 +150,6 @@ def _command(argv: list[str]) -> None:
     args.out, args.results, args.document = (
         in_checkout(path) for path in (args.out, args.results, args.document)
     )
-    if args.score is not None:
-        _score(args, table)
-        return
     if args.one is not None:
         _train_one(args, table)
         return
@@ -251,36 +240,25 @@ def _result_names(args) -> list[str]:
 
 def _train_one(args, table: Table) -> None:
     """One run from nothing to its results."""
-    job, seed = _named_run(args.one, args.seed, table)
+    if args.one not in table.runs or args.seed is None:
+        raise ValueError(f"--one takes a run of {', '.join(table.runs)}, and --seed")
+    job, seed = table.runs[args.one], args.seed
     signal_at_parents_end(signal.SIGTERM)
-    folder = ROOT / trained_folder(args.out, job.name, seed).parent
-    run_stages({"training": [training(job, seed, table, args.out)]}, folder)
+    trained = ROOT / trained_folder(args.out, job.name, seed)
+    run_stages({"training": [training(job, seed, table, args.out)]}, trained.parent)
+    settle_threads()
     for scale in table.scales(job):
-        if not (ROOT / args.results / result_name(job.name, seed, scale)).exists():
-            run_command(scoring(job, seed, scale, _options(args)), f"scoring {job.name}")
+        name = result_name(job.name, seed, scale)
+        if not (ROOT / args.results / name).exists():
+            values = record(table, job, seed, trained, scale, str(args.device))
+            write_record(ROOT / args.results / name, values)
+            print(f"wrote        {args.results / name}", flush=True)
 
 
 def _options(args) -> list[str]:
     """Where a run of this one's lies and how it is made."""
     options = ["--out", str(args.out), "--results", str(args.results)]
     return [*options, "--table", str(in_checkout(args.table)), "--device", str(args.device)]
-
-
-def _named_run(name: str, seed: int | None, table: Table) -> tuple[Run, int]:
-    if name not in table.runs or seed is None:
-        raise ValueError(f"wanted a run of {', '.join(table.runs)}, and --seed")
-    return table.runs[name], seed
-
-
-def _score(args, table: Table) -> None:
-    """One run's scores into RESULTS."""
-    own, _ = _named_run(args.score, args.seed, table)
-    settle_threads()
-    trained = ROOT / trained_folder(args.out, args.score, args.seed)
-    values = record(table, own, args.seed, trained, args.lambda_m, str(args.device))
-    name = result_name(args.score, args.seed, args.lambda_m)
-    write_record(ROOT / args.results / name, values)
-    print(f"wrote        {args.results / name}")
 
 
 def _write(args, table: Table) -> None:

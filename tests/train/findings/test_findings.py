@@ -69,7 +69,7 @@ def test_who_waits_for_the_cores_gets_them_next(tmp_path, capsys):
     "argv, message",
     [
         (["--pilot", "--plan"], "not allowed with argument"),
-        (["--score", "nobody"], "wanted a run of adaln, clip"),
+        (["--one", "nobody"], "--one takes a run of adaln, clip"),
         (["--one", "clip"], "and --seed"),
         (["--jobs", "0"], "wanted a whole number"),
         (["--table", "nowhere.yaml"], "no such configuration"),

@@ -118,7 +118,6 @@ def test_the_commands_of_a_run(tmp_path):
     assert words[-3:] == ["--p-image", "0.2", "--no-in-memory"]
     assert words[words.index("--init") + 1] == str(tmp_path / "both-seed3" / "train" / "pipeline")
     assert words[words.index("--run") + 1] == str(tmp_path / "t2v-both-seed3" / "train")
-    assert command.scoring(run, 3, 0.5, [])[-2:] == ["--lambda-m", "0.5"]
 
 
 def test_the_plan_needs_no_training(capsys, tmp_path):
