@@ -7,6 +7,7 @@ same command goes on. RESULTS has a file of each run's scores; what is there is 
 """
 
 import argparse
+import functools
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from gentron_fast.commandline import check_writable, refuse, run, usable_device, whole_number
+from gentron_fast.config import GenTronConfig
 from gentron_fast.cores import all_cores
 from gentron_fast.files import whole_file
 from gentron_fast.processes import signal_at_parents_end
@@ -107,9 +109,15 @@ def rough_seconds(own: Run, table: Table) -> float:
     """A run's training and scoring, by what it computes."""
     settings, config = own.settings(table.config), table.model(own)
     latents = config.in_channels, settings.frames if own.stage == "t2v" else 1, 8, 8
-    flops = training_flops(config, latents, LENGTHS, settings.draws)
+    flops = _flops(config, latents, settings.draws)
     step = STEP_SECONDS + flops * settings.batch * settings.draws / RATE
     return step * settings.steps + SCORE_SECONDS[own.stage] * len(table.scales(own))
+
+
+@functools.cache
+def _flops(config: GenTronConfig, latents: tuple[int, ...], draws: int) -> int:
+    """Of a sample; several runs train one model."""
+    return training_flops(config, latents, LENGTHS, draws)
 
 
 def main(argv: list[str] | None = None) -> int:
