@@ -6,6 +6,7 @@ python bench/scale.py writes the table of docs/scaling.md from what bench/result
 import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from contest import OURS
@@ -23,6 +24,7 @@ GPUS = 1, 8, 64, 512
 DAY = 86_400
 
 MODEL, SHAPE, STEPS = "G/2-T2V", (1, 4, 8, 64, 64), 50  # 8 frames at 512 × 512
+FEW_STEPS = 8  # of a distilled model
 GPU, SHARE = "H200", 0.5  # of the data sheet's rate: assumed until a step is measured there
 LOAD = 0.9  # of what the GPUs can do, for the queue
 CLIP_BYTES = 300_000  # of an mp4: the small model's 4.7 kB at 64 × 64, by pixels
@@ -33,12 +35,22 @@ RAW_BYTES, DECODE_SECONDS = 5_000_000, 0.7
 SAMPLE_BYTES = 120 * 2048 * 2 + WINDOWS * 2 * math.prod(SHAPE[1:]) * 2
 
 
-def step_seconds() -> tuple[float, str]:
-    """Of a guided step of MODEL on one GPU, and where the figure is from."""
+class Step(NamedTuple):
+    """Seconds of a guided step of MODEL on one GPU, and where they are from; and of a distilled
+    model's, which is one of three plain forwards, at the same rate."""
+
+    seconds: float
+    origin: str
+    distilled: float
+
+
+def step_seconds() -> Step:
+    """By the newest row of a GPU, without one by what a step computes."""
     for row in newest_rows(RESULTS):
         named = row["operator"].startswith(f"guided step, {MODEL}") and GPU in row["device"]
         if named and tuple(row["shape"]) == SHAPE and row["dtype"] == "bfloat16":
-            return row["contenders"][OURS]["ms"] / 1e3, "measured"
+            seconds = row["contenders"][OURS]["ms"] / 1e3
+            return Step(seconds, "measured", seconds * row["plain_flops"] / 3 / row["flops"])
     (row,) = (
         row
         for row in newest_rows(RESULTS, "saved")
@@ -46,7 +58,7 @@ def step_seconds() -> tuple[float, str]:
     )
     flops = row["flops"] * (1 - row["saved"]["altogether"])
     told = f"predicted: {flops / 1e12:.0f} TFLOP at {SHARE:.0%} of the data sheet's rate"
-    return _seconds(flops), told
+    return Step(_seconds(flops), told, _seconds(row["flops"] / 3))
 
 
 def _seconds(flops: float) -> float:
@@ -85,9 +97,10 @@ def mean_wait(servers: int, seconds: float, load: float) -> float:
 
 def table() -> str:
     """The table in Markdown, and the figures it is made from."""
-    step, origin = step_seconds()
+    step, origin, distilled = step_seconds()
     encode, decode = vae_flops()
     clip = STEPS * step + _seconds(decode)
+    few = FEW_STEPS * distilled + _seconds(decode)
     sample = WINDOWS * _seconds(encode) * 2  # in fp32, by cuDNN's TF32: half the rate of bf16
     columns = [_column(gpus, clip, sample) for gpus in GPUS]
     lines = [["", *(f"{gpus} GPU{'s' * (gpus > 1)}" for gpus in GPUS)], ["---"] * (1 + len(GPUS))]
@@ -96,6 +109,8 @@ def table() -> str:
         f"{MODEL}, 8 frames at 512 × 512, {STEPS} steps, λ_M 1.2, clip by clip on {GPU}s in bf16.",
         f"A step takes {step:.3f} s ({origin}),",
         f"{STEPS} of them and the autoencoder's decoder ({decode / 1e12:.1f} TFLOP) {clip:.1f} s.",
+        f"A distilled model's, one of three branches at the same rate, takes {distilled:.3f} s on",
+        f"paper, {FEW_STEPS} of them and the decoder {few:.2f} s: {clip / few:.1f} times as fast.",
         f"Precompute: {WINDOWS} windows of a clip through the encoder, {encode / 1e12:.1f} TFLOP",
         f"each, fp32 as TF32: {1 / sample:.0f} clips/s and GPU.",
     ]
