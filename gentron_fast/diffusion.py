@@ -50,6 +50,7 @@ SCHEDULER_SCHEMA |= {
     "num_train_timesteps": whole(1, MOST_TIMESTEPS),
     "trained_betas": optional(several(_BETA, 1, MOST_TIMESTEPS)),
     "steps_offset": whole(0, MOST_TIMESTEPS),
+    "few_step_timesteps": optional(several(several(whole(0, MOST_TIMESTEPS), 1, 100), 0, 100)),
     "solver_order": whole(1, 3),
     "variance_type": optional(TEXT),
     "lambda_min_clipped": Kind("a number", lambda value: type(value) in (int, float)),

@@ -5,6 +5,7 @@ x0 = (x - sigma * eps) / alpha;  x' = a * x + b * x0 + c * x0_previous + d * noi
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -45,8 +46,12 @@ def make_table(solver: str, scheduler_config: dict, steps: int, eta: float = 0.0
     """The table that walks `steps` steps as diffusers does with this scheduler_config.json.
 
     solver: one of SOLVERS, whatever class the configuration names; keys it lacks take the defaults
-    of the solver's own diffusers class, but clip_sample is false. eta: noise of DDIM, 0 (none) to
-    1 (DDPM's). Raises ValueError for an unknown solver, an unsupported setting, too many steps.
+    of the solver's own diffusers class, but clip_sample is false. A key of ours, which diffusers
+    passes over, is few_step_timesteps: lists of timesteps that were fitted to the model, which
+    dpm++ walks in place of evenly spaced ones where it takes as many steps as one of them has
+    (gentron_train.few_steps; the idea is Sabour et al. 2024, arXiv 2404.14507). eta: noise of DDIM,
+    0 (none) to 1 (DDPM's). Raises ValueError for an unknown solver, an unsupported setting, too
+    many steps.
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
@@ -134,10 +139,24 @@ def learned_range_d(table: SolverTable, step: int, variance_channels: Tensor) ->
     return torch.exp(0.5 * learned_range_log_variance(v, low, high))
 
 
+def fitted_timesteps(config: dict, steps: int) -> list[int] | None:
+    """Those of a scheduler_config.json's few_step_timesteps for so many steps."""
+    found = (own for own in config.get("few_step_timesteps") or () if len(own) == steps)
+    return next(found, None)
+
+
 def _timesteps(solver: str, config: dict, steps: int, trained: int) -> Tensor:
-    """Descending timesteps (steps,) int64 in diffusers' arithmetic, ties of rounding included."""
+    """Descending timesteps (steps,) int64 in diffusers' arithmetic, ties of rounding included, or
+    those that were fitted."""
     if not 1 <= steps <= trained:
         raise ValueError(f"{steps} steps asked for; between 1 and {trained} are possible")
+    if solver == "dpm++" and (fitted := fitted_timesteps(config, steps)):
+        if any(high <= low for high, low in pairwise([trained, *fitted])):
+            raise ValueError(
+                f"few_step_timesteps holds {fitted}, wanted timesteps below {trained}, each "
+                "smaller than the one before"
+            )
+        return torch.tensor(fitted)
     spacing = config.get("timestep_spacing", "linspace" if solver == "dpm++" else "leading")
     skip = 1 if solver == "dpm++" else 0  # its grid has one more point, where the last step ends
     if spacing == "linspace":

@@ -6,6 +6,7 @@
 import json
 import sys
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,14 @@ from faults import EXIT_CODES, FAULTS
 from published import make_pixart
 
 from gentron_fast import convert, export, generate, serve
-from gentron_train import export_pipeline, shapes, shapes_score, shipped
+from gentron_train import (
+    export_pipeline,
+    few_steps,
+    shapes,
+    shapes_score,
+    shipped,
+    trajectories,
+)
 from gentron_train.data import precompute
 from gentron_train.findings import __main__ as findings
 from gentron_train.small_world import picture
@@ -205,6 +213,41 @@ def test_shipped(assert_all_end_well_or_in_one_line, monkeypatch):
     options = {"--out": ["out"], "--config": ["stages.yaml"], "--assemble": []}
     lines = command_lines(options, [], range(EACH))
     assert_all_end_well_or_in_one_line(shipped.main, lines)
+
+
+def test_trajectories(tiny_pipeline_folder, monkeypatch, assert_all_end_well_or_in_one_line):
+    monkeypatch.setattr(trajectories, "missing", lambda *_: [])
+    monkeypatch.setattr(trajectories, "find_shards", lambda pattern: [])
+    options = {
+        "--points": ["4"],
+        "--p-null": ["0.05"],
+        "--batch": ["16"],
+        "--seed": ["0"],
+        "--min-lambda-t": ["1"],
+        "--max-lambda-t": ["8"],
+        "--min-lambda-m": ["1"],
+        "--max-lambda-m": ["1.3"],
+        "--min-trajectory-steps": ["4"],
+        "--max-trajectory-steps": ["50"],
+        "--teacher-rescale": ["0.7"],
+        "--dtype": ["fp32", "bf16"],
+        "--device": ["cpu"],
+    }
+    lines = command_lines(options, [["shards.tar"], ["stored/"]], range(EACH))
+    teacher = ["--teacher", str(tiny_pipeline_folder), "--max-lambda-t", "8"]
+    given = ([*teacher, *line] for line in lines)
+    assert_all_end_well_or_in_one_line(trajectories.main, given)
+
+
+def test_few_steps(tiny_pipeline_folder, monkeypatch, assert_all_end_well_or_in_one_line):
+    monkeypatch.setattr(few_steps, "fit", lambda *_: ([], 0.0, 0.0))
+    monkeypatch.setattr(few_steps, "write_json", lambda *_: None)
+    Path("prompts.txt").write_text("a red circle\n")
+    options = {"--steps": ["4", "8"], "--many": ["2"], "--device": ["cpu"]}
+    options["--prompts"] = ["prompts.txt"]
+    lines = command_lines(options, [[str(tiny_pipeline_folder)]], range(EACH))
+    given = (["--prompts", "prompts.txt", "--many", "2", *line] for line in lines)
+    assert_all_end_well_or_in_one_line(few_steps.main, given)
 
 
 def test_findings(tmp_path, monkeypatch, assert_all_end_well_or_in_one_line):

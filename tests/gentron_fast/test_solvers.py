@@ -8,7 +8,13 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
-from gentron_fast.solvers import SOLVERS, learned_range_d, make_table, solver_step
+from gentron_fast.solvers import (
+    SOLVERS,
+    fitted_timesteps,
+    learned_range_d,
+    make_table,
+    solver_step,
+)
 
 # numpy's, about diffusers' use of torch tensors in numpy.array
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -30,7 +36,8 @@ def diffusers_scheduler(solver, config, steps, exact=False):
         scheduler.alphas_cumprod = schedule.alphas_cumprod
         if solver == "ddim" and not config.get("set_alpha_to_one", True):
             scheduler.final_alpha_cumprod = schedule.alphas_cumprod[0]
-    scheduler.set_timesteps(steps)
+    fitted = fitted_timesteps(config, steps) if solver == "dpm++" else None
+    scheduler.set_timesteps(**{"timesteps": fitted} if fitted else {"num_inference_steps": steps})
     if exact and solver == "dpm++":
         ratio = schedule.sigma / schedule.alpha
         final = ratio[:1] if config.get("final_sigmas_type") == "sigma_min" else torch.zeros(1)
@@ -95,6 +102,7 @@ def test_steps_match_diffusers_on_other_schedules(solver, beta_schedule):
         {"final_sigmas_type": "sigma_min", "lower_order_final": False},
         {"final_sigmas_type": "sigma_min", "lower_order_final": False, "euler_at_final": True},
         {"timestep_spacing": "leading", "steps_offset": 1},
+        {"few_step_timesteps": [[959, 200], [999, 850, 40, 0], list(range(900, 200, -50))]},
     ],
     ids=str,
 )
@@ -115,6 +123,23 @@ def test_ddpm_and_ddim_settings_match_diffusers(solver, change):
     config = SCHEDULER_CONFIG | change
     eta = 0.5 if solver == "ddim" else 0.0
     assert largest_error(solver, config, 20, eta, exact=True) < 1e-12
+
+
+def test_fitted_timesteps_are_dpm_solvers_alone():
+    config = SCHEDULER_CONFIG | {"few_step_timesteps": [[959, 200], [3]]}
+    assert make_table("dpm++", config, 2).timesteps.tolist() == [959, 200]
+    for solver, steps in (("ddim", 2), ("ddpm", 2), ("dpm++", 3)):
+        assert torch.equal(
+            make_table(solver, config, steps).rows, make_table(solver, SCHEDULER_CONFIG, steps).rows
+        )
+    for wrong, message in (
+        ([[200, 959]], "each smaller than the one before"),
+        ([[1000, 3]], "wanted timesteps below 1000"),
+        ([[-1, 3]], "few_step_timesteps is .*, wanted a list of"),
+        ([5], "few_step_timesteps is .*, wanted a list of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_table("dpm++", SCHEDULER_CONFIG | {"few_step_timesteps": wrong}, 2)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -37,7 +37,7 @@ from gentron_train.small_world.sweep import (
 
 NAME = "gentron_train.small_world.distilled"
 TEACHER, STUDENT = "teacher", "student"
-POINTS = ((TEACHER, 50), (TEACHER, 8), (STUDENT, 50), (STUDENT, 8), (STUDENT, 4))
+POINTS = tuple((model, steps) for model in (TEACHER, STUDENT) for steps in (50, 8, 4))
 ROUNDS = 5  # of single clips that are timed, the ways taking turns
 FIGURES = "all", "shape", "motion"
 TICKS = 0.1, 0.2, 0.5, 1, 2, 5  # seconds
@@ -184,6 +184,7 @@ def _command(argv: list[str]) -> None:
         settings[name] = getattr(own, name) if given is None else given
     for name, folder in folders.items():
         settings[name] = part_digests(folder, ["transformer"])["transformer"]
+    settings["few_step_timesteps"] = pipelines[TEACHER].scheduler.get("few_step_timesteps")
     print(table(compare(pipelines, POINTS, settings, args.out), args.prompts))
 
 

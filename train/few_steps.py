@@ -1,0 +1,150 @@
+"""Timesteps for a few steps, fitted to a model (as Sabour et al. 2024, arXiv 2404.14507, fit them):
+
+python -m gentron_train.few_steps PIPELINE [--steps 4 8] [--prompts FILE]
+
+A few steps of DPM-Solver++ end elsewhere than many do, and how far off depends on where they look.
+For each number of steps the timesteps are moved until the latents, from the same noise and at the
+folder's own guidance, come as close as they can to those of many steps. What was found goes into
+the folder's scheduler_config.json, where whatever samples with dpm++ takes it.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from gentron_fast.commandline import (
+    check_writable,
+    choose_device,
+    refuse,
+    run,
+    silence_libraries,
+    usable_device,
+    whole_number,
+)
+from gentron_fast.files import read_json, write_json
+from gentron_fast.generate import read_prompts_file
+from gentron_fast.pipeline import SCHEDULER_PATH, GenTronPipeline, parts_folder
+from gentron_fast.solvers import make_table
+from gentron_fast.threads import settle_threads
+
+NAME = "gentron_train.few_steps"
+KEY = "few_step_timesteps"
+MOST = 20  # steps: beyond, what evenly spaced ones lose is hardly seen
+PROMPTS, PROMPT_SEED = 32, 777
+LAST_MOVE = 4  # timesteps, of 1000
+GAIN = 0.999  # a move is kept where the distance falls below so much of itself
+
+
+def fit_timesteps(
+    distance: Callable[[list[int]], float], timesteps: Sequence[int], trained: int
+) -> tuple[list[int], float]:
+    """Descending timesteps below `trained` at which `distance` has a minimum, and the distance:
+    from `timesteps`, one is moved at a time, by less and less."""
+    best, found = list(timesteps), distance(list(timesteps))
+    move = max(1, trained // (4 * len(best)))
+    while True:
+        before = found
+        for place in range(len(best)):
+            for change in (move, -move):
+                tried = [t + change * (n == place) for n, t in enumerate(best)]
+                ends = [trained, *tried, -1]
+                if all(a > b for a, b in pairwise(ends)):
+                    value = distance(tried)
+                    if value < GAIN * found:
+                        best, found = tried, value
+                        break
+        if found == before:
+            if move <= max(1, LAST_MOVE * trained // 1000):
+                return best, found
+            move //= 2
+
+
+def latents_of(
+    pipeline: GenTronPipeline, prompts: list[str], steps: int, timesteps: list[int] | None
+) -> Tensor:
+    """(N, C, T, h, w), of seeds 0, 1, …; timesteps None: evenly spaced."""
+    pipeline.scheduler[KEY] = [] if timesteps is None else [timesteps]
+    options = {"steps": steps, "solver": "dpm++", "output_type": "latent", "progress": False}
+    return pipeline(prompts, seed=list(range(len(prompts))), **options).latents.float()
+
+
+def fit(
+    pipeline: GenTronPipeline, prompts: list[str], steps: int, wanted: Tensor
+) -> tuple[list[int], float, float]:
+    """Timesteps for `steps` steps, how far their latents are from those wanted, and how far those
+    of evenly spaced ones: mean squares, over the mean square of what is wanted."""
+    with tqdm(desc=f"{steps} steps", unit="try") as bar:
+
+        def distance(timesteps: list[int]) -> float:
+            latents = latents_of(pipeline, prompts, steps, timesteps)
+            bar.update()
+            return float((latents - wanted).square().mean() / wanted.square().mean())
+
+        pipeline.scheduler[KEY] = []
+        even = make_table("dpm++", pipeline.scheduler, steps).timesteps.tolist()
+        before = distance(even)
+        trained = pipeline.scheduler["num_train_timesteps"]
+        fitted, after = fit_timesteps(distance, even, trained)
+    return fitted, after, before
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0; 2 after wrong input, told in one line; 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    return run(NAME, lambda: _command(argv), argv, "stopped; the folder is as it was")
+
+
+def _command(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = refuse
+    parser.add_argument("pipeline", type=Path, help="pipeline folder")
+    parser.add_argument(
+        "--steps", type=whole_number(1, MOST), nargs="+", default=[4, 8], help="default: 4 8"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        help=f"file, a prompt a line; without it {PROMPTS} of the small world",
+    )
+    parser.add_argument("--many", type=whole_number(2, 1000), default=50, help="steps of the aim")
+    parser.add_argument("--device", type=usable_device, help="cpu or cuda; a GPU if any")
+    args = parser.parse_args(argv)
+    path = parts_folder(args.pipeline) / SCHEDULER_PATH
+    check_writable([path])
+    prompts = _small_world() if args.prompts is None else read_prompts_file(args.prompts)
+    settle_threads()
+    silence_libraries()
+    pipeline = GenTronPipeline.from_pretrained(
+        args.pipeline, device=args.device or choose_device(None)
+    )
+    pipeline.encode_ahead(prompts)
+    wanted = latents_of(pipeline, prompts, args.many, None)
+    found = []
+    for steps in sorted(set(args.steps)):
+        fitted, after, before = fit(pipeline, prompts, steps, wanted)
+        found.append(fitted)
+        print(f"{steps:2} steps      {100 * before:.1f} % away from {args.many} steps before,")
+        print(f"              {100 * after:.1f} % at {' '.join(map(str, fitted))}")
+    values = read_json(path)
+    others = [own for own in values.get(KEY) or [] if len(own) not in args.steps]
+    write_json(path, values | {KEY: sorted(others + found, key=len)})
+    print(f"wrote         {path}")
+
+
+def _small_world() -> list[str]:
+    """Prompts that no figure is measured on."""
+    from gentron_train.small_world.renderer import seen_prompts, unseen_prompts
+
+    draws = seen_prompts, unseen_prompts
+    return [prompt for draw in draws for prompt, _ in draw(PROMPTS // 2, PROMPT_SEED)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
