@@ -216,8 +216,9 @@ def test_shipped(assert_all_end_well_or_in_one_line, monkeypatch):
 
 
 def test_trajectories(tiny_pipeline_folder, monkeypatch, assert_all_end_well_or_in_one_line):
-    monkeypatch.setattr(trajectories, "missing", lambda *_: [])
-    monkeypatch.setattr(trajectories, "find_shards", lambda pattern: [])
+    monkeypatch.setattr(trajectories, "Store", lambda *_: SimpleNamespace(left=[]))
+    monkeypatch.setattr(trajectories, "new_paths", lambda *_: [])
+    monkeypatch.setattr(trajectories, "find_shards", lambda *_, **__: [])
     options = {
         "--points": ["4"],
         "--p-null": ["0.05"],
@@ -243,10 +244,10 @@ def test_few_steps(tiny_pipeline_folder, monkeypatch, assert_all_end_well_or_in_
     monkeypatch.setattr(few_steps, "fit", lambda *_: ([], 0.0, 0.0))
     monkeypatch.setattr(few_steps, "write_json", lambda *_: None)
     Path("prompts.txt").write_text("a red circle\n")
-    options = {"--steps": ["4", "8"], "--many": ["2"], "--device": ["cpu"]}
+    options = {"--steps": ["4", "8"], "--many": ["9", "10"], "--device": ["cpu"]}
     options["--prompts"] = ["prompts.txt"]
     lines = command_lines(options, [[str(tiny_pipeline_folder)]], range(EACH))
-    given = (["--prompts", "prompts.txt", "--many", "2", *line] for line in lines)
+    given = (["--prompts", "prompts.txt", "--many", "9", *line] for line in lines)
     assert_all_end_well_or_in_one_line(few_steps.main, given)
 
 

@@ -5,7 +5,8 @@ python -m gentron_train.few_steps PIPELINE [--steps 4 8] [--prompts FILE]
 A few steps of DPM-Solver++ end elsewhere than many do, and how far off depends on where they look.
 For each number of steps the timesteps are moved until the latents, from the same noise and at the
 folder's own guidance, come as close as they can to those of many steps. What was found goes into
-the folder's scheduler_config.json, where whatever samples with dpm++ takes it.
+the folder's scheduler_config.json, where whatever samples with dpm++ takes it; that of fast/ is its
+teacher's, for both.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,6 +28,7 @@ from gentron_fast.commandline import (
     usable_device,
     whole_number,
 )
+from gentron_fast.diffusion import NoiseSchedule
 from gentron_fast.files import read_json, write_json
 from gentron_fast.generate import read_prompts_file
 from gentron_fast.pipeline import SCHEDULER_PATH, GenTronPipeline, parts_folder
@@ -65,30 +68,38 @@ def fit_timesteps(
 
 
 def latents_of(
-    pipeline: GenTronPipeline, prompts: list[str], steps: int, timesteps: list[int] | None
+    pipeline: GenTronPipeline,
+    prompts: list[str],
+    batch: int,
+    steps: int,
+    timesteps: list[int] | None,
 ) -> Tensor:
     """(N, C, T, h, w), of seeds 0, 1, …; timesteps None: evenly spaced."""
     pipeline.scheduler[KEY] = [] if timesteps is None else [timesteps]
     options = {"steps": steps, "solver": "dpm++", "output_type": "latent", "progress": False}
-    return pipeline(prompts, seed=list(range(len(prompts))), **options).latents.float()
+    seeds, parts = list(range(len(prompts))), []
+    for first in range(0, len(prompts), batch):
+        own = slice(first, first + batch)
+        parts.append(pipeline(prompts[own], seed=seeds[own], **options).latents.float())
+    return torch.cat(parts)
 
 
 def fit(
-    pipeline: GenTronPipeline, prompts: list[str], steps: int, wanted: Tensor
+    pipeline: GenTronPipeline, prompts: list[str], batch: int, steps: int, wanted: Tensor
 ) -> tuple[list[int], float, float]:
     """Timesteps for `steps` steps, how far their latents are from those wanted, and how far those
     of evenly spaced ones: mean squares, over the mean square of what is wanted."""
     with tqdm(desc=f"{steps} steps", unit="try") as bar:
 
         def distance(timesteps: list[int]) -> float:
-            latents = latents_of(pipeline, prompts, steps, timesteps)
+            latents = latents_of(pipeline, prompts, batch, steps, timesteps)
             bar.update()
             return float((latents - wanted).square().mean() / wanted.square().mean())
 
         pipeline.scheduler[KEY] = []
         even = make_table("dpm++", pipeline.scheduler, steps).timesteps.tolist()
         before = distance(even)
-        trained = pipeline.scheduler["num_train_timesteps"]
+        trained = len(NoiseSchedule.from_config(pipeline.scheduler))
         fitted, after = fit_timesteps(distance, even, trained)
     return fitted, after, before
 
@@ -113,9 +124,14 @@ def _command(argv: list[str]) -> None:
         type=Path,
         help=f"file, a prompt a line; without it {PROMPTS} of the small world",
     )
-    parser.add_argument("--many", type=whole_number(2, 1000), default=50, help="steps of the aim")
+    parser.add_argument(
+        "--many", type=whole_number(2, 1000), default=50, help="steps of the aim (50)"
+    )
+    parser.add_argument("--batch", type=whole_number(1), default=32, help="prompts at a time (32)")
     parser.add_argument("--device", type=usable_device, help="cpu or cuda; a GPU if any")
     args = parser.parse_args(argv)
+    if args.many <= max(args.steps):
+        raise ValueError(f"--many is {args.many}, must be more than --steps {max(args.steps)}")
     path = parts_folder(args.pipeline) / SCHEDULER_PATH
     check_writable([path])
     prompts = _small_world() if args.prompts is None else read_prompts_file(args.prompts)
@@ -125,10 +141,10 @@ def _command(argv: list[str]) -> None:
         args.pipeline, device=args.device or choose_device(None)
     )
     pipeline.encode_ahead(prompts)
-    wanted = latents_of(pipeline, prompts, args.many, None)
+    wanted = latents_of(pipeline, prompts, args.batch, args.many, None)
     found = []
     for steps in sorted(set(args.steps)):
-        fitted, after, before = fit(pipeline, prompts, steps, wanted)
+        fitted, after, before = fit(pipeline, prompts, args.batch, steps, wanted)
         found.append(fitted)
         print(f"{steps:2} steps      {100 * before:.1f} % away from {args.many} steps before,")
         print(f"              {100 * after:.1f} % at {' '.join(map(str, fitted))}")

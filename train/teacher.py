@@ -4,7 +4,7 @@ branch (Meng et al. 2023, arXiv 2210.03142; with λ_M beside λ_T that is ours).
 # Shapes: B samples, C channels, T frames, h × w latents.
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from gentron_train.data.sources import Point, folder_digest
 from gentron_train.settings import Settings, stored_config, stored_encoders
 
 SOLVER = "dpm++"  # of the trajectories: it draws no noise
+LAMBDAS = "min_lambda_t", "max_lambda_t", "min_lambda_m", "max_lambda_m"
 
 
 class Targets(NamedTuple):
@@ -118,12 +119,12 @@ class Teacher:
         samples = list(zip(texts, latents, noise, batch.timestep, strict=True))
         fresh = len(samples) - round(self.settings.p_trajectory * len(samples))
         begun = [self._noised(*sample) for sample in samples[:fresh]]
-        if batch.points is not None:
+        if batch.points is not None and fresh < len(samples):
             stored = stored_targets(
                 batch.points[fresh:], text.select(slice(fresh, None)), self.device
             )
             return stored if not begun else _joined(self._advance(begun), stored)
-        own = self._runs.setdefault(latents.shape[1:], [])
+        own = self._runs.setdefault(latents.shape[1:], []) if batch.points is None else []
         is_first = not own
         for *sample, _ in samples[fresh + len(own) :]:
             own.append(self._begun(*sample, anywhere=is_first))
@@ -133,16 +134,20 @@ class Teacher:
 
     @torch.no_grad()
     def sample(
-        self, texts: list[TextCondition], noise: list[Tensor], count: int
+        self, texts: list[TextCondition], shape: Sequence[int], seeds: Sequence[int], count: int
     ) -> list[list[Point]]:
-        """Of whole samplings of prompts from noise (C, T, h, w) each, `count` points that were
-        passed, fewer where one has fewer steps."""
-        runs = [
-            self._begun(text.to(self.device, self.dtype), own, own, anywhere=False)
-            for text, own in zip(texts, on_device(torch.stack(noise), self.device), strict=True)
-        ]
-        lengths = [len(run.denoiser.table.timesteps) for run in runs]
-        kept = [set(torch.randperm(length)[:count].tolist()) for length in lengths]
+        """Whole samplings of prompts, to latents of `shape` (C, T, h, w): of each `count` points
+        that were passed, all where it has fewer steps. seeds: of each one's noise, steps, λ and
+        what is kept, so that these do not depend on what is sampled beside it."""
+        runs, kept = [], []
+        with torch.random.fork_rng(devices=[]):
+            for text, seed in zip(texts, seeds, strict=True):
+                torch.manual_seed(seed)
+                noise = on_device(torch.randn(*shape), self.device)
+                own = text.to(self.device, self.dtype)
+                runs.append(self._begun(own, noise, noise, anywhere=False))
+                length = len(runs[-1].denoiser.table.timesteps)
+                kept.append(set(torch.randperm(length)[:count].tolist()))
         points: list[list[Point]] = [[] for _ in runs]
         while left := [n for n, run in enumerate(runs) if not run.is_over]:
             places = [runs[n].step for n in left]
@@ -230,6 +235,13 @@ def make_teacher(
             raise ValueError(
                 f"the trajectories in the shards are not of {settings.teacher}, or of other weights"
             )
+        wanted = asdict(settings) | {"teacher_rescale": own_rescale(settings)}
+        for name in ("teacher_rescale", *LAMBDAS):
+            if (found := trajectories.get(name)) != wanted[name]:
+                raise ValueError(
+                    f"the trajectories in the shards were sampled with {flag(name)} {found}, this "
+                    f"run has {wanted[name]}"
+                )
         if settings.p_null:
             raise ValueError(
                 f"--p-null is {settings.p_null}, must be 0: captions were dropped when the "
@@ -254,10 +266,9 @@ class StoredTeacher:
 
 def stored_targets(points: Sequence[Point], text: TextCondition, device: torch.device) -> Targets:
     """What a student learns of stored points; text of their prompts."""
-    latents, noise, timestep, guidance = (
-        on_device(torch.stack(column), device) for column in zip(*points, strict=True)
-    )
-    return Targets(latents.float(), timestep, text, guidance, noise.float())
+    latents, noise, timestep, guidance = map(torch.stack, zip(*points, strict=True))
+    latents, noise, guidance = (on_device(t.float(), device) for t in (latents, noise, guidance))
+    return Targets(latents, timestep, text, guidance, noise)
 
 
 def _joined(first: Targets, second: Targets) -> Targets:

@@ -1,6 +1,6 @@
 """A teacher's own sampling, stored beside precomputed latents, for a distillation to learn from:
 
-python -m gentron_train.trajectories "latents/clips-*.tar" trajectories/ --teacher PIPELINE
+python -m gentron_train.trajectories "latents/*.tar" trajectories/ --teacher PIPELINE
 deepspeed train/distill.py --teacher PIPELINE --data trajectories --p-trajectory 1 --p-null 0
 
 Of each sample that `precompute` wrote the teacher samples the caption once, from noise, with a
@@ -10,8 +10,10 @@ command goes on where it was cut off, and two at a time, or ranks, share the wor
 """
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
@@ -34,10 +36,21 @@ from gentron_fast.commandline import (
 )
 from gentron_fast.files import claim
 from gentron_fast.model import TextCondition
+from gentron_fast.parts import told_as
 from gentron_fast.threads import settle_threads
+from gentron_train.data.broken import BrokenSample, broken_by
 from gentron_train.data.options import DTYPES
 from gentron_train.data.precompute import new_paths, new_shard
-from gentron_train.data.shards import PRECOMPUTED, Shard, count, find_shards, read, read_facts
+from gentron_train.data.shards import (
+    PRECOMPUTED,
+    Shard,
+    count,
+    digest,
+    find_shards,
+    index,
+    read,
+    read_facts,
+)
 from gentron_train.data.sources import (
     folder_digest,
     load_facts,
@@ -48,11 +61,10 @@ from gentron_train.data.sources import (
     unpack_text,
 )
 from gentron_train.settings import Settings
-from gentron_train.teacher import Teacher, check_teacher, own_rescale
+from gentron_train.teacher import LAMBDAS, Teacher, check_teacher, own_rescale
 
 NAME = "gentron_train.trajectories"
-OPTIONS = "min_lambda_t", "max_lambda_t", "min_lambda_m", "max_lambda_m"
-OPTIONS += "min_trajectory_steps", "max_trajectory_steps", "teacher_rescale", "dtype"
+OPTIONS = *LAMBDAS, "min_trajectory_steps", "max_trajectory_steps", "teacher_rescale", "dtype"
 Files = dict[str, bytes]
 
 
@@ -71,97 +83,113 @@ class Sampler:
         numbered = iter(enumerate(samples))
         while part := list(islice(numbered, self.batch)):
             groups: dict[tuple[int, ...], list[int]] = {}
-            tensors = {}
-            for row, (_, (_, files)) in enumerate(part):
+            tensors: dict[int, dict[str, Tensor]] = {}
+            for row, (place, (_, files)) in enumerate(part):
                 if "safetensors" in files:
-                    tensors[row] = load(files["safetensors"])
-                    groups.setdefault(tuple(tensors[row]["mean"].shape[1:]), []).append(row)
+                    # One that cannot be read stays as it is, for training to count.
+                    with suppress(BrokenSample), broken_by("unreadable latents"):
+                        own, shape = _read(files["safetensors"])
+                        draws = seeded(self.seed, shard.name, place)
+                        if float(torch.rand((), generator=draws)) < self.p_null:
+                            own = _latents_alone(own) | pack_text(null)
+                        tensors[row] = own
+                        groups.setdefault(shape, []).append(row)
             for shape, rows in groups.items():
-                keys = [(self.seed, shard.name, part[row][0]) for row in rows]
-                self._sample([tensors[row] for row in rows], shape, keys, null)
+                keys = [(self.seed, shard.name, part[row][0], "run") for row in rows]
+                seeds = [seeded(*key).initial_seed() for key in keys]
+                texts = [unpack_text(tensors[row]) for row in rows]
+                made = self.teacher.sample(texts, shape, seeds, self.points)
+                for row, points in zip(rows, made, strict=True):
+                    with told_as(f"{shard.url}, sample {part[row][1][0]}"):
+                        tensors[row] |= pack_points(points)
             for row, (_, (key, files)) in enumerate(part):
                 if row in tensors:
                     files = files | {"safetensors": save(tensors[row])}
                 yield key, files
 
-    def _sample(
-        self, samples: list[dict[str, Tensor]], shape: tuple, keys: list, null: TextCondition
-    ) -> None:
-        """Fill in the points of samples of one shape; keys: what each one's draws depend on."""
-        texts, noise = [], []
-        for tensors, key in zip(samples, keys, strict=True):
-            generator = seeded(*key)
-            if float(torch.rand((), generator=generator)) < self.p_null:
-                tensors |= pack_text(null)
-            texts.append(unpack_text(tensors))
-            noise.append(torch.randn(shape, generator=generator))
-        # The teacher draws steps, λ and what is kept from here.
-        torch.manual_seed(int(torch.randint(2**62, (), generator=seeded(*keys[0], "teacher"))))
-        made = self.teacher.sample(texts, noise, self.points)
-        for tensors, points in zip(samples, made, strict=True):
-            tensors |= pack_points(points)
+
+def _sample(shard: Shard, place: int) -> tuple[str, Files]:
+    """Key and files, as `precompute` has those of a broken one."""
+    try:
+        return read(shard, place)
+    except BrokenSample as error:
+        content = json.dumps([error.cause, error.detail]).encode()
+        return index(shard).samples[place][0], {"broken.json": content}
 
 
-def missing(shards: list[Shard], out: Path, made_by: dict) -> list[tuple[Shard, Path]]:
-    """Shards with the new ones that `out` lacks. ValueError for one that holds no text embeddings,
-    or whose new shard is there and was made otherwise."""
-    pairs = list(zip(shards, new_paths(shards, out), strict=True))
-    return [(shard, path) for shard, path in pairs if not _is_made(shard, path, made_by)]
+def _read(content: bytes) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+    """A sample's tensors, and the shape (C, T, h, w) of its latents."""
+    tensors = load(content)
+    _, *shape = tensors["mean"].shape
+    unpack_text(tensors)
+    return tensors, tuple(shape)
 
 
-def store(
-    left: list[tuple[Shard, Path]],
-    sampler: Sampler,
-    made_by: dict,
-    advance: Callable[[int], object] = lambda count: None,
-) -> None:
-    """Write new shards, each by one process."""
-    for wait in (False, True):  # what another process makes is waited for in the end
+def _latents_alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensors[name] for name in ("mean", "std")}
+
+
+class Store:
+    """Shards of latents, and the new ones with trajectories."""
+
+    def __init__(self, shards: list[Shard], out: Path, made_by: dict):
+        """ValueError for a shard that breaks off or holds no text embeddings, and where a new one
+        is there that was made otherwise."""
+        self.made_by = made_by
+        self.contents: dict[Shard, tuple[bytes, TextCondition]] = {}
+        pairs = list(zip(shards, new_paths(shards, out), strict=True))
+        self.left = [(shard, path) for shard, path in pairs if not self._is_made(shard, path)]
+
+    def fill(self, sampler: Sampler, bar: tqdm) -> None:
+        """Write what is missing, each shard by one process."""
+        for shard, path in self._claimed():
+            content, null = self._content(shard)
+            samples = (_sample(shard, place) for place in range(count(shard)[0]))
+            with new_shard(path) as add:
+                add(PRECOMPUTED, content)
+                for key, files in sampler(shard, samples, null):
+                    for ending, file in files.items():
+                        add(f"{key}.{ending}", file)
+                    bar.update()
+
+    def _claimed(self) -> Iterator[tuple[Shard, Path]]:
+        """What is to be made here; in the end what another process makes, if it does not."""
         others = []
-        for shard, path in left:
-            give_back = claim(path, wait)
-            if give_back is None:
-                others.append((shard, path))
-                continue
-            try:
-                _store_one(shard, path, sampler, made_by)
-            finally:
-                give_back()
-            advance(count(shard)[0])
-        left = others
+        for wait in (False, True):
+            for shard, path in others if wait else self.left:
+                if wait:
+                    tqdm.write(f"waiting for {path}, which another process makes", file=sys.stderr)
+                give_back = claim(path, wait)
+                if give_back is None:
+                    others.append((shard, path))
+                    continue
+                try:
+                    if not self._is_made(shard, path):
+                        yield shard, path
+                finally:
+                    give_back()
 
+    def _is_made(self, shard: Shard, path: Path) -> bool:
+        content, _ = self._content(shard)
+        if path.exists() and read_facts(Shard(str(path), path)) != content:
+            raise ValueError(
+                f"{path} was made otherwise, or of another shard: name another folder, or remove it"
+            )
+        return path.exists()
 
-def _store_one(shard: Shard, path: Path, sampler: Sampler, made_by: dict) -> None:
-    if _is_made(shard, path, made_by):  # by the process that was waited for
-        return
-    content, null = _content(shard, made_by)
-    samples = (read(shard, row) for row in range(count(shard)[0]))
-    with new_shard(path) as add:
-        add(PRECOMPUTED, content)
-        for key, files in sampler(shard, samples, null):
-            for ending, file in files.items():
-                add(f"{key}.{ending}", file)
-
-
-def _is_made(shard: Shard, path: Path, made_by: dict) -> bool:
-    content, _ = _content(shard, made_by)
-    if path.exists() and read_facts(Shard(str(path), path)) != content:
-        raise ValueError(
-            f"{path} was made otherwise, or of another shard: name another folder, or remove it"
-        )
-    return path.exists()
-
-
-def _content(shard: Shard, made_by: dict) -> tuple[bytes, TextCondition]:
-    """What a new shard says of itself, and the null text."""
-    content = read_facts(shard)
-    facts, null = (None, None) if content is None else load_facts(content, shard.url)
-    if null is None:
-        raise ValueError(
-            f"{shard.url} holds no text embeddings: python -m gentron_train.precompute makes "
-            "shards that do"
-        )
-    return pack_facts(replace(facts, trajectories=made_by), null), null
+    def _content(self, shard: Shard) -> tuple[bytes, TextCondition]:
+        """What a new shard says of itself, and the null text."""
+        if shard not in self.contents:
+            content, (_, cut) = read_facts(shard), count(shard)
+            facts, null = (None, None) if content is None else load_facts(content, shard.url)
+            if null is None or cut:
+                raise ValueError(
+                    f"{shard.url} {f'breaks off {cut}' if cut else 'holds no text embeddings'}: "
+                    "python -m gentron_train.precompute makes whole shards that hold them"
+                )
+            own = replace(facts, source=digest(shard), trajectories=self.made_by)
+            self.contents[shard] = pack_facts(own, null), null
+        return self.contents[shard]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -183,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--p-null", type=number, default=0.05, help="share of captions that are dropped (0.05)")
     add("--batch", type=whole_number(1), default=16, help="samplings at a time (16)")
     add("--seed", type=whole_number(0), default=0)
+    add("--allow-pipes", action="store_true", help="URLs pipe:COMMAND, which run in a shell")
     add("--device", type=usable_device, help="cpu or cuda; a GPU if any")
     defaults = {item.name: item for item in fields(Settings)}
     for name in OPTIONS:  # as of train/distill.py
@@ -205,21 +234,23 @@ def _command(argv: list[str]) -> None:
     )
     check_teacher(settings)
     rank, ranks = rank_and_world()
-    shards = [shard for pattern in args.shards for shard in find_shards(pattern)]
+    pipes = args.allow_pipes
+    shards = [s for pattern in args.shards for s in find_shards(pattern, allow_pipes=pipes)]
     made_by = options | {"teacher_rescale": own_rescale(settings), "points": args.points}
     made_by |= {"p_null": args.p_null, "seed": args.seed}
     made_by |= {"teacher": folder_digest(args.teacher / "transformer")}
+    new_paths(shards, args.out)  # of all: two ranks would not see that theirs are one
     # Shared out before looking what is missing: ranks may look at different times.
-    left = missing(shards[rank::ranks], args.out, made_by)
-    check_writable([path for _, path in left])
-    if left:
+    store = Store(shards[rank::ranks], args.out, made_by)
+    check_writable([path for _, path in store.left])
+    if store.left:
         settle_threads()
         silence_libraries()
         teacher = Teacher.from_pretrained(settings, args.device or choose_device(None))
         sampler = Sampler(teacher, args.points, args.p_null, args.seed, args.batch)
-        total = sum(count(shard)[0] for shard, _ in left)
+        total = sum(count(shard)[0] for shard, _ in store.left)
         with tqdm(total=total, unit="sample", disable=rank != 0) as bar:
-            store(left, sampler, made_by, bar.update)
+            store.fill(sampler, bar)
     print(f"{len(shards)} shards in {args.out}")
 
 

@@ -20,7 +20,7 @@ def test_a_known_minimum_is_found():
         )
 
     fitted, found = fit_timesteps(distance, [999, 666, 333], 1000)
-    assert [abs(t - wanted) <= 4 for t, wanted in zip(fitted, (960, 510, 90), strict=True)]
+    assert all(abs(t - wanted) <= 4 for t, wanted in zip(fitted, (960, 510, 90), strict=True))
     assert found == distance(fitted) == min(map(distance, list(tried)))
     assert len(tried) < 200
     # What can be moved nowhere stays.
@@ -47,7 +47,10 @@ def test_a_folder_takes_what_is_fitted(tiny_pipeline_folder, tmp_path, capsys):
         "a star", steps=2, progress=False, callback_on_step_end=lambda _, t, __: seen.append(t)
     )
     assert seen == two
+    path.write_text(json.dumps({k: v for k, v in after.items() if k != "num_train_timesteps"}))
+    assert main([*command, "--steps", "1", "--batch", "1"]) == 0  # diffusers' own number
     wrong = (
+        ([str(folder), "--steps", "8", "--many", "8"], "--many is 8, must be more"),
         ([str(folder), "--steps", "21"], "from 1 to 20"),
         ([str(tmp_path)], "model_index.json"),
     )

@@ -107,14 +107,14 @@ class DataSettings(DataOptions):
 
     @property
     def trajectories(self) -> dict | None:
-        """What the shards say of the trajectories that are stored in them; None unless those of
-        every kind hold some. ValueError where the kinds' are of two teachers."""
+        """What the shards say of the trajectories that are stored in them, None where they hold
+        none. ValueError where those of images and of clips do not say the same."""
         if not self.precomputed:
             return None
         first, *others = (self._first_facts(kind)[0].trajectories for kind in self.kinds)
-        if None not in (first, *others) and any(other != first for other in others):
+        if any(other != first for other in others):
             raise ValueError("the trajectories of images and of clips were not made alike")
-        return None if None in (first, *others) else first
+        return first
 
     def _first_facts(self, kind: str) -> tuple[Facts, TextCondition | None]:
         first = self.shards[kind][0]
@@ -501,7 +501,7 @@ def make_loader(
     if not data.precomputed:
         check_kinds(data.shards)
     if data.precomputed:
-        source = LatentSource(data.shards, data.sampling, tokenize, patch)
+        source = LatentSource(data.shards, data.sampling, tokenize, patch, data.trajectories)
         is_there = vae is not None and (Path(vae) / "config.json").exists()
         if is_there and folder_digest(Path(vae)) != source.facts.vae:
             raise ValueError(f"the shards were precomputed by another autoencoder than {vae}")

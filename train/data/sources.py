@@ -7,6 +7,7 @@ memory are encoded in bf16, which a CPU does in a fraction of the time.
 """
 # Shapes: N samples, S windows, B batch, C channels, T frames, h × w latents, H × W pixels.
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -31,6 +32,7 @@ from gentron_train.data.shards import Shard, count, digest, index, read, read_fa
 
 ENCODED_AT_ONCE = 64  # frames
 FORMAT = 1  # of precomputed shards
+READ_AT_ONCE = 2**24  # bytes
 POINT = "trajectory."  # before the names of a stored trajectory's tensors
 Posterior = tuple[Tensor, Tensor]  # mean and standard deviation, fp16
 
@@ -209,13 +211,14 @@ class Facts:
     factor: int  # pixels per latent along each side
     vae: str  # digest of its folder
     format: int = FORMAT
-    source: str = ""  # digest of the shard of pixels; earlier versions have none
+    source: str = ""  # digest of the shard that it was made of; earlier versions have none
     # With trajectories: their teacher's digest, and the settings that they were sampled with.
     trajectories: dict | None = None
 
 
 class LatentSource:
-    """Precomputed shards: posteriors and, unless they were left out, text embeddings."""
+    """Precomputed shards: posteriors and, unless they were left out, text embeddings; with
+    `trajectories` (of Facts), a point of each sample's too, in shards that say the same of them."""
 
     in_background = True
 
@@ -225,8 +228,11 @@ class LatentSource:
         sampling: Sampling,
         tokenize: Callable[[list[str]], Tokens] | None,
         patch: int = 1,
+        trajectories: dict | None = None,
     ):
         self.shards, self.tokenize, self.sampling, self.patch = shards, tokenize, sampling, patch
+        self.trajectories = trajectories
+        self._said = functools.cache(self._trajectories_of)
         for kind, named in shards.items():
             nth = next((n for n, shard in enumerate(named) if count(shard)[0]), 0)
             first = named[nth]
@@ -269,11 +275,18 @@ class LatentSource:
                 return Sample(read_caption(files), posterior=posterior)
             text = unpack_text(tensors)
             TextCondition.cat([text, self.null])  # as it will be in a batch
-            point = None
-            if f"{POINT}latents" in tensors:
-                point = _one_point(tensors, seeded(self.sampling.seed, "point", position))
-                self._check(kind, point.latents, point.noise)
+            if self.trajectories is None:
+                return Sample(text, posterior=posterior)
+            if self._said(kind, shard) != self.trajectories:
+                raise BrokenSample("no trajectories, or others than the first shard's")
+            point = _one_point(tensors, seeded(self.sampling.seed, "point", position))
+            self._check(kind, point.latents, point.noise)
             return Sample(text, posterior=posterior, point=point)
+
+    def _trajectories_of(self, kind: str, shard: int) -> dict | None:
+        named = self.shards[kind][shard]
+        content = read_facts(named)
+        return None if content is None else load_facts(content, named.url)[0].trajectories
 
     def _check(self, kind: str, mean: Tensor, std: Tensor) -> None:
         """BrokenSample where latents do not fit others of their kind, or the model."""
@@ -452,10 +465,12 @@ def _cut(ids: Tensor, mask: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
 
 
 def folder_digest(folder: Path, start: bytes = b"") -> str:
-    """Digest of an autoencoder folder's configuration and weights."""
+    """Digest of a model folder's configuration and weights."""
     digest = hashlib.sha256(start)
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            while part := file.read(READ_AT_ONCE):
+                digest.update(part)
     return digest.hexdigest()[:12]
 
 

@@ -101,7 +101,7 @@ def plan(table: Table, jobs: list[tuple[Run, int]], records: list[dict]) -> list
             f"{', '.join(map(str, seeds))}"
         )
     how = "by the pilot's times" if known else "~ by its FLOPs, before a pilot"
-    lines.append(f"{len(jobs)} runs, {total / 3600:.1f} hours {how}")
+    lines.append(f"{len(jobs)} runs, {total / 3600:.1f} hours one after another, {how}")
     return lines
 
 
@@ -196,6 +196,10 @@ def _train(jobs: list[tuple[Run, int]], table: Table, args) -> None:
             if job.start is None or _is_trained(args.out, job.start, seed)
         ]
         group = ready[:at_once]
+        if not group:
+            job, seed = left[0]
+            folder = trained_folder(args.out, job.start, seed)
+            raise ValueError(f"{folder.parent} says that it is trained, and has no {EXPORTED}")
         with all_cores():
             _train_group(group, (len(jobs) - len(left), len(jobs)), table, args)
         left = [job for job in left if job not in group]
@@ -227,7 +231,9 @@ def _train_group(group: list[tuple[Run, int]], place: tuple[int, int], table: Ta
             time.sleep(POLL)
             for process in [process for process in running if process.poll() is not None]:
                 log = running.pop(process)
-                failed += [log] if process.returncode else []
+                if process.returncode:
+                    failed.append(log)
+                    print(f"failed       {log}", flush=True)
             if (names := _result_names(args)) != known:
                 known = names
                 _write(args, table)
