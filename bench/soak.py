@@ -39,8 +39,8 @@ CLIENTS = 16
 BATCH, QUEUE = 4, 8  # shorter than there are clients: some meet a full queue
 GRACE = 20
 SAMPLE_SECONDS = 2
-# Of 255, after the video codec, from the same clip made alone: four values of 98,304 that are off by
-# one come out of it up to 0.55 apart on average, the clip of another seed 23.
+# Of 255, after the video codec, from the same clip made alone: four values of 98,304 that are off
+# by one come out of it up to 0.55 apart on average, the clip of another seed 23.
 MOST_APART = 2.0
 SETTLED = 3  # minutes: of a shorter run the memory is still growing to its size, and is not judged
 MOST_GROWTH = 0.05  # of the memory, from the second fifth of the time to the last
