@@ -1,8 +1,10 @@
 """The whole of `make findings` in miniature: two runs of two steps, scored, and their page."""
 
+import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -10,7 +12,7 @@ import yaml
 from gentron_fast import cores
 from gentron_train.findings import __main__ as command
 from gentron_train.findings.scoring import read_records
-from gentron_train.findings.table import SETTINGS
+from gentron_train.findings.table import SETTINGS, TABLE, read_table
 
 TINY = {"batch": 2, "draws": 1, "frames": 3, "warmup": 1, "dtype": "fp32", "windows_per_clip": 1}
 TINY |= {"log_every": 1, "steps": 2}
@@ -63,6 +65,46 @@ def test_who_waits_for_the_cores_gets_them_next(tmp_path, capsys):
         assert order.read_text() == "1" and time.monotonic() - start > 0.5
     assert "waiting       for the cores" in capsys.readouterr().out
     assert other.wait() == 0
+
+
+@pytest.fixture
+def two_runs(tmp_path, monkeypatch):
+    """What trains two runs side by side, each a process of the code that is given."""
+
+    def train(code: str) -> None:
+        monkeypatch.setattr(command, "program", lambda words: [sys.executable, "-c", code])
+        table = read_table()
+        options = {"out": tmp_path, "results": tmp_path, "table": TABLE, "device": "cpu"}
+        group = [(table.runs["clip"], 1), (table.runs["clip"], 2)]
+        command._train_group(group, (0, 2), table, SimpleNamespace(**options))
+
+    return train
+
+
+def test_a_run_that_fails_is_told_with_what_it_said(two_runs, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"clip-seed[12].txt ends with: no luck$"):
+        two_runs("import sys; print('no luck'); sys.exit(2)")
+    out = capsys.readouterr().out
+    assert out.count("failed       ") == 2 and "run          2 of 2: clip, seed 2" in out
+    threads = "import os; assert os.environ['OMP_NUM_THREADS'] == '1'"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "available_cores", lambda: 2)
+        patch.delenv("OMP_NUM_THREADS", raising=False)
+        two_runs(threads)
+
+
+def test_no_run_outlives_the_command(two_runs, tmp_path, monkeypatch):
+    ended = []
+
+    def stop(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.time, "sleep", stop)
+    end = command._end
+    monkeypatch.setattr(command, "_end", lambda process: (end(process), ended.append(process)))
+    with pytest.raises(KeyboardInterrupt):
+        two_runs("import time; time.sleep(60)")
+    assert [process.returncode for process in ended] == [-signal.SIGTERM] * 2
 
 
 @pytest.mark.parametrize(
