@@ -10,7 +10,6 @@ command goes on where it was cut off, and two at a time, or ranks, share the wor
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -113,8 +112,7 @@ def _sample(shard: Shard, place: int) -> tuple[str, Files]:
     try:
         return read(shard, place)
     except BrokenSample as error:
-        content = json.dumps([error.cause, error.detail]).encode()
-        return index(shard).samples[place][0], {"broken.json": content}
+        return index(shard).samples[place][0], error.as_files()
 
 
 def _read(content: bytes) -> tuple[dict[str, Tensor], tuple[int, ...]]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FEW_SAMPLES = 1000  # the broken ones among fewer are no share yet
+BROKEN = "broken.json"  # in a precomputed shard, in the place of a sample's files
 
 
 class BrokenSample(ValueError):
@@ -17,6 +18,15 @@ class BrokenSample(ValueError):
     def __init__(self, cause: str, detail: str = ""):
         super().__init__(cause, detail)
         self.cause, self.detail = cause, detail
+
+    def as_files(self) -> dict[str, bytes]:
+        """What stands for it in a precomputed shard, in its place."""
+        return {BROKEN: json.dumps([self.cause, self.detail]).encode()}
+
+    @classmethod
+    def from_file(cls, content: bytes) -> "BrokenSample":
+        """The inverse of `as_files`, by the content of its file."""
+        return cls(*map(str, json.loads(content)))
 
 
 @contextmanager

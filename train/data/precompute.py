@@ -10,7 +10,6 @@ shards; with --ray each GPU of a cluster, or set of cores, makes one shard after
 """
 
 import argparse
-import json
 import sys
 import tarfile
 from collections import Counter, deque
@@ -44,6 +43,7 @@ from gentron_fast.text import SUBFOLDERS, TextEncoder
 from gentron_fast.threads import available_cores, settle_threads
 from gentron_fast.vae import VideoVAE, check_finite
 from gentron_train.data.broken import (
+    BROKEN,
     FEW_SAMPLES,
     Broken,
     BrokenLog,
@@ -109,8 +109,7 @@ class Decoder:
             return Record(shard, key, caption, pixels), None
         except BrokenSample as error:
             # Kept in its place, so that the order of all others is that of the original.
-            content = json.dumps([error.cause, error.detail]).encode()
-            record = Record(shard, key, files={"broken.json": content})
+            record = Record(shard, key, files=error.as_files())
             return record, Broken(error.cause, key, shard.url, error.detail)
 
 
@@ -347,8 +346,9 @@ class RayWorker:
 def _broken_in(job: Job) -> Counter[str]:
     """The broken samples of a shard that is made, by cause."""
     made = Shard(str(job.path), job.path)
-    marked = [n for n, (_, files) in enumerate(index(made).samples) if "broken.json" in files]
-    causes = [json.loads(read(made, number)[1]["broken.json"])[0] for number in marked]
+    marked = [n for n, (_, files) in enumerate(index(made).samples) if BROKEN in files]
+    found = [BrokenSample.from_file(read(made, number)[1][BROKEN]) for number in marked]
+    causes = [broken.cause for broken in found]
     return Counter(causes + ([cause] if (cause := job.cut_cause()) else []))
 
 

@@ -26,7 +26,7 @@ from gentron_fast.files import whole_file
 from gentron_fast.model import EncodedText, TextCondition
 from gentron_fast.text import Tokens
 from gentron_fast.vae import VideoVAE, check_finite
-from gentron_train.data.broken import BrokenSample, broken_by, in_words
+from gentron_train.data.broken import BROKEN, BrokenSample, broken_by, in_words
 from gentron_train.data.decode import ENDINGS, Sampling, read_caption, read_frames
 from gentron_train.data.shards import Shard, count, digest, index, read, read_facts
 
@@ -265,9 +265,8 @@ class LatentSource:
     def read(self, kind: str, shard: int, number: int, window: int, position: int) -> Sample:
         _, files = read(self.shards[kind][shard], number)
         with broken_by("unreadable latents"):
-            if "broken.json" in files:
-                cause, detail = map(str, json.loads(files["broken.json"]))
-                raise BrokenSample(cause, detail)
+            if BROKEN in files:
+                raise BrokenSample.from_file(files[BROKEN])
             tensors = load(files["safetensors"])
             posterior = tensors["mean"][window].clone(), tensors["std"][window].clone()
             self._check(kind, *posterior)
