@@ -21,12 +21,12 @@ ENCODERS = ("clip", "t5")
 MAX_FRAMES = 32
 MAX_SIDE = 2**15  # pixels
 MOST_CLIPS = 100_000  # of a prompt
-_SCALE = real(-1e6, 1e6)
+SCALE = real(-1e6, 1e6)  # of guidance
 DEFAULTS_SCHEMA = {
     "default_steps": whole(1, MOST_TIMESTEPS),
     "default_solver": TEXT,
-    "default_lambda_t": _SCALE,
-    "default_lambda_m": _SCALE,
+    "default_lambda_t": SCALE,
+    "default_lambda_m": SCALE,
     "default_rescale": real(0, 1),
 }
 

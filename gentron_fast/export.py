@@ -75,12 +75,15 @@ def export(args: argparse.Namespace) -> None:
     frames = pipeline.default_frames if args.frames is None else args.frames
     size = pipeline.default_size if args.size is None else (args.size * 2)[:2]
     pipeline.vae.check_size(*size, pipeline.transformer.config.patch_size)
-    pipeline.warn_of_shape(frames, *size)
     text_encoder = pipeline.text_encoder
     dtype = pipeline.transformer.patch_embed.weight.dtype
     distilled = pipeline.transformer.config.guidance_embedding
     names = [item.name for item in fields(pipeline.defaults)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    defaults = replace(pipeline.defaults, **given)
+    latent_size = tuple(side // pipeline.vae.factor for side in size)
+    shape = (pipeline.transformer.config.in_channels, frames, *latent_size)
+    pipeline.warn_of(shape, defaults.lambda_t, defaults.lambda_m)
     parts = [*(SUBFOLDERS[name][0] for name in pipeline.transformer.config.encoders), "vae"]
     export_sampler(
         args.out,
@@ -88,9 +91,9 @@ def export(args: argparse.Namespace) -> None:
         None if distilled else text_encoder.encode([""]).to(device, dtype),
         pipeline.scheduler,
         frames=frames,
-        latent_size=tuple(side // pipeline.vae.factor for side in size),
+        latent_size=latent_size,
         eta=args.eta,
-        **asdict(replace(pipeline.defaults, **given)),
+        **asdict(defaults),
         max_batch=args.batch,
         max_tokens={name: text_encoder.max_tokens(name) for name in text_encoder.tokenizers},
         factor=pipeline.vae.factor,

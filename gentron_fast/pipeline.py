@@ -5,7 +5,7 @@
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from gentron_fast.config import (
     MAX_FRAMES,
     MAX_SIDE,
     MOST_CLIPS,
+    SCALE,
     GenTronConfig,
     SamplingDefaults,
 )
@@ -55,6 +56,9 @@ INDEX_SCHEMA = DEFAULTS_SCHEMA | {
     "default_frames": whole(1, MAX_FRAMES),
     "default_size": several(whole(1, MAX_SIDE), 2, 2),
 }
+# In a distilled model's: the ranges of λ_T and λ_M that it was trained with.
+LEARNT = {"lambda_t": "learnt_lambda_t", "lambda_m": "learnt_lambda_m"}
+INDEX_SCHEMA |= dict.fromkeys(LEARNT.values(), several(SCALE, 2, 2))
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class GenTronPipeline:
         default_frames: int = 8,
         default_size: tuple[int, int] = (512, 512),
         defaults: SamplingDefaults | None = None,
+        learnt: Mapping[str, Sequence[float]] | None = None,
     ):
         self.transformer = transformer.eval()
         self.text_encoder = text_encoder.eval()
@@ -109,6 +114,7 @@ class GenTronPipeline:
         self.default_frames = default_frames if transformer.config.temporal else 1
         self.default_size = tuple(default_size)
         self.defaults = defaults or SamplingDefaults()
+        self.learnt = {name: tuple(scales) for name, scales in (learnt or {}).items()}
         self.device = transformer.patch_embed.weight.device
         self._offloads = False
         self._encoded: dict[str, TextCondition] = {}
@@ -155,6 +161,7 @@ class GenTronPipeline:
             index.get("default_frames", 8),
             index.get("default_size", (512, 512)),
             SamplingDefaults.from_index(index),
+            {name: index[key] for name, key in LEARNT.items() if key in index},
         )
         return pipeline.to(device)
 
@@ -171,9 +178,8 @@ class GenTronPipeline:
             write_json(partial / SCHEDULER_PATH, self.scheduler)
             for path in partial.rglob("*.safetensors"):
                 path.chmod(0o644)  # safetensors keeps its files from other users
-            index = model_index(
-                self.transformer.config, self.default_frames, self.default_size, self.defaults
-            )
+            own = self.default_frames, self.default_size, self.defaults, self.learnt
+            index = model_index(self.transformer.config, *own)
             write_json(partial / INDEX_NAME, index)
 
     def to(
@@ -245,7 +251,7 @@ class GenTronPipeline:
         reuse = arguments.whole("reuse", reuse, 1, MOST_TIMESTEPS)
         if output_type not in ("frames", "latent"):
             raise ValueError(f'output_type must be "frames" or "latent", got {output_type!r}')
-        self.warn_of_shape(*self._pixels(sampling.shape))
+        self.warn_of(sampling.shape, sampling.lambda_t, sampling.lambda_m)
         text = self.encode(sampling.prompts)
         distilled = self.transformer.config.guidance_embedding
         null_text = None if distilled else self.encode(sampling.negatives)
@@ -395,23 +401,40 @@ class GenTronPipeline:
         return text
 
     def remarks(self, sampling: Sampling) -> list[str]:
-        """What a call warns of, a line each: a shape unlike the folder's own, prompts that are cut,
-        words that the model has never seen."""
+        """What a call warns of, a line each: a shape unlike the folder's own, guidance outside of
+        what was learnt, prompts that are cut, words that the model has never seen."""
         texts = dict.fromkeys((*sampling.prompts, *sampling.negatives))
         told = [line for text in texts for line in self.text_encoder.remarks(text)]
-        return self._remarks_on(*self._pixels(sampling.shape)) + told
+        return self._remarks_on(sampling.shape, sampling.lambda_t, sampling.lambda_m) + told
 
-    def _pixels(self, shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
-        """Frames, height and width of what latents (C, T, h, w) are decoded to."""
-        return shape[1], *(side * self.vae.factor for side in shape[2:])
-
-    def warn_of_shape(self, frames: int, height: int, width: int) -> None:
-        """A warning where a clip is longer than the folder's own, or more than twice or less than
-        half as large: the model was trained with others, and makes worse ones."""
-        for remark in self._remarks_on(frames, height, width):
+    def warn_of(
+        self,
+        shape: tuple[int, int, int, int],
+        lambda_t: float | Tensor,
+        lambda_m: float | Tensor,
+    ) -> None:
+        """A warning where the model was trained with others, and makes worse clips: latents
+        (C, T, h, w) of more frames than the folder's own, or more than twice or less than half as
+        large; guidance outside of the ranges that a distilled model has learnt."""
+        for remark in self._remarks_on(shape, lambda_t, lambda_m):
             warnings.warn(remark, stacklevel=1)
 
-    def _remarks_on(self, frames: int, height: int, width: int) -> list[str]:
+    def _remarks_on(self, shape, lambda_t, lambda_m) -> list[str]:
+        scales = {"lambda_t": lambda_t, "lambda_m": lambda_m}
+        if shape[1] == 1:  # nothing moves
+            del scales["lambda_m"]
+        told = self._remarks_on_shape(shape[1], *(side * self.vae.factor for side in shape[2:]))
+        for name, (low, high) in self.learnt.items():
+            asked = torch.as_tensor(scales.get(name, low))
+            outside = asked[(asked < low) | (asked > high)]
+            if len(outside):
+                told.append(
+                    f"the model was distilled with {name} from {low:g} to {high:g}, "
+                    f"and may not know {outside[0]:g}"
+                )
+        return told
+
+    def _remarks_on_shape(self, frames: int, height: int, width: int) -> list[str]:
         own_height, own_width = self.default_size
         told = []
         if frames > max(self.default_frames, 1):
@@ -442,12 +465,15 @@ def model_index(
     default_frames: int,
     default_size: tuple[int, int],
     defaults: SamplingDefaults,
+    learnt: Mapping[str, Sequence[float]] | None = None,
 ) -> dict:
-    """The model_index.json of a pipeline folder."""
+    """The model_index.json of a pipeline folder; learnt: lowest and highest lambda_t and lambda_m
+    that a distilled model was trained with."""
     index = {"_class_name": "GenTronPipeline"} | COMPONENTS
     for name in config.encoders:
         index |= dict(zip(SUBFOLDERS[name], TEXT_COMPONENTS[name], strict=True))
     index |= {"default_frames": default_frames, "default_size": list(default_size)}
+    index |= {LEARNT[name]: list(scales) for name, scales in (learnt or {}).items()}
     return index | defaults.to_index()
 
 

@@ -37,7 +37,7 @@ from gentron_train.checkpoint import (
 )
 from gentron_train.data.options import DTYPES
 from gentron_train.settings import Settings, stored_encoders
-from gentron_train.teacher import exported_defaults
+from gentron_train.teacher import exported_defaults, learnt_guidance
 
 NAME = "gentron_train.export_pipeline"
 OPTIMIZER_FILE = "*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
@@ -150,8 +150,8 @@ def _export(checkpoint: Path, info: dict, out: Path, ema: bool, dtype: torch.dty
             reasons = "; ".join(missing)
             return f"{out}: no whole pipeline, {reasons}; training takes it as --init"
         size = [side * vae_factor(vae) for side in info["latents"][-2:]]
-        defaults = exported_defaults(settings)
-        write_json(folder / INDEX_NAME, model_index(config, settings.frames, size, defaults))
+        own = exported_defaults(settings), learnt_guidance(settings)
+        write_json(folder / INDEX_NAME, model_index(config, settings.frames, size, *own))
     return f"{out}: step {info['step']}, {'averaged' if ema else 'last'} weights"
 
 

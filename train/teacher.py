@@ -296,6 +296,16 @@ def exported_defaults(settings: Settings) -> SamplingDefaults:
     return replace(defaults_of(settings.teacher), rescale=0.0)
 
 
+def learnt_guidance(settings: Settings) -> dict[str, tuple[float, float]]:
+    """The ranges of lambda_t and lambda_m that a student is trained with; of no other run."""
+    if settings.teacher is None:
+        return {}
+    return {
+        name: (getattr(settings, f"min_{name}"), getattr(settings, f"max_{name}"))
+        for name in ("lambda_t", "lambda_m")
+    }
+
+
 def check_teacher(settings: Settings) -> None:
     """ValueError or FileNotFoundError where the pipeline `settings.teacher` cannot teach."""
     folder = settings.teacher
@@ -310,8 +320,7 @@ def check_teacher(settings: Settings) -> None:
         )
     if settings.draws > 1:
         raise ValueError(f"--draws is {settings.draws}, must be 1: each sample has its own text")
-    for name in ("lambda_t", "lambda_m"):
-        low, high = getattr(settings, f"min_{name}"), getattr(settings, f"max_{name}")
+    for name, (low, high) in learnt_guidance(settings).items():
         own = getattr(defaults_of(folder), name)
         if not low <= own <= high:
             raise ValueError(

@@ -1,6 +1,7 @@
 """A model with a guidance embedding: λ_T and λ_M are inputs, and one branch gives the guided noise,
 in the definition, the denoiser, a batch, the pipeline, the engine and a compiled sampler."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -167,9 +168,31 @@ def folder(config, make_model, tiny_pipeline_folder, tmp_path_factory):
     """The tiny pipeline with a distilled model of random weights."""
     pipeline = GenTronPipeline.from_pretrained(tiny_pipeline_folder)
     pipeline.transformer = make_model(config, torch.float32)
+    pipeline.learnt = {"lambda_t": (1.0, 6.0), "lambda_m": (1.0, 1.3)}
     pipeline.save_pretrained(folder := tmp_path_factory.mktemp("distilled"))
     assert model_index(config, 4, (64, 64), pipeline.defaults)["default_rescale"] == 0
     return folder
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"lambda_t": 6.0, "lambda_m": 1.3}, []),
+        ({"lambda_t": [2.0, 7.5], "clips": 2}, ["lambda_t from 1 to 6, and may not know 7.5"]),
+        ({"lambda_m": 0.5}, ["lambda_m from 1 to 1.3, and may not know 0.5"]),
+        ({"lambda_m": 0.5, "frames": 1}, []),  # nothing moves
+    ],
+    ids=str,
+)
+def test_guidance_that_was_not_learnt_is_told(folder, options, told):
+    pipeline = GenTronPipeline.from_pretrained(folder)
+    options = {"steps": 4, "frames": 2, "lambda_t": 3.0, "lambda_m": 1.0} | options
+    told = [f"the model was distilled with {words}" for words in told]
+    assert pipeline.remarks(pipeline.sampling("a star", **options)) == told
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipeline("a star", progress=False, output_type="latent", **options)
+    assert [str(warning.message) for warning in caught] == told
 
 
 def test_the_pipeline_takes_scales_of_each_clip_and_no_negative_prompt(folder, config):

@@ -191,6 +191,7 @@ def test_a_run_is_resumed_and_exported_as_a_pipeline(world, tiny_pipeline_folder
     teacher = GenTronPipeline.from_pretrained(tiny_pipeline_folder)
     assert pipeline.transformer.config.guidance_embedding
     assert pipeline.defaults == replace(teacher.defaults, rescale=0.0)
+    assert pipeline.learnt == {"lambda_t": (1.0, 8.0), "lambda_m": (1.0, 1.3)}
     moved = load_file(run / "pipeline/transformer/diffusion_pytorch_model.safetensors")
     assert moved["guidance_embed.text.mlp.2.weight"].abs().max() > 0
     output = pipeline("a star", steps=2, frames=2, size=64, progress=False)
