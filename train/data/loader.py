@@ -31,6 +31,7 @@ from gentron_train.data.broken import (
 )
 from gentron_train.data.decode import Sampling
 from gentron_train.data.options import TIMESTEPS, DataOptions
+from gentron_train.data.packing import packed, unpacked
 from gentron_train.data.shards import Shard, check_any_sample, count, find_shards, index, read_facts
 from gentron_train.data.sources import (
     Facts,
@@ -549,7 +550,7 @@ def background(dataset, places: Iterable, workers: int, ahead: int) -> Iterator:
         sampler=places,
         batch_size=None,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=packed,
         worker_init_fn=_leave_signals_to_the_parent,
         multiprocessing_context="fork",  # the dataset is shared, not copied
         prefetch_factor=ahead,
@@ -557,11 +558,7 @@ def background(dataset, places: Iterable, workers: int, ahead: int) -> Iterator:
     samples = iter(reader)
     # At its end Python would send the workers SIGTERM and wait for them.
     multiprocessing.util.Finalize(None, _kill, [samples._workers], exitpriority=10)
-    return samples
-
-
-def _as_it_is(sample):
-    return sample
+    return map(unpacked, samples)
 
 
 def _kill(workers: list) -> None:
