@@ -11,7 +11,8 @@ import pytest
 import torch
 from bench_step import Step, plainly
 from contest import DTYPES, OPENVINO, OURS, Contender, absent
-from engines import engine, openvino_forward, told
+from engines import engine, openvino_forward
+from records import told
 from torch import nn
 
 from gentron_fast import GenTronPipeline

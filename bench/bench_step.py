@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contest import DTYPES, OPENVINO, OURS, ZENTORCH, Contender, absent
-from engines import engine, openvino_forward, told
+from engines import engine, openvino_forward
+from records import told
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -65,10 +65,5 @@ def openvino_forward(
     return run, compiled.get_property(properties.inference_num_threads)
 
 
-def told(threads: int) -> str:
-    """A number of threads, in words."""
-    return f"{threads} thread" if threads == 1 else f"{threads} threads"
-
-
 def _first_line(failure: BaseException) -> str:
     return next(iter(str(failure).strip().splitlines()), "")

@@ -34,7 +34,12 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     instructions = torch.backends.cpu.get_cpu_capability()
-    return f"{_processor()} ({instructions}, {torch.get_num_threads()} threads)"
+    return f"{_processor()} ({instructions}, {told(torch.get_num_threads())})"
+
+
+def told(threads: int) -> str:
+    """A number of threads, in words."""
+    return f"{threads} thread" if threads == 1 else f"{threads} threads"
 
 
 @cache

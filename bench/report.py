@@ -51,6 +51,14 @@ HEADLINES = (
         *("guided step, small", None, "forward", "OpenVINO"),
     ),
     (
+        *("guided step, small model", "zentorch"),
+        *("guided step, small", None, "forward", "zentorch"),
+    ),
+    (
+        *("guided step, 4 blocks of XL/2", "OpenVINO"),
+        *("guided step, 4 blocks of XL/2-T2V", None, "forward", "OpenVINO"),
+    ),
+    (
         *("clip of a prompt, small model", "OpenVINO"),
         *("clip of a prompt, 20 guided steps, small", None, "forward", "OpenVINO"),
     ),
