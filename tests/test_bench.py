@@ -501,7 +501,7 @@ def pytest_collection_finish(session):
     paths = {"PYTHONPATH": str(tmp_path)}
     options = {"cwd": ROOT, "env": os.environ | paths, "capture_output": True, "text": True}
     one, none = (subprocess.run([*command, number], **options) for number in ("1", "0"))
-    assert one.returncode == 0 and ", 1 threads)" in one.stdout, one.stdout + one.stderr
+    assert one.returncode == 0 and ", 1 thread)" in one.stdout, one.stdout + one.stderr
     assert none.returncode != 0 and "--threads must be at least 1, got 0" in none.stderr
 
 
