@@ -178,7 +178,7 @@ def objective_engine(
         parts.text_encoder if parts.train_text else None,
         NoiseSchedule.from_config(SCHEDULER_CONFIG).to(device),
         DTYPES[settings.dtype],
-        settings.max_loss_weight,
+        *(settings.max_loss_weight, settings.min_snr_gamma),
     ).train()
     weights = {}
     if rounded := settings.parameters == "bf16":

@@ -35,15 +35,14 @@ class Objective(nn.Module):
         schedule: NoiseSchedule,
         dtype: torch.dtype,
         max_loss_weight: float = 1.0,
+        min_snr_gamma: float | None = None,
     ):
         super().__init__()
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.schedule = schedule
         self.dtype = dtype
-        # 1 / ᾱ makes the ε loss the v loss, or x0's with weight SNR + 1 (Salimans & Ho, 2022,
-        # section 4); the cap is there for the reason of min-SNR's (Hang et al., 2023).
-        self.weights = (1 / schedule.alphas_cumprod).clamp(max=max_loss_weight).float()
+        self.weights = loss_weights(schedule, max_loss_weight, min_snr_gamma)
 
     @property
     def config(self) -> GenTronConfig:
@@ -82,6 +81,19 @@ class Objective(nn.Module):
         if self.config.learned_range and target is None:
             loss = loss + vlb_loss(self.schedule, prediction, noise, timestep)
         return loss
+
+
+def loss_weights(schedule: NoiseSchedule, cap: float, min_snr_gamma: float | None) -> Tensor:
+    """Weights (T,) fp32 of the ε loss at each timestep.
+
+    1 / ᾱ, at most `cap`, makes it the v loss, or x0's with weight SNR + 1 (Salimans & Ho, 2022,
+    section 4); cap 1 is the plain ε loss. With a γ, min-SNR's min(SNR, γ) / SNR instead (Hang et
+    al. 2023, section 3.4), which is 1 wherever the SNR is below γ.
+    """
+    signal = schedule.alphas_cumprod
+    if min_snr_gamma is None:
+        return (1 / signal).clamp(max=cap).float()
+    return (min_snr_gamma * (1 - signal) / signal).clamp(max=1).float()
 
 
 def checkpoint_activations(transformer: GenTron, mode: str) -> None:

@@ -102,6 +102,9 @@ class Settings(DataOptions):
     max_loss_weight: float = option(
         1.0, "cap on a timestep's loss weight 1 / ᾱ, that of the v loss; 1: the plain ε loss"
     )
+    min_snr_gamma: float | None = option(
+        None, "weight min(SNR, γ) / SNR in its place (min-SNR, arXiv 2303.09556: 5)"
+    )
 
     steps: int = option(500_000, "optimizer steps")
     minutes: float | None = option(None, "stop, with checkpoint and export, after this time")
@@ -156,7 +159,8 @@ class Settings(DataOptions):
                     f"{flag(low)} {getattr(self, low)} and {flag(high)} {getattr(self, high)} must "
                     f"be a range within ±{LARGEST}"
                 )
-        check_positive(self, "lr", "timeout", "max_grad_norm", "minutes", "gpu_memory")
+        positive = "lr", "timeout", "max_grad_norm", "minutes", "gpu_memory", "min_snr_gamma"
+        check_positive(self, *positive)
         if self.timeout > MOST_SECONDS:
             raise ValueError(f"--timeout is {self.timeout}, must be at most {MOST_SECONDS}")
         if not self.max_loss_weight >= 1:

@@ -102,8 +102,8 @@ def test_a_signal_saves_and_ends(world, tiny_t2i_folder, tmp_path, number, whole
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"latest", name}
 
 
-def by_hand(model: GenTron, latents, noise, timestep, text, motion_free, cap: float) -> float:
-    """The mean over samples of min(1 / ᾱ, cap) · mean((ε̂ - ε)²), one sample at a time."""
+def by_hand(model: GenTron, latents, noise, timestep, text, motion_free, weight) -> float:
+    """The mean over samples of weight(ᾱ) · mean((ε̂ - ε)²), one sample at a time."""
     total = 0.0
     for i in range(len(latents)):
         kept = 1.0
@@ -114,22 +114,30 @@ def by_hand(model: GenTron, latents, noise, timestep, text, motion_free, cap: fl
         with torch.no_grad():
             prediction = model(noisy, timestep[[i]], text.select([i]), flags)
         squares = (prediction[0].double() - noise[i]) ** 2
-        total += min(1 / kept, cap) * float(squares.sum()) / squares.numel()
+        total += weight(kept) * float(squares.sum()) / squares.numel()
     return total / len(latents)
 
 
 @pytest.mark.parametrize("frames", [1, 3], ids=["images", "clips"])
-@pytest.mark.parametrize("cap", [1.0, 20.0])
-def test_a_batch_by_hand(make_model, make_text, tiny_config, frames, cap):
+@pytest.mark.parametrize(
+    "options, weight",
+    [
+        ({}, lambda kept: 1.0),
+        ({"max_loss_weight": 20.0}, lambda kept: min(1 / kept, 20.0)),
+        ({"min_snr_gamma": 5.0}, lambda kept: min(kept / (1 - kept), 5.0) * (1 - kept) / kept),
+    ],
+    ids=["plain", "cap", "min-snr"],
+)
+def test_a_batch_by_hand(make_model, make_text, tiny_config, frames, options, weight):
     model = make_model(tiny_config, torch.float32)
     text = make_text(tiny_config, 3, dtype=torch.float32)
     generator = torch.Generator().manual_seed(5)
     latents, noise = torch.randn(2, 3, 4, frames, 4, 4, generator=generator)
     timestep = torch.tensor([0, 400, 999])
     motion_free = None if frames == 1 else torch.tensor([True, False, False])
-    objective = Objective(model, None, SCHEDULE, torch.float32, cap)
+    objective = Objective(model, None, SCHEDULE, torch.float32, **options)
     loss = objective(latents, timestep, text, motion_free, noise)
-    expected = by_hand(model, latents, noise, timestep, text, motion_free, cap)
+    expected = by_hand(model, latents, noise, timestep, text, motion_free, weight)
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
