@@ -4,7 +4,7 @@ everything else is a ValueError of one line."""
 import math
 import operator
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -90,3 +90,22 @@ def size(value) -> tuple[int, int]:
         raise ValueError(f"size must be height and width, got {reprlib.repr(sides)}")
     height, width = (whole("a side of size", side, 1, MAX_SIDE) for side in sides)
     return height, width
+
+
+def not_learnt(
+    learnt: Mapping[str, Sequence[float]], scales: Mapping[str, float | Tensor]
+) -> list[str]:
+    """A line for each guidance, by name, that lies outside of what a distilled model was trained
+    with, `learnt`: the lowest and the highest."""
+    told = []
+    for name, scale in scales.items():
+        if name not in learnt:
+            continue
+        (low, high), asked = learnt[name], torch.as_tensor(scale)
+        outside = asked[(asked < low) | (asked > high)]
+        if len(outside):
+            told.append(
+                f"the model was distilled with {name} from {low:g} to {high:g}, "
+                f"and may not know {outside[0]:g}"
+            )
+    return told

@@ -22,6 +22,9 @@ MAX_FRAMES = 32
 MAX_SIDE = 2**15  # pixels
 MOST_CLIPS = 100_000  # of a prompt
 SCALE = real(-1e6, 1e6)  # of guidance
+# Of a distilled model: the ranges of λ_T and λ_M that it was trained with, as a model_index.json
+# and a compiled sampler name them.
+LEARNT = {"lambda_t": "learnt_lambda_t", "lambda_m": "learnt_lambda_m"}
 DEFAULTS_SCHEMA = {
     "default_steps": whole(1, MOST_TIMESTEPS),
     "default_solver": TEXT,

@@ -59,7 +59,7 @@ PROMPT...               one or many prompts, each in quotes
 --seed N                of the first clip of each prompt (0)
 --model FOLDER --fast   pipeline folder (what ships); its model of few steps
 --compiled FILE --sha256 D   a compiled sampler in its place; its digest
---steps N --solver S    denoising steps; ddpm, ddim or dpm++ (the model's own)
+--steps N --solver S    denoising steps; ddpm, ddim, dpm++, few-step (the model's own)
 --lambda-t X            text guidance (the model's own; in the paper 7.5)
 --lambda-m X            motion guidance (the model's own; in the paper 1 to 1.3)
 --rescale X             guidance rescale, 0 to 1 (the model's own)
@@ -108,7 +108,7 @@ def generate(args: argparse.Namespace) -> None:
     frames = choose_frames(args, folder)
     clips = plan_clips(args, prompts, is_image=frames == 1)
     take_defaults(args, folder)
-    check_solver(args, folder)
+    check_sampling(args, folder)
     if args.ray is not None:
         if clips := clips_to_make(args, clips):
             make_on_ray(args, clips, frames)
@@ -405,7 +405,7 @@ def fast_folder(folder: Path) -> Path:
     if not (folder / FAST / INDEX_NAME).is_file():
         raise ValueError(
             f"--fast: {folder} has no distilled model, {FAST}/{INDEX_NAME}; train/distill.py makes "
-            "one"
+            "one, gentron_train.add_fast puts it there"
         )
     return folder / FAST
 
@@ -421,17 +421,23 @@ def take_defaults(args: argparse.Namespace, folder: Path) -> None:
             setattr(args, name, value)
 
 
-def check_solver(args: argparse.Namespace, folder: Path) -> None:
-    """Raise ValueError unless solver, steps, eta and guidance range go with the noise schedule."""
+def check_sampling(args: argparse.Namespace, folder: Path) -> None:
+    """Raise ValueError unless solver, steps, eta and guidance range go with the noise schedule, and
+    what is asked of the guidance with the model."""
+    import torch
+
     from gentron_fast.diffusion import SCHEDULER_SCHEMA
     from gentron_fast.files import read_json
-    from gentron_fast.guidance import guidance_schedule
+    from gentron_fast.guidance import check_one_branch, check_rescale, guidance_schedule
     from gentron_fast.pipeline import SCHEDULER_PATH, parts_folder
     from gentron_fast.solvers import make_table
 
     scheduler = read_json(parts_folder(folder) / SCHEDULER_PATH, SCHEDULER_SCHEMA)
     make_table(args.solver, scheduler, args.steps, args.eta)
     guidance_schedule(args.lambda_t, args.steps, *args.guidance_range)
+    if read_model_config(folder).guidance_embedding:
+        check_one_branch([args.negative_prompt], args.reuse)
+        check_rescale(torch.as_tensor(args.rescale), distilled=True)
 
 
 def leave_out_written(clips: list[Clip]) -> list[Clip]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from gentron_fast import arguments
 from gentron_fast.config import (
     DEFAULTS_SCHEMA,
+    LEARNT,
     MAX_FRAMES,
     MAX_SIDE,
     MOST_CLIPS,
@@ -25,7 +26,12 @@ from gentron_fast.config import (
 )
 from gentron_fast.diffusion import SCHEDULER_CONFIG, SCHEDULER_SCHEMA, portable_noise
 from gentron_fast.files import read_json, whole_folder, write_json
-from gentron_fast.guidance import GuidedDenoiser, check_rescale, guidance_schedule
+from gentron_fast.guidance import (
+    GuidedDenoiser,
+    check_one_branch,
+    check_rescale,
+    guidance_schedule,
+)
 from gentron_fast.model import GenTron, TextCondition
 from gentron_fast.schema import MOST_TIMESTEPS, Kind, several, whole
 from gentron_fast.solvers import SolverTable, make_table
@@ -56,8 +62,6 @@ INDEX_SCHEMA = DEFAULTS_SCHEMA | {
     "default_frames": whole(1, MAX_FRAMES),
     "default_size": several(whole(1, MAX_SIDE), 2, 2),
 }
-# In a distilled model's: the ranges of λ_T and λ_M that it was trained with.
-LEARNT = {"lambda_t": "learnt_lambda_t", "lambda_m": "learnt_lambda_m"}
 INDEX_SCHEMA |= dict.fromkeys(LEARNT.values(), several(SCALE, 2, 2))
 
 
@@ -304,11 +308,8 @@ class GenTronPipeline:
             "a negative prompt", "" if negative_prompt is None else negative_prompt
         )
         distilled = self.transformer.config.guidance_embedding
-        if distilled and any(negatives):
-            raise ValueError(
-                "this model is distilled, with the empty prompt as what to keep away from: it "
-                f"takes no negative prompt, got {next(filter(None, negatives))!r}"
-            )
+        if distilled:
+            check_one_branch(negatives, 1)
         if len(negatives) not in (1, len(prompts)):
             raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
         frames = self.default_frames if frames is None else frames
@@ -424,15 +425,7 @@ class GenTronPipeline:
         if shape[1] == 1:  # nothing moves
             del scales["lambda_m"]
         told = self._remarks_on_shape(shape[1], *(side * self.vae.factor for side in shape[2:]))
-        for name, (low, high) in self.learnt.items():
-            asked = torch.as_tensor(scales.get(name, low))
-            outside = asked[(asked < low) | (asked > high)]
-            if len(outside):
-                told.append(
-                    f"the model was distilled with {name} from {low:g} to {high:g}, "
-                    f"and may not know {outside[0]:g}"
-                )
-        return told
+        return told + arguments.not_learnt(self.learnt, scales)
 
     def _remarks_on_shape(self, frames: int, height: int, width: int) -> list[str]:
         own_height, own_width = self.default_size
@@ -458,6 +451,18 @@ class GenTronPipeline:
 def parts_folder(folder: Path) -> Path:
     """Where a pipeline folder's parts but its transformer are: there, or where it says."""
     return folder / read_json(folder / INDEX_NAME, INDEX_SCHEMA).get(SHARED_PARTS, ".")
+
+
+def shared_folder(pipeline: Path) -> Path:
+    """`parts_folder` of what may be no whole pipeline folder."""
+    return parts_folder(pipeline) if (pipeline / INDEX_NAME).is_file() else pipeline
+
+
+def stored_encoders(pipeline: Path) -> dict[str, tuple[Path, Path]]:
+    """Model and tokenizer folders of the text encoders that a pipeline folder has."""
+    folder = shared_folder(pipeline)
+    folders = {name: [folder / part for part in parts] for name, parts in SUBFOLDERS.items()}
+    return {name: tuple(pair) for name, pair in folders.items() if pair[0].is_dir()}
 
 
 def model_index(

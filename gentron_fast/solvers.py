@@ -1,4 +1,5 @@
-"""Solvers as tables: DDPM, DDIM and DPM-Solver++ 2M, one row of six coefficients a step.
+"""Solvers as tables: DDPM, DDIM and DPM-Solver++ 2M, the last also at timesteps fitted to a model;
+one row of six coefficients a step.
 
 x0 = (x - sigma * eps) / alpha;  x' = a * x + b * x0 + c * x0_previous + d * noise
 """
@@ -14,7 +15,7 @@ from gentron_fast.diffusion import NoiseSchedule, learned_range_log_variance
 
 # Shapes: B batch, C channels, S sampling steps.
 
-SOLVERS = ("ddpm", "ddim", "dpm++")
+SOLVERS = ("ddpm", "ddim", "dpm++", "few-step")
 
 # What no table can hold, or what latents must not meet; each is refused when true.
 _REFUSED = (
@@ -46,12 +47,11 @@ def make_table(solver: str, scheduler_config: dict, steps: int, eta: float = 0.0
     """The table that walks `steps` steps as diffusers does with this scheduler_config.json.
 
     solver: one of SOLVERS, whatever class the configuration names; keys it lacks take the defaults
-    of the solver's own diffusers class, but clip_sample is false. A key of ours, which diffusers
-    passes over, is few_step_timesteps: lists of timesteps that were fitted to the model, which
-    dpm++ walks in place of evenly spaced ones where it takes as many steps as one of them has
-    (gentron_train.few_steps; the idea is Sabour et al. 2024, arXiv 2404.14507). eta: noise of DDIM,
-    0 (none) to 1 (DDPM's). Raises ValueError for an unknown solver, an unsupported setting, too
-    many steps.
+    of the solver's own diffusers class, but clip_sample is false. few-step is dpm++ at timesteps
+    that were fitted to the model (gentron_train.few_steps; the idea is Sabour et al. 2024, arXiv
+    2404.14507): the list of as many steps in few_step_timesteps, a key of ours that diffusers
+    passes over; where there is none, dpm++ as it is. eta: noise of DDIM, 0 (none) to 1 (DDPM's).
+    Raises ValueError for an unknown solver, an unsupported setting, too many steps.
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
@@ -61,7 +61,9 @@ def make_table(solver: str, scheduler_config: dict, steps: int, eta: float = 0.0
     if not 0 <= eta <= (solver == "ddim"):
         raise ValueError(f"eta is {eta}; ddim takes 0 to 1, every other solver 0")
     schedule = NoiseSchedule.from_config(scheduler_config)
-    timesteps = _timesteps(solver, scheduler_config, steps, len(schedule))
+    fitted = fitted_timesteps(scheduler_config, steps) if solver == "few-step" else None
+    solver = "dpm++" if solver == "few-step" else solver
+    timesteps = _timesteps(solver, scheduler_config, steps, len(schedule), fitted)
 
     # Where each step ends; below 0 is the end. diffusers' DDIM goes down T // S at any spacing.
     ends = timesteps.roll(-1)
@@ -145,12 +147,14 @@ def fitted_timesteps(config: dict, steps: int) -> list[int] | None:
     return next(found, None)
 
 
-def _timesteps(solver: str, config: dict, steps: int, trained: int) -> Tensor:
+def _timesteps(
+    solver: str, config: dict, steps: int, trained: int, fitted: list[int] | None
+) -> Tensor:
     """Descending timesteps (steps,) int64 in diffusers' arithmetic, ties of rounding included, or
     those that were fitted."""
     if not 1 <= steps <= trained:
         raise ValueError(f"{steps} steps asked for; between 1 and {trained} are possible")
-    if solver == "dpm++" and (fitted := fitted_timesteps(config, steps)):
+    if fitted is not None:
         if any(high <= low for high, low in pairwise([trained, *fitted])):
             raise ValueError(
                 f"few_step_timesteps holds {fitted}, wanted timesteps below {trained}, each "

@@ -33,7 +33,7 @@ from gentron_train.small_world import picture
 EACH = 40 * FAULTS
 NUMBERS = {name: ["1", "2"] for name in ("--steps", "--frames", "--seed", "--batch")}
 SAMPLING = NUMBERS | {
-    "--solver": ["ddim", "dpm++", "ddpm"],
+    "--solver": ["ddim", "dpm++", "ddpm", "few-step"],
     "--lambda-t": ["3", "1.5"],
     "--lambda-m": ["1", "1.2"],
     "--device": ["cpu"],

@@ -28,7 +28,13 @@ from gentron_train.sharding import (
     stored_weights,
 )
 from gentron_train.small_world.renderer import ensure_shards, vocabulary
-from gentron_train.teacher import StoredTeacher, Teacher, check_teacher, make_teacher
+from gentron_train.teacher import (
+    StoredTeacher,
+    Teacher,
+    check_teacher,
+    make_teacher,
+    shares_line,
+)
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,15 @@ def build_parts(settings: Settings, stage: str, data: DataSettings, device: torc
     elif not data.has_text:
         dtype = torch.float32 if train_text else DTYPES[settings.parameters]
         text_encoder = load_text_encoder(settings, config, dtype)
-    teacher = make_teacher(settings, data.trajectories, device) if stage == "distill" else None
+    teacher, stored = None, data.trajectories
+    if stage == "distill":
+        say(shares_line(settings, stored))
+        teacher = make_teacher(settings, stored, device)
+    elif stored and stored.get("p_null"):
+        raise ValueError(
+            f"the shards hold trajectories, for which {stored['p_null']:.0%} of their captions "
+            "were dropped: train on those that they were made of"
+        )
     return Parts(transformer, source, text_encoder, train_text, teacher)
 
 

@@ -21,10 +21,9 @@ from gentron_fast.commandline import check_writable, refuse, run
 from gentron_fast.config import GenTronConfig
 from gentron_fast.convert.pipelines import copy_parts, vae_factor
 from gentron_fast.convert.tensors import Spec, write_tensors
-from gentron_fast.diffusion import SCHEDULER_CONFIG
 from gentron_fast.files import check_output_folder, read_json, whole_folder, write_json
 from gentron_fast.model import CONFIG_NAME, WEIGHTS_NAME
-from gentron_fast.pipeline import INDEX_NAME, SCHEDULER_PATH, model_index
+from gentron_fast.pipeline import INDEX_NAME, SCHEDULER_PATH, model_index, stored_encoders
 from gentron_fast.text import MODEL_CLASSES, SUBFOLDERS, TextEncoder
 from gentron_train.checkpoint import (
     FILES,
@@ -36,8 +35,8 @@ from gentron_train.checkpoint import (
     read_sharded,
 )
 from gentron_train.data.options import DTYPES
-from gentron_train.settings import Settings, stored_encoders
-from gentron_train.teacher import exported_defaults, learnt_guidance
+from gentron_train.settings import Settings
+from gentron_train.teacher import exported_defaults, exported_scheduler, learnt_guidance
 
 NAME = "gentron_train.export_pipeline"
 OPTIMIZER_FILE = "*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
@@ -131,7 +130,7 @@ def _export(checkpoint: Path, info: dict, out: Path, ema: bool, dtype: torch.dty
         transformer.mkdir()
         write_tensors(transformer / WEIGHTS_NAME, specs, lambda name: read(prefix + name).to(dtype))
         write_json(transformer / CONFIG_NAME, {"_class_name": "GenTron"} | config.to_dict())
-        write_json(folder / SCHEDULER_PATH, SCHEDULER_CONFIG)
+        write_json(folder / SCHEDULER_PATH, exported_scheduler(settings))
         vae, missing = {"vae": settings.vae}, []
         if (settings.vae / CONFIG_NAME).is_file():
             copy_parts(folder, vae)

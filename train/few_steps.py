@@ -5,7 +5,7 @@ python -m gentron_train.few_steps PIPELINE [--steps 4 8] [--prompts FILE]
 A few steps of DPM-Solver++ end elsewhere than many do, and how far off depends on where they look.
 For each number of steps the timesteps are moved until the latents, from the same noise and at the
 folder's own guidance, come as close as they can to those of many steps. What was found goes into
-the folder's scheduler_config.json, where whatever samples with dpm++ takes it; that of fast/ is its
+the folder's scheduler_config.json, where the solver few-step takes it; that of fast/ is its
 teacher's, for both.
 """
 
@@ -76,7 +76,7 @@ def latents_of(
 ) -> Tensor:
     """(N, C, T, h, w), of seeds 0, 1, …; timesteps None: evenly spaced."""
     pipeline.scheduler[KEY] = [] if timesteps is None else [timesteps]
-    options = {"steps": steps, "solver": "dpm++", "output_type": "latent", "progress": False}
+    options = {"steps": steps, "solver": "few-step", "output_type": "latent", "progress": False}
     seeds, parts = list(range(len(prompts))), []
     for first in range(0, len(prompts), batch):
         own = slice(first, first + batch)

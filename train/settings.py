@@ -15,8 +15,7 @@ import yaml
 from gentron_fast.commandline import refuse
 from gentron_fast.config import PRESETS, GenTronConfig
 from gentron_fast.model import CONFIG_NAME
-from gentron_fast.pipeline import ASSETS, parts_folder
-from gentron_fast.pipeline import INDEX_NAME as PIPELINE_INDEX
+from gentron_fast.pipeline import ASSETS, shared_folder, stored_encoders
 from gentron_fast.text import SUBFOLDERS
 from gentron_train.data.loader import DataSettings
 from gentron_train.data.options import (
@@ -246,8 +245,9 @@ class Settings(DataOptions):
         has_clips = stage == "t2v"
         if stage == "distill":
             has_clips = stored_config(self.teacher / "transformer").temporal
+        has_images = not has_clips or self.p_image > 0 or self.p_motion_free > 0
         return DataSettings(
-            kinds=("images", "clips") if has_clips else ("images",),
+            kinds=("images",) * has_images + ("clips",) * has_clips,
             images=self.images or str(self.data / "images-*.tar"),
             clips=self.clips or str(self.data / "clips-*.tar"),
             size=None if self.size is None else parse_sizes("--size", self.size)[0],
@@ -303,18 +303,6 @@ def parse_fields(text: str) -> dict[str, object]:
 def stored_config(transformer: Path) -> GenTronConfig:
     """The configuration of a saved model."""
     return GenTronConfig.read(transformer / CONFIG_NAME)
-
-
-def shared_folder(pipeline: Path) -> Path:
-    """Where the parts of a pipeline folder but its transformer are: there, or where it says."""
-    return parts_folder(pipeline) if (pipeline / PIPELINE_INDEX).is_file() else pipeline
-
-
-def stored_encoders(pipeline: Path) -> dict[str, tuple[Path, Path]]:
-    """Model and tokenizer folders of the text encoders that a pipeline folder has."""
-    folder = shared_folder(pipeline)
-    folders = {name: [folder / part for part in parts] for name, parts in SUBFOLDERS.items()}
-    return {name: tuple(pair) for name, pair in folders.items() if pair[0].is_dir()}
 
 
 def _kind(item: dataclasses.Field) -> tuple[type, bool]:

@@ -32,7 +32,7 @@ def _command(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--frames", type=int, help="frames a clip (the pipeline's)")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, help="(20, or the pipeline's own where fewer)")
     parser.add_argument("--solver", help="(the pipeline's)")
     for name in SWEPT:
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="(the pipeline's)")
@@ -65,7 +65,8 @@ def _command(argv: list[str]) -> None:
 
     settle_threads()
     pipeline = GenTronPipeline.from_pretrained(args.pipeline, device=args.device)
-    options = {"frames": args.frames, "steps": args.steps}
+    steps = min(20, pipeline.defaults.steps) if args.steps is None else args.steps
+    options = {"frames": args.frames, "steps": steps}
     for name in ("solver", *SWEPT):
         given = getattr(args, name)
         options[name] = getattr(pipeline.defaults, name) if given is None else given

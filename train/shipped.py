@@ -22,9 +22,9 @@ from pathlib import Path
 from gentron_fast.commandline import check_writable, refuse, run
 from gentron_fast.config import SamplingDefaults
 from gentron_fast.files import read_json, whole_file, whole_folder, write_json
-from gentron_fast.pipeline import FAST, INDEX_NAME, PARTS, SHARED_PARTS
+from gentron_fast.pipeline import INDEX_NAME, PARTS
 from gentron_fast.schema import Kind, several
-from gentron_train.checkpoint import EXPORTED, checkpoint_names
+from gentron_train.checkpoint import checkpoint_names
 from gentron_train.settings import read_yaml
 from gentron_train.small_world.evaluator import Scores, format_table
 from gentron_train.small_world.sweep import SWEPT, choose, sweep_table
@@ -48,7 +48,6 @@ DONE = several(
     *(0, 10_000),
 )
 NAME = "gentron_train.shipped"
-FAST_STEPS = 8  # docs/decisions.md
 
 
 def read_stages(path: Path, out: Path) -> dict[str, list[list[str]]]:
@@ -155,16 +154,6 @@ def assemble(out: Path) -> None:
         write_json(partial / INDEX_NAME, index | defaults.to_index())
 
 
-def add_fast(pipeline: Path, distilled: Path) -> None:
-    """Put the transformer of a distilled pipeline into the folder of the one that taught it, where
-    `generate --fast` takes it: FAST_STEPS steps, the other parts shared."""
-    with whole_folder(pipeline / FAST, (INDEX_NAME, "transformer")) as partial:
-        shutil.copytree(distilled / "transformer", partial / "transformer")
-        index = read_json(distilled / INDEX_NAME)
-        defaults = replace(SamplingDefaults.from_index(index), steps=FAST_STEPS)
-        write_json(partial / INDEX_NAME, index | defaults.to_index() | {SHARED_PARTS: ".."})
-
-
 def model_page(out: Path) -> str:
     """MODEL.md: the commands with their times, the sweep, the figures."""
     done = read_json(out / STATE)["done"]
@@ -205,15 +194,11 @@ def _command(argv: list[str]) -> None:
     parser.error = refuse
     parser.add_argument("--out", type=Path, default=Path("runs/shipped"))
     parser.add_argument("--config", type=Path, default=CONFIG)
-    for stage in ("--assemble", "--add-fast"):  # of stages of its own
-        parser.add_argument(stage, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--assemble", action="store_true", help=argparse.SUPPRESS)  # a stage
     args = parser.parse_args(argv)
     out = args.out.absolute()
     if args.assemble:
         assemble(out)
-        return
-    if args.add_fast:
-        add_fast(out / "pipeline", out / "distilled" / EXPORTED)
         return
     stages = read_stages(args.config, out)
     check_writable([out / STATE])

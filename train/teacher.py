@@ -3,6 +3,7 @@ branch (Meng et al. 2023, arXiv 2210.03142; with λ_M beside λ_T that is ours).
 
 # Shapes: B samples, C channels, T frames, h × w latents.
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,16 +18,24 @@ from gentron_fast.files import read_json
 from gentron_fast.guidance import GuidedBatch, GuidedDenoiser, PreparedText, SharedWork
 from gentron_fast.guidance.definition import guidance_inputs
 from gentron_fast.model import GenTron, TextCondition
-from gentron_fast.pipeline import INDEX_NAME, INDEX_SCHEMA, SCHEDULER_PATH
+from gentron_fast.pipeline import (
+    INDEX_NAME,
+    INDEX_SCHEMA,
+    SCHEDULER_PATH,
+    shared_folder,
+    stored_encoders,
+)
 from gentron_fast.solvers import SolverTable, make_table
 from gentron_fast.text import TextEncoder
 from gentron_fast.transfer import on_device
 from gentron_train.data.loader import Batch
 from gentron_train.data.options import DTYPES, flag, parse_sizes
 from gentron_train.data.sources import Point, folder_digest
-from gentron_train.settings import Settings, stored_config, stored_encoders
+from gentron_train.settings import Settings, stored_config
 
 SOLVER = "dpm++"  # of the trajectories: it draws no noise
+# What a student has of its teacher, whatever its size.
+SHARED_FIELDS = "in_channels", "temporal", "learned_range", "encoders", "clip_width", "t5_width"
 LAMBDAS = "min_lambda_t", "max_lambda_t", "min_lambda_m", "max_lambda_m"
 
 
@@ -94,6 +103,7 @@ class Teacher:
         places = (1 + 2 * sizes) * settings.batch
         self.shared = SharedWork(model, 2, settings.max_trajectory_steps, places)
         self._runs: dict[torch.Size, list[Run]] = {}  # by the shape of their latents
+        self._owed = 0.0  # of a latent, that the shares of the micro-batches so far left out
 
     @classmethod
     def from_pretrained(cls, settings: Settings, device: torch.device) -> "Teacher":
@@ -101,36 +111,49 @@ class Teacher:
         ValueError where a part is missing or does not fit."""
         folder, dtype = settings.teacher, DTYPES[settings.dtype]
         model = GenTron.from_pretrained(folder / "transformer", dtype, device)
-        encoder = TextEncoder.from_pretrained(**stored_encoders(folder)).eval()
+        encoder = TextEncoder.from_pretrained(
+            **stored_encoders(folder), dtype=DTYPES[settings.parameters]
+        )
         encoder.check_widths(model.config)
         with torch.no_grad():
-            null_text = encoder.encode([""])
+            null_text = encoder.eval().encode([""])
         scheduler = read_json(folder / SCHEDULER_PATH)
         return cls(model, null_text, scheduler, settings, own_rescale(settings))
 
     @torch.no_grad()
     def targets(self, batch: Batch, text: TextCondition) -> Targets:
         """What the student learns of a micro-batch of B latents; text of B prompts. The latents of
-        the last p_trajectory · B of them, but for a run's first one, make way for the runs', or for
-        those of trajectories that were stored."""
+        the last of them, p_trajectory · B a micro-batch on average, but for a run's first one, make
+        way for the runs', or for those of trajectories that were stored."""
         text = text.to(self.device, self.dtype)
         latents, noise = (on_device(t, self.device) for t in (batch.latents, batch.noise))
         texts = [text.select(slice(i, i + 1)) for i in range(len(latents))]
         samples = list(zip(texts, latents, noise, batch.timestep, strict=True))
-        fresh = len(samples) - round(self.settings.p_trajectory * len(samples))
+        along = self._places(len(samples))
+        fresh = len(samples) - along
         begun = [self._noised(*sample) for sample in samples[:fresh]]
-        if batch.points is not None and fresh < len(samples):
+        if batch.points is not None and along:
             stored = stored_targets(
                 batch.points[fresh:], text.select(slice(fresh, None)), self.device
             )
             return stored if not begun else _joined(self._advance(begun), stored)
-        own = self._runs.setdefault(latents.shape[1:], []) if batch.points is None else []
-        is_first = not own
+        if not along:
+            return self._advance(begun)
+        is_first = latents.shape[1:] not in self._runs
+        waiting = self._runs.setdefault(latents.shape[1:], [])
+        own = waiting[:along]
         for *sample, _ in samples[fresh + len(own) :]:
             own.append(self._begun(*sample, anywhere=is_first))
         targets = self._advance(begun + own)
-        own[:] = [run for run in own if not run.is_over]
+        waiting[:] = waiting[along:] + [run for run in own if not run.is_over]
         return targets
+
+    def _places(self, samples: int) -> int:
+        """How many of a micro-batch's latents lie along trajectories."""
+        share = self._owed + self.settings.p_trajectory * samples
+        places = math.floor(share + 1e-6)
+        self._owed = share - places
+        return places
 
     @torch.no_grad()
     def sample(
@@ -296,6 +319,26 @@ def exported_defaults(settings: Settings) -> SamplingDefaults:
     return replace(defaults_of(settings.teacher), rescale=0.0)
 
 
+def exported_scheduler(settings: Settings) -> dict:
+    """The scheduler_config.json of a run's pipeline: of a student its teacher's, with the timesteps
+    that were fitted to that."""
+    if settings.teacher is None:
+        return SCHEDULER_CONFIG
+    return read_json(settings.teacher / SCHEDULER_PATH, SCHEDULER_SCHEMA)
+
+
+def shares_line(settings: Settings, trajectories: dict | None) -> str:
+    """What a student learns from, in one line; trajectories: what its shards say of those stored
+    in them."""
+    share, steps = settings.p_trajectory, f"{settings.min_trajectory_steps} to "
+    steps += f"{settings.max_trajectory_steps} steps"
+    stored = f", {'stored' if trajectories else 'sampled beside it'} in {steps}" if share else ""
+    return (
+        f"the student learns from noised data ({1 - share:.0%}) and from its teacher's own "
+        f"sampling ({share:.0%}{stored})"
+    )
+
+
 def learnt_guidance(settings: Settings) -> dict[str, tuple[float, float]]:
     """The ranges of lambda_t and lambda_m that a student is trained with; of no other run."""
     if settings.teacher is None:
@@ -313,6 +356,7 @@ def check_teacher(settings: Settings) -> None:
         raise FileNotFoundError(f"{folder} is no whole pipeline: no {INDEX_NAME}")
     if stored_config(folder / "transformer").guidance_embedding:
         raise ValueError(f"{folder} is distilled already: a teacher has three branches")
+    _check_student(settings)
     if settings.p_motion_free:
         raise ValueError(
             f"--p-motion-free is {settings.p_motion_free}, must be 0: the teacher's motion-free "
@@ -337,6 +381,29 @@ def check_teacher(settings: Settings) -> None:
             f"{folder / SCHEDULER_PATH} is another noise schedule than that of training, DiT's "
             "1000 timesteps of linear β: such a teacher is not taken"
         )
+
+
+def _check_student(settings: Settings) -> None:
+    """ValueError where what a student starts from does not read and write what its teacher does."""
+    if settings.fresh_temporal:
+        raise ValueError("--fresh-temporal would take its teacher's motion from a student")
+    teacher, init = settings.teacher, settings.init
+    if init is not None:
+        own, wanted = (vars(stored_config(folder / "transformer")) for folder in (init, teacher))
+        for name in SHARED_FIELDS:
+            if own[name] != wanted[name]:
+                raise ValueError(
+                    f"{init} has {name} {own[name]}, its teacher {teacher} {wanted[name]}: a "
+                    "student takes its teacher's latents and texts"
+                )
+    encoders = stored_encoders(teacher)
+    sources = settings.text_sources(tuple(encoders))
+    parts = {shared_folder(teacher) / "vae": settings.vae}
+    parts |= {encoders[name][0]: Path(source[0]) for name, source in sources.items()}
+    for wanted, own in parts.items():
+        folders = wanted.resolve(), own.resolve()
+        if own.is_dir() and len(set(folders)) > 1 and len(set(map(folder_digest, folders))) > 1:
+            raise ValueError(f"{own} is another {wanted.name} than that of the teacher, {wanted}")
 
 
 def _uniform(low: float, high: float) -> Tensor:

@@ -284,6 +284,8 @@ def train(stage: str, description: str, argv: list[str] | None = None) -> None:
     """The whole of train/t2i.py, t2v.py and distill.py: settings, parts, and the run."""
     settings = parse_settings(stage, description, argv)
     if settings.dry_run:
+        if stage == "distill" or settings.teacher is not None:  # whose report needs a teacher
+            check_start(settings, stage)
         if int(os.environ.get("RANK", 0)) == 0:
             print("\n".join(report(settings, stage)))
         return

@@ -185,6 +185,8 @@ class Store:
                     f"{shard.url} {f'breaks off {cut}' if cut else 'holds no text embeddings'}: "
                     "python -m gentron_train.precompute makes whole shards that hold them"
                 )
+            if facts.trajectories is not None:
+                raise ValueError(f"{shard.url} holds trajectories: name what it was made of")
             own = replace(facts, source=digest(shard), trajectories=self.made_by)
             self.contents[shard] = pack_facts(own, null), null
         return self.contents[shard]

@@ -208,6 +208,18 @@ at::Tensor scale(const std::optional<double>& value) {
   return value ? at::scalar_tensor(*value, at::kDouble) : at::Tensor();
 }
 
+// As gentron_fast.arguments.not_learnt tells it.
+void tell_not_learnt(
+    const gentron::Metadata& metadata, const std::string& name,
+    const std::optional<double>& asked) {
+  const auto found = metadata.learnt.find(name);
+  if (!asked || found == metadata.learnt.end()) return;
+  const auto [low, high] = found->second;
+  if (*asked >= low && *asked <= high) return;
+  std::cerr << "gentron-sample: the model was distilled with " << name << " from " << low << " to "
+            << high << ", and may not know " << *asked << "\n";
+}
+
 void run(const Arguments& arguments) {
   gentron::settle_threads();
   gentron::check_writable(arguments.out);
@@ -232,6 +244,11 @@ void run(const Arguments& arguments) {
   const bool whole = metadata.whole;
   if (!whole && !arguments.tokens.empty()) {
     refuse("this compiled sampler takes --embeddings; --tokens need an export with --whole");
+  }
+
+  tell_not_learnt(metadata, "lambda_t", arguments.lambda_t);
+  if (metadata.frames != std::vector<int64_t>{1}) {  // where something moves
+    tell_not_learnt(metadata, "lambda_m", arguments.lambda_m);
   }
 
   gentron::Request request;

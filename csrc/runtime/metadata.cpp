@@ -337,6 +337,11 @@ Metadata Metadata::read(const Json& values) {
   made.modulation_chunks = fields.integers("modulation_chunks", made.max_batch, 1, 1 << 24);
   made.lambda_t = fields.number("lambda_t");
   made.lambda_m = fields.number("lambda_m");
+  for (const std::string name : {"lambda_t", "lambda_m"}) {
+    if (!fields.has("learnt_" + name)) continue;
+    const at::Tensor range = fields.table("learnt_" + name, 1, 2);
+    made.learnt[name] = {range[0][0].item<double>(), range[0][1].item<double>()};
+  }
   made.rescale = fields.number("rescale");
   if (made.rescale < 0 || made.rescale > 1) fields.fail("rescale", "must be 0 to 1");
   if (made.distilled && made.rescale != 0) fields.fail("rescale", "must be 0 of a distilled model");

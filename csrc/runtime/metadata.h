@@ -59,6 +59,8 @@ struct Metadata {
   std::vector<std::string> branches;  // fewest first
   std::vector<int64_t> modulation_chunks;  // by the number of clips, from 1 on
   double lambda_t = 0, lambda_m = 0, rescale = 0;
+  // Of a distilled model: the lowest and the highest guidance of its training, by name.
+  std::map<std::string, std::pair<double, double>> learnt;
   bool draws = false;
   // Of each branch's weight: constant, coefficients of lambda_t and lambda_m, (3, 3) fp64.
   at::Tensor coefficients;

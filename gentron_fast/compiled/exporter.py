@@ -3,7 +3,7 @@
 # Shapes: B clips, C channels, T frames, h × w latents.
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from gentron_fast.compiled.compilation import check_temporary_folder, check_toolkit, compile_all
 from gentron_fast.compiled.graphs import branch_sets, learns_range, sampling_graphs, whole_graphs
 from gentron_fast.compiled.package import WEIGHTS, describe_machine, write_package
-from gentron_fast.config import MAX_FRAMES
+from gentron_fast.config import LEARNT, MAX_FRAMES
 from gentron_fast.files import scratch_folder, whole_file
 from gentron_fast.guidance.contexts import merged_values
 from gentron_fast.guidance.definition import check_rescale, guidance_coefficients
@@ -47,6 +47,7 @@ def export_sampler(
     factor: int | None = None,
     whole: tuple[TextEncoder, VideoVAE] | None = None,
     parts: dict[str, str] | None = None,
+    learnt: Mapping[str, Sequence[float]] | None = None,
     on_graph: Callable[[str], None] | None = None,
 ) -> None:
     """Compile the guided sampling of clips of one shape, for the model's device and dtype.
@@ -54,7 +55,8 @@ def export_sampler(
     null_text: the encoded empty prompt, None for a distilled model; latent_size (h, w); max_tokens:
     the longest text by encoder, 77 of CLIP and 256 of T5 unless told otherwise, at least 8; factor:
     pixels per latent along each side (the model's pixels_per_latent); whole: the text encoder and
-    the VAE, on the same device; parts: the `part_digests` of those that a file without them needs.
+    the VAE, on the same device; parts: the `part_digests` of those that a file without them needs;
+    learnt: of a distilled model the lowest and highest lambda_t and lambda_m of its training.
     on_graph is told the name of each graph before it is compiled. The file is written aside and
     renamed. ValueError for what does not fit.
     """
@@ -104,6 +106,7 @@ def export_sampler(
         "whole": whole is not None,
         "parts": parts or {},
     } | describe_machine(weight.device)
+    metadata |= {LEARNT[name]: [list(ends)] for name, ends in (learnt or {}).items()}
     path = Path(path)
     with scratch_folder(path) as folder:
         sections = {}

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from gentron_fast import arguments
 from gentron_fast.compiled.package import part_digests
-from gentron_fast.config import MAX_FRAMES
+from gentron_fast.config import LEARNT, MAX_FRAMES
 from gentron_fast.guidance import guidance_schedule
 from gentron_fast.model import TextCondition
 from gentron_fast.text import SUBFOLDERS, TextEncoder
@@ -41,6 +42,8 @@ class CompiledSampler:
         self._runtime = runtime
         self.metadata = json.loads(runtime.header)["metadata"]
         self._tokenizers: TextEncoder | None = None
+        keys = {name: key for name, key in LEARNT.items() if key in self.metadata}
+        self._learnt = {name: self.metadata[key][0] for name, key in keys.items()}
 
     @classmethod
     def load(
@@ -96,10 +99,19 @@ class CompiledSampler:
             arguments.numbers(name, self.metadata[name] if scale is None else scale)
             for name, scale in zip(SCALES, (lambda_t, lambda_m, rescale), strict=True)
         ]
+        self._warn_of(dict(zip(SCALES, scales, strict=True)))
         latents = self._runtime.sample(text, null_text, seeds, *scales, on_step)
         frames = self._runtime.decode(latents) if self.metadata["whole"] else None
         steps, solver = len(self.metadata["timesteps"]), self.metadata["solver"]
-        return CompiledOutput(frames, latents, f"{steps} compiled steps of {solver}")
+        distilled = self.metadata["model"].get("guidance_embedding")
+        branches = " of one branch, distilled: guidance is its input" if distilled else ""
+        return CompiledOutput(frames, latents, f"{steps} compiled steps of {solver}{branches}")
+
+    def _warn_of(self, scales: dict[str, Tensor]) -> None:
+        if self.metadata["frames"] == [1]:  # nothing moves
+            del scales["lambda_m"]
+        for line in arguments.not_learnt(self._learnt, scales):
+            warnings.warn(line, stacklevel=3)
 
     def check_shape(
         self, frames: int | None = None, size: int | Sequence[int] | None = None

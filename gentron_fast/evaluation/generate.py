@@ -83,7 +83,7 @@ def generate(args: argparse.Namespace, layout: Layout, is_image: bool) -> None:
     if args.seed + len(layout.samples) > 2**64:
         raise ValueError(f"--seed {args.seed} with {len(layout.samples)} samples exceeds 2**64 - 1")
     sampling.take_defaults(args, args.pipeline)
-    sampling.check_solver(args, args.pipeline)
+    sampling.check_sampling(args, args.pipeline)
     device = choose_device(args.device)
     clips = [
         sampling.Clip(sample.prompt, args.seed + sample.number, [args.out / sample.name])

@@ -3,6 +3,7 @@
 from gentron_fast.guidance.batch import GuidedBatch
 from gentron_fast.guidance.contexts import PreparedText
 from gentron_fast.guidance.definition import (
+    check_one_branch,
     check_rescale,
     guidance_schedule,
     guidance_weights,
@@ -16,6 +17,7 @@ __all__ = [
     "GuidedDenoiser",
     "PreparedText",
     "SharedWork",
+    "check_one_branch",
     "check_rescale",
     "guidance_schedule",
     "guidance_weights",

@@ -9,6 +9,8 @@ where ∅ is the identity mask.
 
 # Shapes: B batch, C channels, T frames, H × W latents, S sampling steps.
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,17 @@ def guidance_inputs(lambda_t: Tensor, lambda_m: Tensor, has_motion: bool) -> Ten
     if not has_motion:
         lambda_m = torch.ones_like(lambda_m)
     return torch.stack([lambda_t, lambda_m], -1).float()
+
+
+def check_one_branch(negative_prompts: Iterable[str], reuse: int) -> None:
+    """ValueError for what a distilled model, which has no branch but the text's, cannot take."""
+    if refused := next(filter(None, negative_prompts), None):
+        raise ValueError(
+            "this model is distilled, with the empty prompt as what to keep away from: it takes "
+            f"no negative prompt, got {refused!r}"
+        )
+    if reuse > 1:
+        raise ValueError(f"a distilled model has one branch, none to reuse: got {reuse}")
 
 
 def check_rescale(rescale: Tensor, distilled: bool = False) -> Tensor:

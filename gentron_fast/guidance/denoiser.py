@@ -22,7 +22,12 @@ from gentron_fast.guidance.cuda_graph import (
     are_worth_capturing,
     is_bound_by_launches,
 )
-from gentron_fast.guidance.definition import check_rescale, guidance_inputs, guidance_weights
+from gentron_fast.guidance.definition import (
+    check_one_branch,
+    check_rescale,
+    guidance_inputs,
+    guidance_weights,
+)
 from gentron_fast.guidance.shared import Conditions, SharedWork
 from gentron_fast.guidance.steps import (
     Branches,
@@ -79,8 +84,8 @@ class GuidedDenoiser:
         distilled = model.config.guidance_embedding
         if reuse < 1:
             raise ValueError(f"reuse must be at least 1 step, got {reuse}")
-        if distilled and reuse > 1:
-            raise ValueError(f"a distilled model has one branch, none to reuse: got {reuse}")
+        if distilled:
+            check_one_branch((), reuse)
         if distilled != (null_text is None):
             raise ValueError(
                 "a distilled model has one branch: its null_text must be None"

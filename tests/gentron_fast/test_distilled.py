@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compiled_files import error
+from compiled_files import embeddings, error, run_program
 from families import relative
+from safetensors.torch import save_file
 
 from gentron_fast import GenTron, GenTronConfig, GenTronPipeline
 from gentron_fast.compiled import CompiledPipeline, CompiledSampler
@@ -256,6 +257,14 @@ def test_the_compiled_sampler_is_the_pipeline(folder, tmp_path):
     assert torch.allclose(plan["guidance"], wanted)  # its first row stands for no sample
     one = sampler(pipeline.encode(["a star"]), lambda_t=torch.tensor(4.0))
     assert one.latents.isfinite().all()
+    assert "of one branch, distilled" in got.guidance
+    words = "the model was distilled with lambda_t from 1 to 6, and may not know 7.5"
+    with pytest.warns(UserWarning, match=words):
+        compiled(prompts, seed=[1, 2], **scales | {"lambda_t": 7.5})
+    save_file(embeddings(pipeline.encode(["a star"])), tmp_path / "text.safetensors")
+    own = path, "--embeddings", tmp_path / "text.safetensors", "--out", tmp_path / "out.npy"
+    assert run_program(*own, "--lambda-t", 6, "--lambda-m", 1).stderr == ""
+    assert run_program(*own, "--lambda-t", 7.5).stderr == f"gentron-sample: {words}\n"
     with pytest.raises(ValueError, match="a distilled model takes no negative prompt"):
         compiled(prompts, negative_prompt="a star", seed=0)
     with pytest.raises(ValueError, match="the rescale must be 0"):

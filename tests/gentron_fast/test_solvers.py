@@ -23,6 +23,7 @@ DIFFUSERS = {
     "ddpm": DDPMScheduler,
     "ddim": DDIMScheduler,
     "dpm++": DPMSolverMultistepScheduler,
+    "few-step": DPMSolverMultistepScheduler,
 }
 SPACINGS = ("linspace", "leading", "trailing")
 STEPS = (1, 2, 5, 10, 20, 50, 250)
@@ -36,9 +37,9 @@ def diffusers_scheduler(solver, config, steps, exact=False):
         scheduler.alphas_cumprod = schedule.alphas_cumprod
         if solver == "ddim" and not config.get("set_alpha_to_one", True):
             scheduler.final_alpha_cumprod = schedule.alphas_cumprod[0]
-    fitted = fitted_timesteps(config, steps) if solver == "dpm++" else None
+    fitted = fitted_timesteps(config, steps) if solver == "few-step" else None
     scheduler.set_timesteps(**{"timesteps": fitted} if fitted else {"num_inference_steps": steps})
-    if exact and solver == "dpm++":
+    if exact and solver in ("dpm++", "few-step"):
         ratio = schedule.sigma / schedule.alpha
         final = ratio[:1] if config.get("final_sigmas_type") == "sigma_min" else torch.zeros(1)
         scheduler.sigmas = torch.cat([ratio[scheduler.timesteps], final])
@@ -106,8 +107,9 @@ def test_steps_match_diffusers_on_other_schedules(solver, beta_schedule):
     ],
     ids=str,
 )
-def test_dpm_settings_match_diffusers(change, steps):
-    assert largest_error("dpm++", SCHEDULER_CONFIG | change, steps, exact=True) < 1e-6
+@pytest.mark.parametrize("solver", ["dpm++", "few-step"])
+def test_dpm_settings_match_diffusers(solver, change, steps):
+    assert largest_error(solver, SCHEDULER_CONFIG | change, steps, exact=True) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -125,13 +127,14 @@ def test_ddpm_and_ddim_settings_match_diffusers(solver, change):
     assert largest_error(solver, config, 20, eta, exact=True) < 1e-12
 
 
-def test_fitted_timesteps_are_dpm_solvers_alone():
+def test_fitted_timesteps_are_those_of_few_step_alone():
     config = SCHEDULER_CONFIG | {"few_step_timesteps": [[959, 200], [3]]}
-    assert make_table("dpm++", config, 2).timesteps.tolist() == [959, 200]
-    for solver, steps in (("ddim", 2), ("ddpm", 2), ("dpm++", 3)):
-        assert torch.equal(
-            make_table(solver, config, steps).rows, make_table(solver, SCHEDULER_CONFIG, steps).rows
-        )
+    assert make_table("few-step", config, 2).timesteps.tolist() == [959, 200]
+    for solver in ("ddim", "ddpm", "dpm++"):
+        fitted, without = (make_table(solver, own, 2) for own in (config, SCHEDULER_CONFIG))
+        assert torch.equal(fitted.rows, without.rows)
+    fallen_back, plain = (make_table(solver, config, 3) for solver in ("few-step", "dpm++"))
+    assert torch.equal(fallen_back.rows, plain.rows)
     for wrong, message in (
         ([[200, 959]], "each smaller than the one before"),
         ([[1000, 3]], "wanted timesteps below 1000"),
@@ -139,7 +142,7 @@ def test_fitted_timesteps_are_dpm_solvers_alone():
         ([5], "few_step_timesteps is .*, wanted a list of"),
     ):
         with pytest.raises(ValueError, match=message):
-            make_table("dpm++", SCHEDULER_CONFIG | {"few_step_timesteps": wrong}, 2)
+            make_table("few-step", SCHEDULER_CONFIG | {"few_step_timesteps": wrong}, 2)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

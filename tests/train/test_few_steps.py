@@ -42,11 +42,9 @@ def test_a_folder_takes_what_is_fitted(tiny_pipeline_folder, tmp_path, capsys):
     assert two[0] > two[1] and f"{two[0]} {two[1]}" in capsys.readouterr().out
 
     pipeline = GenTronPipeline.from_pretrained(folder)
-    seen = []
-    pipeline(
-        "a star", steps=2, progress=False, callback_on_step_end=lambda _, t, __: seen.append(t)
-    )
-    assert seen == two
+    for solver, taken in (("few-step", True), ("dpm++", False)):
+        table = pipeline.sampling("a star", steps=2, solver=solver).table
+        assert (table.timesteps.tolist() == two) == taken
     path.write_text(json.dumps({k: v for k, v in after.items() if k != "num_train_timesteps"}))
     assert main([*command, "--steps", "1", "--batch", "1"]) == 0  # diffusers' own number
     wrong = (

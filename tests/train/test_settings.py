@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from gentron_fast import PRESETS
-from gentron_fast.pipeline import ASSETS
+from gentron_fast.pipeline import ASSETS, stored_encoders
 from gentron_train import shipped
 from gentron_train.data.loader import DataSettings
 from gentron_train.data.options import DataOptions, flag
@@ -19,7 +19,6 @@ from gentron_train.settings import (
     Settings,
     load_config,
     parse_settings,
-    stored_encoders,
 )
 
 FILES = sorted(path for path in CONFIGS.glob("*.yaml") if path != shipped.CONFIG)
@@ -144,6 +143,13 @@ def test_the_papers_stages(name, stage, size, batch, steps, preset):
     assert settings.on(8).accumulation >= 1
     expected = PRESETS[f"{preset}-T2V" if stage == "t2v" else preset]
     assert model_config(replace(settings, init=None), stage) == expected
+
+
+def test_the_papers_last_stage_has_a_student_too():
+    path = CONFIGS / "t2v-512.yaml"
+    settings = Settings(**load_config(path, "distill"))
+    assert (settings.p_motion_free, settings.init, settings.max_lambda_t) == (0, None, 8.0)
+    assert settings.run != Settings(**load_config(path, "t2v")).run
 
 
 def test_every_file_reads_and_names_all_that_it_sets():

@@ -9,7 +9,6 @@ import pytest
 
 from gentron_fast import GenTronPipeline
 from gentron_fast.files import write_json
-from gentron_fast.pipeline import FAST
 from gentron_train import shipped
 from gentron_train.checkpoint import checkpoints_folder
 
@@ -92,11 +91,6 @@ def test_the_pipeline_has_the_sweeps_choice_and_its_page(tiny_pipeline_folder, t
     assert shipped.main(["--assemble", "--out", str(tmp_path)]) == 0
     defaults = GenTronPipeline.from_pretrained(tmp_path / "pipeline").defaults
     assert (defaults.lambda_t, defaults.lambda_m, defaults.rescale) == (2, 1.2, 0.5)
-    shutil.copytree(tmp_path / "pipeline", tmp_path / "distilled" / "pipeline")
-    assert shipped.main(["--add-fast", "--out", str(tmp_path)]) == 0
-    fast = GenTronPipeline.from_pretrained(tmp_path / "pipeline" / FAST)
-    assert (fast.defaults.lambda_t, fast.defaults.steps) == (2, 8)
-    assert not (tmp_path / "pipeline" / FAST / "vae").exists()
     page = shipped.model_page(tmp_path)
     assert "in 8 steps of one branch" in page
     for words in ("in 2.0 hours at abc", "x OUT/y", "chosen: λ_T 2, λ_M 1.2, φ 0.5", "20.00"):

@@ -26,7 +26,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def settings(world, tiny_pipeline_folder, tmp_path) -> Settings:
-    changes = {"teacher": tiny_pipeline_folder, "init": tiny_pipeline_folder, "draws": 1}
+    changes = dict.fromkeys(("teacher", "init"), tiny_pipeline_folder)
+    changes |= {"vae": tiny_pipeline_folder / "vae", "draws": 1}
     changes |= {"batch": 4, "p_null": 0.0, "p_motion_free": 0.0, "p_image": 0.0}
     torch.manual_seed(0)
     changes |= {
@@ -118,6 +119,29 @@ def test_a_run_is_the_teachers_own_sampling(settings, batches, monkeypatch):
     assert checked > 3
 
 
+@pytest.mark.parametrize("batch, share", [(1, 0.5), (2, 0.5), (3, 0.25)])
+def test_a_share_is_kept_whatever_the_batch(settings, batches, monkeypatch, batch, share):
+    teacher = Teacher.from_pretrained(replace(settings, p_trajectory=share), CPU)
+    begun, begin = [], teacher._begun
+
+    def counted(*sample, anywhere):
+        begun.append(anywhere)
+        return begin(*sample, anywhere)
+
+    monkeypatch.setattr(teacher, "_begun", counted)
+    whole, text = next(batches)
+    names = "latents", "noise", "timestep"
+    few = replace(whole, **{name: getattr(whole, name)[:batch] for name in names})
+    along = 0
+    for _ in range(24):
+        targets = teacher.targets(few, text.select(slice(batch)))
+        assert len(targets.latents) == batch
+        along += int((targets.timestep != few.timestep).sum())
+    assert abs(along - 24 * batch * share) <= 2
+    # All but those of the first micro-batch begin with noise.
+    assert begun.count(False) > 3 * begun.count(True) > 0
+
+
 def test_without_guidance_a_fresh_student_has_nothing_to_learn(settings, batches):
     settings = replace(settings, max_lambda_t=1.0, max_lambda_m=1.0)
     teacher = Teacher.from_pretrained(settings, CPU)
@@ -136,12 +160,24 @@ def test_without_guidance_a_fresh_student_has_nothing_to_learn(settings, batches
 
 def test_what_does_not_fit_is_refused(settings, tiny_t2i_folder, tmp_path):
     check_start(settings, "distill")
+    other = tmp_path / "other"
+    shutil.copytree(settings.teacher, other)
+    for folder in ("vae", "text_encoder", "text_encoder_2"):
+        with (other / folder / "config.json").open("a") as config:
+            config.write("\n")
+    (other / "text").mkdir()
+    for name, folder in (("clip", "text_encoder"), ("t5", "text_encoder_2")):
+        shutil.copytree(other / folder, other / "text" / name)
     wrong = (
         ({"teacher": None}, "distill", "needs --teacher PIPELINE"),
         ({}, "t2v", "--teacher is for distillation, not t2v"),
         ({"teacher": tmp_path}, "distill", "no whole pipeline: no model_index.json"),
         ({"p_motion_free": 0.2}, "distill", "--p-motion-free is 0.2, must be 0"),
         ({"draws": 2}, "distill", "--draws is 2, must be 1"),
+        ({"fresh_temporal": True}, "distill", "--fresh-temporal would take its teacher's motion"),
+        ({"init": tiny_t2i_folder}, "distill", "has temporal False, its teacher .* True"),
+        ({"vae": other / "vae"}, "distill", "is another vae than that of the teacher"),
+        ({"text": other / "text"}, "distill", "is another text_encoder.* than that of the teacher"),
         ({"max_lambda_t": 6.0}, "distill", r"samples at lambda_t 7.5 .* --max-lambda-t 6.0"),
     )
     for changes, stage, message in wrong:
@@ -158,14 +194,14 @@ def test_what_does_not_fit_is_refused(settings, tiny_t2i_folder, tmp_path):
         check_start(replace(settings, teacher=None, init=student), "t2v")
     with pytest.raises(ValueError, match="distilled already: a teacher has three branches"):
         check_start(replace(settings, teacher=student), "distill")
-    other = tmp_path / "other"
-    shutil.copytree(settings.teacher, other)
     path = other / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_end": 0.01}))
     with pytest.raises(ValueError, match="is another noise schedule than that of training"):
-        check_start(replace(settings, teacher=other), "distill")
+        check_start(replace(settings, teacher=other, vae=other / "vae", init=other), "distill")
     images = replace(settings, teacher=tiny_t2i_folder, init=tiny_t2i_folder)
     assert images.data_settings("distill").kinds == ("images",)
+    assert settings.data_settings("distill").kinds == ("clips",)
+    assert replace(settings, p_image=0.1).data_settings("distill").kinds == ("images", "clips")
     assert model_config(images, "distill").guidance_embedding
 
 
@@ -180,12 +216,14 @@ def test_a_model_that_no_rank_holds_whole_starts_as_its_teacher(settings):
 
 def test_a_run_is_resumed_and_exported_as_a_pipeline(world, tiny_pipeline_folder, tmp_path):
     options = (f"--teacher={tiny_pipeline_folder}", f"--init={tiny_pipeline_folder}")
+    options += (f"--vae={tiny_pipeline_folder}/vae",)
     options += ("--max-lambda-t=8",)
     options += ("--batch=4", "--frames=3", "--p-motion-free=0", "--p-image=0.25", "--save-every=4")
     run = tmp_path / "run"
     finish(launch("train/distill.py", world, run, *options, "--steps=4", "--minutes=5"))
     output = finish(launch("train/distill.py", world, run, *options, "--steps=6", "--resume"))
     assert "going on at step 4" in output
+    assert "from its teacher's own sampling (50%, sampled beside it in 10 to 50 steps)" in output
     assert [row["step"] for row in log_of(run)][-1] == 6
     pipeline = GenTronPipeline.from_pretrained(run / "pipeline")
     teacher = GenTronPipeline.from_pretrained(tiny_pipeline_folder)

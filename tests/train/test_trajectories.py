@@ -15,6 +15,7 @@ from training import finish, launch, log_of
 
 from gentron_fast import GenTronPipeline
 from gentron_fast.guidance import guided_prediction
+from gentron_train.assembly import build_parts
 from gentron_train.data.loader import make_loader
 from gentron_train.data.precompute import main as precompute
 from gentron_train.data.shards import Shard, count, read, read_facts
@@ -31,7 +32,7 @@ def latents(world, tiny_pipeline_folder, tmp_path_factory):
     """Precomputed shards of the world, with text embeddings."""
     folder = tmp_path_factory.mktemp("latents")
     command = [f"{world}/data/*.tar", str(folder), f"--pipeline={tiny_pipeline_folder}"]
-    options = [f"--vae={world}/vae", "--frames=3", "--workers=0", "--size=64x64"]
+    options = ["--frames=3", "--workers=0", "--size=64x64"]
     assert precompute(command + options) == 0
     return folder
 
@@ -126,6 +127,7 @@ def test_damaged_samples_stay_as_they_are(latents, tiny_pipeline_folder, tmp_pat
 
 def test_a_student_learns_from_what_is_stored(stored, tiny_pipeline_folder, tmp_path, world):
     options = (f"--teacher={tiny_pipeline_folder}", "--max-lambda-t=8", "--size=64x64")
+    options += (f"--vae={tiny_pipeline_folder}/vae", f"--init={tiny_pipeline_folder}")
     options += ("--batch=4", "--frames=3", "--p-motion-free=0", "--p-image=0.25", "--p-null=0")
     options += (
         "--teacher-rescale=0.7",
@@ -154,9 +156,13 @@ def test_what_does_not_fit_is_one_line(
     ):
         with pytest.raises(ValueError, match=words):
             make_teacher(replace(on_stored, **changes), facts, CPU)
-    mixed = replace(on_stored, images=f"{latents}/images-*.tar").data_settings("distill")
+    mixed = replace(on_stored, images=f"{latents}/images-*.tar", p_image=0.25)
+    mixed = mixed.data_settings("distill")
     with pytest.raises(ValueError, match="of images and of clips were not made alike"):
         make_loader(mixed, on_stored.vae, None)
+    other = replace(on_stored, teacher=None, init=tiny_pipeline_folder, p_trajectory=0.5)
+    with pytest.raises(ValueError, match="for which 30% of their captions were dropped"):
+        build_parts(other, "t2v", other.data_settings("t2v"), CPU)
     with pytest.raises(ValueError, match="are not of"):
         make_teacher(on_stored, facts | {"teacher": "another"}, CPU)
     out, teacher = tmp_path / "out", f"--teacher={tiny_pipeline_folder}"
@@ -164,6 +170,7 @@ def test_what_does_not_fit_is_one_line(
         ([f"{world}/data/*.tar", str(out), teacher, *OPTIONS], "holds no text embeddings"),
         ([f"{latents}/*.tar", str(stored), teacher, *OPTIONS], "was made otherwise"),
         ([f"{latents}/*.tar", str(latents), teacher, *OPTIONS], "over itself"),
+        ([f"{stored}/*.tar", str(out), teacher, *OPTIONS], "holds trajectories: name what it was"),
         ([f"{latents}/*.tar", str(out), f"--teacher={tmp_path}", *OPTIONS], "no whole pipeline"),
         ([f"{latents}/*.tar", str(out), teacher, *OPTIONS, "--p-null=2"], "--p-null is 2.0"),
         ([f"{latents}/*.tar", str(out), teacher, "--points=0"], "wanted a whole number"),

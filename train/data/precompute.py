@@ -39,6 +39,7 @@ from gentron_fast.commandline import (
 from gentron_fast.files import claim, whole_file
 from gentron_fast.model import TextCondition
 from gentron_fast.on_ray import cluster, on_all
+from gentron_fast.pipeline import shared_folder, stored_encoders
 from gentron_fast.text import SUBFOLDERS, TextEncoder
 from gentron_fast.threads import available_cores, settle_threads
 from gentron_fast.vae import VideoVAE, check_finite
@@ -442,15 +443,14 @@ def _make(
 
 def load_models(args: argparse.Namespace) -> tuple[Path, TextEncoder | None]:
     """The autoencoder's folder, and the text encoders unless --no-text."""
-    folder = args.vae or (args.pipeline and args.pipeline / "vae")
+    folder = args.vae or (args.pipeline and shared_folder(args.pipeline) / "vae")
     if folder is None:
         raise ValueError("name an autoencoder: --vae, or --pipeline")
     if args.no_text:
         return folder, None
     pairs = {name: (source, source) for name in SUBFOLDERS if (source := getattr(args, name))}
     if not pairs and args.pipeline:
-        folders = {n: [args.pipeline / part for part in SUBFOLDERS[n]] for n in SUBFOLDERS}
-        pairs = {name: tuple(pair) for name, pair in folders.items() if pair[0].exists()}
+        pairs = stored_encoders(args.pipeline)
     if not pairs:
         raise ValueError("name text encoders, --clip and --t5 or --pipeline, or give --no-text")
     return folder, TextEncoder.from_pretrained(**pairs, dtype=DTYPES[args.dtype])

@@ -6,6 +6,7 @@ from PIL import Image
 
 from gentron_fast.evaluate import main
 from gentron_fast.evaluation.layout import compbench, list_entries, tell_renamed, vbench
+from gentron_fast.pipeline import ASSETS
 
 LONG = "a bird " * 50
 
@@ -125,6 +126,22 @@ def test_generate_writes_clips(evaluate, tiny_pipeline_folder, tmp_path):
 def test_refused_in_one_line(evaluate, arguments, words):
     code, out, err = evaluate(*arguments)
     assert (code, out, err.count("\n")) == (2, "", 1) and words in err
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--negative-prompt", "x"], "takes no negative prompt, got 'x'"),
+        (["--rescale", 0.5], "nothing to rescale by"),
+        (["--reuse", 2], "none to reuse: got 2"),
+    ],
+    ids=str,
+)
+def test_what_a_distilled_model_refuses_begins_no_run(evaluate, prompts, tmp_path, options, words):
+    arguments = ["generate", ASSETS / "fast", "--compbench", prompts, "--out", tmp_path / "run"]
+    code, _, err = evaluate(*arguments, "--device", "cpu", *options)
+    assert code == 2 and words in err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_ranks_that_do_not_fit(evaluate, prompts, tiny_t2i_folder, tmp_path, monkeypatch):

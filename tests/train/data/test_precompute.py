@@ -1,5 +1,6 @@
 """Precomputed shards: what they hold, what reads them, and the command that writes them."""
 
+import argparse
 import itertools
 import json
 import os
@@ -23,11 +24,12 @@ from training import log_of
 from webdataset import WebDataset
 
 from gentron_fast.files import MARK, claim
+from gentron_fast.pipeline import ASSETS
 from gentron_fast.text import SUBFOLDERS
 from gentron_train.data import shards as shards_module
 from gentron_train.data.decode import Sampling
 from gentron_train.data.loader import make_loader
-from gentron_train.data.precompute import Decoder, new_shard, precompute
+from gentron_train.data.precompute import Decoder, load_models, new_shard, precompute
 from gentron_train.data.precompute import main as precompute_main
 from gentron_train.data.shards import PRECOMPUTED, Shard, find_shards, read_facts
 from gentron_train.data.sources import load_facts, pack_facts
@@ -122,6 +124,12 @@ def test_latents_alone_leave_the_text_to_the_run(shards, models, encoder, tmp_pa
     assert_same(next(make_loader(data, None, encoder.tokenize)), next(fresh))
     with pytest.raises(ValueError, match="holds no text embeddings"):
         make_loader(data, None, None)
+
+
+def test_a_distilled_folder_has_its_teachers_parts():
+    options = {"pipeline": ASSETS / "fast", "vae": None, "clip": None, "t5": None, "dtype": "fp32"}
+    folder, encoder = load_models(argparse.Namespace(**options, no_text=False))
+    assert (folder / "config.json").is_file() and set(encoder.encoders) == {"clip", "t5"}
 
 
 def test_precompute_goes_on_where_it_was_cut_off(shards, models, tmp_path, monkeypatch, capsys):

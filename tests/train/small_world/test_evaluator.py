@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -183,6 +184,20 @@ def test_command_line_scores_clips(tiny_pipeline_folder, tmp_path, capsys):
     assert set(figures["scores"]) == {"seen", "unseen", "pairs"}
     assert {"motion", "relation"} <= set(figures["scores"]["pairs"]["shares"])
     assert [path.name for path in tmp_path.iterdir()] == ["score.json"]
+
+
+@pytest.mark.parametrize("own, scored", [(8, 8), (50, 20)])
+def test_a_pipeline_of_few_steps_is_scored_at_them(
+    tiny_pipeline_folder, tmp_path, monkeypatch, own, scored
+):
+    folder, out = tmp_path / "few", tmp_path / "score.json"
+    shutil.copytree(tiny_pipeline_folder, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"default_steps": own}))
+    monkeypatch.setattr(shapes_score, "evaluate", lambda *_, **__: {})
+    monkeypatch.setattr(shapes_score, "format_table", str)
+    assert shapes_score.main([str(folder), "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["settings"]["steps"] == scored
 
 
 def test_image_pipelines_have_no_motion(tiny_t2i_folder, capsys):
