@@ -4,6 +4,7 @@
 #               cut, in four; LIMIT=SECONDS, RESULTS=DIR, PART=NAME; DRY=1 walks through it here, without a GPU
 # make faults   processes killed at random moments, two on one folder, thousands of damaged files: figures of each; then make fuzz
 # make findings [DEVICE=cuda]   the paper's findings in the small world: docs/findings.md; hours, resumed
+# make trials [DEVICE=cuda]     what moves fidelity most in short runs: docs/trials.md; hours, resumed
 # make large    one step of the whole G/2-T2V on the CPU, plain against shared: 12 GB of memory
 # make report   docs/performance.md, README's headline table and the table of docs/scaling.md, from bench/results
 # make api      docs/api.md, from the docstrings          make picture   docs/clips.png
@@ -23,7 +24,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test faults lint train pretend kernels predictions host gpu large soak report api picture study sanitize fuzz ray nodes findings clean
+.PHONY: demo test faults lint train pretend kernels predictions host gpu large soak report api picture study sanitize fuzz ray nodes findings trials clean
 
 demo: .venv/run
 	$(BIN)/python -m gentron_fast.generate "a red circle moving left" --grid
@@ -47,6 +48,9 @@ train: .venv/dev
 DEVICE ?= cpu
 findings: .venv/dev
 	$(BIN)/python -m gentron_train.findings --device $(DEVICE)
+
+trials: .venv/dev
+	$(BIN)/python -m gentron_train.trials --device $(DEVICE)
 
 gpu: $(if $(DRY),.venv/dev)
 	@$(if $(DRY),$(BIN)/python,$(PYTHON)) bench/gpu.py $(if $(PART),--part $(PART)) $(if $(RESULTS),--results $(RESULTS)) \

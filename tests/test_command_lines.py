@@ -252,7 +252,7 @@ def test_few_steps(tiny_pipeline_folder, monkeypatch, assert_all_end_well_or_in_
 
 
 def test_findings(tmp_path, monkeypatch, assert_all_end_well_or_in_one_line):
-    monkeypatch.setattr(findings, "_train", lambda *_: None)
+    monkeypatch.setattr(findings, "train_jobs", lambda *_: None)
     (tmp_path / "runs.yaml").write_text(findings.TABLE.read_text())
     options = {
         "--pilot": [],

@@ -36,6 +36,9 @@ SCHEMA = {
 }
 
 
+EMPTY = {"seeds": (), "pilot": (), "again": (), "lambda_m": {}}  # where a table lacks them
+
+
 @dataclass(frozen=True)
 class Run:
     """One line of the table. start: the run whose pipeline a T2V run begins with; changes: the
@@ -82,7 +85,8 @@ class Table:
         return model_config(first.settings(self.config), run.stage)
 
     def jobs(self, pilot: bool) -> list[tuple[Run, int]]:
-        """Runs with their seeds, in order: all seeds of a run that is not the pilot's."""
+        """Runs with their seeds, in order: all seeds of a run; or of the pilot its first seed of
+        all runs, then its others of those of `again`."""
         runs = self.runs.values()
         if not pilot:
             return [(run, seed) for run in runs for seed in self.seeds]
@@ -101,9 +105,11 @@ def read_table(path: Path = TABLE) -> Table:
     """FileNotFoundError or ValueError, naming the file, where it is no table of runs that a
     training would take."""
     values = read_yaml(path)
-    if not isinstance(values, dict) or values.keys() != SCHEMA.keys():
-        raise ValueError(f"{path} must hold {', '.join(SCHEMA)}, no more and no less")
+    wanted = SCHEMA.keys() - EMPTY.keys()
+    if not isinstance(values, dict) or not wanted <= values.keys() <= SCHEMA.keys():
+        raise ValueError(f"{path} must hold {', '.join(SCHEMA)}; {', '.join(EMPTY)} may be absent")
     check(values, SCHEMA, str(path))
+    values = EMPTY | values
     sweep = values["lambda_m"]
     check(sweep, {"run": TEXT, "values": _SCALES}, str(path))
     runs = {name: _run(name, fields, path) for name, fields in values["runs"].items()}
@@ -118,7 +124,7 @@ def read_table(path: Path = TABLE) -> Table:
     seeds = (*table.seeds, *table.pilot)
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"{path}: a seed is there twice, or in the pilot too: {seeds}")
-    if unknown := {*table.again, table.sweep_run} - runs.keys():
+    if unknown := {*table.again, table.sweep_run} - runs.keys() - {""}:
         raise ValueError(f"{path}: again and lambda_m name {', '.join(sorted(unknown))}, no run")
     places = list(runs)
     for run in runs.values():

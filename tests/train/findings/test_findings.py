@@ -4,13 +4,13 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from gentron_fast import cores
 from gentron_train.findings import __main__ as command
+from gentron_train.findings import jobs
 from gentron_train.findings.scoring import read_records
 from gentron_train.findings.table import SETTINGS, TABLE, read_table
 
@@ -72,11 +72,10 @@ def two_runs(tmp_path, monkeypatch):
     """What trains two runs side by side, each a process of the code that is given."""
 
     def train(code: str) -> None:
-        monkeypatch.setattr(command, "program", lambda words: [sys.executable, "-c", code])
-        table = read_table()
-        options = {"out": tmp_path, "results": tmp_path, "table": TABLE, "device": "cpu"}
+        monkeypatch.setattr(jobs, "program", lambda words: [sys.executable, "-c", code])
+        table, place = read_table(), jobs.Place(TABLE, *[tmp_path] * 3, "cpu")
         group = [(table.runs["clip"], 1), (table.runs["clip"], 2)]
-        command._train_group(group, (0, 2), table, SimpleNamespace(**options))
+        jobs._train_group(group, (0, 2), place, lambda: None)
 
     return train
 
@@ -88,7 +87,7 @@ def test_a_run_that_fails_is_told_with_what_it_said(two_runs, tmp_path, capsys):
     assert out.count("failed       ") == 2 and "run          2 of 2: clip, seed 2" in out
     threads = "import os; assert os.environ['OMP_NUM_THREADS'] == '1'"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "available_cores", lambda: 2)
+        patch.setattr(jobs, "available_cores", lambda: 2)
         patch.delenv("OMP_NUM_THREADS", raising=False)
         two_runs(threads)
 
@@ -99,9 +98,9 @@ def test_no_run_outlives_the_command(two_runs, tmp_path, monkeypatch):
     def stop(seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command.time, "sleep", stop)
-    end = command._end
-    monkeypatch.setattr(command, "_end", lambda process: (end(process), ended.append(process)))
+    monkeypatch.setattr(jobs.time, "sleep", stop)
+    end = jobs._end
+    monkeypatch.setattr(jobs, "_end", lambda process: (end(process), ended.append(process)))
     with pytest.raises(KeyboardInterrupt):
         two_runs("import time; time.sleep(60)")
     assert [process.returncode for process in ended] == [-signal.SIGTERM] * 2

@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from gentron_train.findings import __main__ as command
+from gentron_train.findings.jobs import missing_jobs, trained_folder, training
+from gentron_train.findings.scoring import result_name
 from gentron_train.findings.table import SETTINGS, TABLE, read_table
 from gentron_train.flops import parameter_count
 
@@ -95,23 +97,23 @@ def test_what_is_missing_comes_behind_what_it_starts_from(tmp_path):
     jobs = [job for job in table.jobs(pilot=False) if job[1] == 1]
 
     def names(out=tmp_path / "out"):
-        return [run.name for run, _ in command.missing_jobs(jobs, table, out, tmp_path)]
+        return [run.name for run, _ in missing_jobs(jobs, table, out, tmp_path)]
 
     assert names() == list(table.runs)
     for name, run in table.runs.items():
         for scale in table.scales(run):
-            (tmp_path / command.result_name(name, 1, scale)).write_text("{}")
+            (tmp_path / result_name(name, 1, scale)).write_text("{}")
     assert names() == []
     (tmp_path / "t2v-both-seed1-lambda3.json").unlink()
     assert names() == ["both", "t2v-both"]
-    command.trained_folder(tmp_path / "out", "both", 1).joinpath("pipeline").mkdir(parents=True)
+    trained_folder(tmp_path / "out", "both", 1).joinpath("pipeline").mkdir(parents=True)
     assert names() == ["t2v-both"]
 
 
 def test_the_commands_of_a_run(tmp_path):
     table = read_table()
     run = dataclasses.replace(table.runs["t2v-both"], changes={"p_image": 0.2, "in_memory": False})
-    words = command.training(run, 3, table, tmp_path)
+    words = training(run, 3, table, tmp_path)
     assert words[:4] == [
         *("deepspeed", "train/t2v.py", "--config", "train/configs/findings/settings.yaml")
     ]

@@ -1,0 +1,132 @@
+"""What moves fidelity most in a quarter of an hour of a core: short runs that differ in one thing.
+
+python -m gentron_train.trials      (make trials)
+
+The runs of train/configs/trials/runs.yaml, trained JOBS at a time, scored on the same prompts and
+written into docs/trials.md. Cut off, the same command goes on; RESULTS has a file of each run's
+scores, and what is there is not trained again.
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from gentron_fast.commandline import refuse, run
+from gentron_fast.files import whole_file
+from gentron_train.findings.claims import Side
+from gentron_train.findings.jobs import Place, add_arguments, missing_jobs, train_jobs
+from gentron_train.findings.paired import differences, prompt_error
+from gentron_train.findings.scoring import MEASURES, read_records, result_name
+from gentron_train.findings.table import Table, read_table
+from gentron_train.settings import CONFIGS
+from gentron_train.shipped import ROOT
+
+NAME = "gentron_train.trials"
+TABLE = CONFIGS / "trials" / "runs.yaml"
+SHOWN = {
+    "t2i": ("alignment", "shape", "psnr"),
+    "t2v": ("frame alignment", "frame psnr", "motion"),
+}
+
+
+def page(records: Sequence[dict], table: Table) -> str:
+    """docs/trials.md."""
+    first, *others = table.pilot
+    parts = [
+        f"""# Trials: what moves fidelity most
+
+Runs of as many minutes on one core each (two side by side), which differ from the first in one
+thing ([runs.yaml](../train/configs/trials/runs.yaml),
+[settings.yaml](../train/configs/trials/settings.yaml)).
+A model of 1.6 million parameters stands for the one that ships, which would need hours for a trial.
+Scored on {3 * table.prompts} prompts ({table.prompts} each of seen, unseen, two objects), all with
+the same noise. A difference is to the first run of the stage; ± is twice the standard error of the
+prompts alone. What another seed does stands in the last lines.
+
+    python -m gentron_train.trials        # trains what is missing; --page writes this page alone"""
+    ]
+    for stage in SHOWN:
+        names = [name for name, own in table.runs.items() if own.stage == stage]
+        rows = [row for name in names if (row := _row(records, name, names[0], first, stage))]
+        if rows:
+            parts.append("\n".join([_head(stage), *rows]))
+    spread = [line for name in table.again if (line := _spread(records, name, (first, *others)))]
+    return "\n\n".join([*parts, *spread]) + "\n"
+
+
+def _head(stage: str) -> str:
+    cells = [f"{MEASURES[name].title}, {MEASURES[name].unit} | against" for name in SHOWN[stage]]
+    line = f"| {stage.upper()} | steps | loss | {' | '.join(cells)} |"
+    return f"{line}\n|{'---|' * (3 + 2 * len(cells))}"
+
+
+def _row(records, name: str, base: str, seed: int, stage: str) -> str:
+    found = [r for r in records if (r["run"], r["seed"]) == (name, seed)]
+    if not found:
+        return ""
+    cells = [_file(name, seed), f"{found[0]['steps']:,}", f"{found[0]['loss']:.4f}"]
+    for measure in SHOWN[stage]:
+        own, first = (Side("", side).figures(records, seed, measure) for side in (name, base))
+        shown = MEASURES[measure]
+        cells.append(shown.shown(np.nanmean(own)))
+        if first is None or name == base:
+            cells.append("")
+            continue
+        difference = np.nanmean(differences([own], [first])) * shown.scale
+        error = 2 * prompt_error([own], [first]) * shown.scale
+        cells.append(f"{difference:+.{shown.digits}f} ± {error:.{shown.digits}f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def _file(name: str, seed: int) -> str:
+    return f"[{name}](../bench/results/trials/{result_name(name, seed)})"
+
+
+def _spread(records, name: str, seeds: Sequence[int]) -> str:
+    """Of a run that was trained with several seeds, each one's figures."""
+    cells = []
+    for measure in SHOWN["t2i"]:
+        figures = [Side("", name).figures(records, seed, measure) for seed in seeds]
+        means = [MEASURES[measure].shown(np.nanmean(one)) for one in figures if one is not None]
+        cells.append(f"{MEASURES[measure].title} {', '.join(means)} {MEASURES[measure].unit}")
+    known = [seed for seed in seeds if Side("", name).figures(records, seed, "psnr") is not None]
+    if len(known) < 2:
+        return ""
+    return f"{name} with the seeds {', '.join(map(str, known))}: {'; '.join(cells)}."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0; 2 where a run failed, told in one line; 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    return run(NAME, lambda: _command(argv), argv, "stopped; the same command goes on")
+
+
+def _command(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = refuse
+    parser.add_argument("--page", action="store_true", help="write the page of what is there")
+    add_arguments(parser, "trials", TABLE)
+    args = parser.parse_args(argv)
+    table, place = read_table(args.table.absolute()), Place.of(args)
+    place.check_writable()
+    write = functools.partial(_write, place, table)
+    if not args.page:
+        jobs = table.jobs(pilot=True)
+        train_jobs(missing_jobs(jobs, table, place.out, ROOT / place.results), table, place, write)
+    write()
+
+
+def _write(place: Place, table: Table) -> None:
+    text = page(read_records(ROOT / place.results), table)
+    with whole_file(ROOT / place.document) as partial:
+        partial.write_text(text, encoding="utf-8")
+    print(f"wrote        {place.document}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
