@@ -19,12 +19,14 @@ from published import make_pixart
 
 from gentron_fast import convert, export, generate, serve
 from gentron_train import (
+    add_fast,
     export_pipeline,
     few_steps,
     shapes,
     shapes_score,
     shipped,
     trajectories,
+    trials,
 )
 from gentron_train.data import precompute
 from gentron_train.findings import __main__ as findings
@@ -251,9 +253,10 @@ def test_few_steps(tiny_pipeline_folder, monkeypatch, assert_all_end_well_or_in_
     assert_all_end_well_or_in_one_line(few_steps.main, given)
 
 
-def test_findings(tmp_path, monkeypatch, assert_all_end_well_or_in_one_line):
-    monkeypatch.setattr(findings, "train_jobs", lambda *_: None)
-    (tmp_path / "runs.yaml").write_text(findings.TABLE.read_text())
+@pytest.mark.parametrize("command", [findings, trials], ids=["findings", "trials"])
+def test_findings(command, tmp_path, monkeypatch, assert_all_end_well_or_in_one_line):
+    monkeypatch.setattr(command, "train_jobs", lambda *_: None)
+    (tmp_path / "runs.yaml").write_text(command.TABLE.read_text())
     options = {
         "--pilot": [],
         "--seed": ["1"],
@@ -261,9 +264,15 @@ def test_findings(tmp_path, monkeypatch, assert_all_end_well_or_in_one_line):
         "--out": ["runs"],
         "--results": ["results"],
         "--document": ["page.md"],
-        "--table": ["runs.yaml", str(findings.TABLE)],
+        "--table": ["runs.yaml", str(command.TABLE)],
         "--device": ["cpu"],
     }
     lines = command_lines(options, [], range(EACH))
     given = (["--results", "mine", "--document", "mine.md", *line] for line in lines)
-    assert_all_end_well_or_in_one_line(findings.main, given)
+    assert_all_end_well_or_in_one_line(command.main, given)
+
+
+def test_add_fast(tiny_pipeline_folder, assert_all_end_well_or_in_one_line):
+    pairs = [[str(tiny_pipeline_folder), str(tiny_pipeline_folder)]]
+    lines = command_lines({"--steps": ["4", "8"]}, pairs, range(EACH))
+    assert_all_end_well_or_in_one_line(add_fast.main, lines)

@@ -17,6 +17,7 @@ from gentron_fast.config import SamplingDefaults
 from gentron_fast.files import read_json, whole_folder, write_json
 from gentron_fast.pipeline import FAST, INDEX_NAME, INDEX_SCHEMA, SHARED_PARTS
 from gentron_train.settings import stored_config
+from gentron_train.teacher import SHARED_FIELDS
 
 NAME = "gentron_train.add_fast"
 STEPS = 8  # docs/decisions.md
@@ -29,10 +30,17 @@ def add_fast(teacher: Path, student: Path, steps: int = STEPS) -> None:
     for folder in (teacher, student):
         if not (folder / INDEX_NAME).is_file():
             raise FileNotFoundError(f"{folder} is no whole pipeline: no {INDEX_NAME}")
-    if not stored_config(student / "transformer").guidance_embedding:
+    own, wanted = (stored_config(folder / "transformer") for folder in (student, teacher))
+    if not own.guidance_embedding:
         raise ValueError(f"{student} is not distilled: train/distill.py --teacher {teacher}")
-    if stored_config(teacher / "transformer").guidance_embedding:
+    if wanted.guidance_embedding:
         raise ValueError(f"{teacher} is distilled itself: name its teacher's folder")
+    for name in SHARED_FIELDS:
+        found, needed = getattr(own, name), getattr(wanted, name)
+        if found != needed:
+            raise ValueError(
+                f"{student} has {name} {found}, {teacher} has {needed}: not its student"
+            )
     index = read_json(student / INDEX_NAME, INDEX_SCHEMA)
     defaults = replace(SamplingDefaults.from_index(index), steps=steps, solver="few-step")
     with whole_folder(teacher / FAST, (INDEX_NAME, "transformer")) as partial:

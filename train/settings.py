@@ -216,10 +216,11 @@ class Settings(DataOptions):
 
     def text_sources(self, encoders: tuple[str, ...]) -> dict[str, tuple[str | Path, str | Path]]:
         """Model and tokenizer of those of the text encoders that are named: by --clip and --t5,
-        else by --text, else by --init; with --shipped-parts and no --init, those that ship."""
+        else by --text, else by --teacher or --init; with --shipped-parts and neither, those that
+        ship."""
         stored = stored_encoders(ASSETS) if self.shipped_parts else {}
-        if self.init is not None:
-            stored = stored_encoders(self.init)
+        if (folder := self.teacher or self.init) is not None:
+            stored = stored_encoders(folder)
         sources = {}
         for name in encoders:
             if (source := getattr(self, name)) is not None:
@@ -449,12 +450,14 @@ def _combined(defaults: Settings, given: dict) -> Settings:
     """The settings of a file with the options that were given, and between them what the --init
     folder holds."""
     init, found = given.get("init", defaults.init), {}
-    if init is None and (teacher := given.get("teacher", defaults.teacher)) is not None:
-        init = teacher  # what the student starts as, and its other parts
+    teacher = given.get("teacher", defaults.teacher)
+    if init is None and teacher is not None:
+        init = teacher  # what the student starts as
         given = given | {"init": teacher}
-    if init is not None and (vae := shared_folder(init) / "vae" / CONFIG_NAME).is_file():
+    source = teacher or init  # of its other parts
+    if source is not None and (vae := shared_folder(source) / "vae" / CONFIG_NAME).is_file():
         found["vae"] = vae.parent
-    if init is not None and (encoders := stored_encoders(init)):
+    if source is not None and (encoders := stored_encoders(source)):
         found |= dict.fromkeys([*encoders, "text"])  # None, for text_sources to take them
     if given.get("text") is not None:
         found |= dict.fromkeys(SUBFOLDERS)

@@ -35,7 +35,7 @@ from gentron_train.settings import Settings, stored_config
 
 SOLVER = "dpm++"  # of the trajectories: it draws no noise
 # What a student has of its teacher, whatever its size.
-SHARED_FIELDS = "in_channels", "temporal", "learned_range", "encoders", "clip_width", "t5_width"
+SHARED_FIELDS = "in_channels", "temporal", "encoders", "clip_width", "t5_width"
 LAMBDAS = "min_lambda_t", "max_lambda_t", "min_lambda_m", "max_lambda_m"
 
 
@@ -403,7 +403,10 @@ def _check_student(settings: Settings) -> None:
     for wanted, own in parts.items():
         folders = wanted.resolve(), own.resolve()
         if own.is_dir() and len(set(folders)) > 1 and len(set(map(folder_digest, folders))) > 1:
-            raise ValueError(f"{own} is another {wanted.name} than that of the teacher, {wanted}")
+            raise ValueError(
+                f"{own} is another {wanted.name} than that of the teacher, {wanted}; where none "
+                "is named, that is taken"
+            )
 
 
 def _uniform(low: float, high: float) -> Tensor:

@@ -18,9 +18,11 @@ from gentron_fast.commandline import refuse, run
 from gentron_fast.files import whole_file
 from gentron_train.findings.claims import Side
 from gentron_train.findings.jobs import Place, add_arguments, missing_jobs, train_jobs
+from gentron_train.findings.page import check_records
 from gentron_train.findings.paired import differences, prompt_error
 from gentron_train.findings.scoring import MEASURES, read_records, result_name
 from gentron_train.findings.table import Table, read_table
+from gentron_train.flops import parameter_count
 from gentron_train.settings import CONFIGS
 from gentron_train.shipped import ROOT
 
@@ -34,17 +36,18 @@ SHOWN = {
 
 def page(records: Sequence[dict], table: Table) -> str:
     """docs/trials.md."""
-    first, *others = table.pilot
+    first, base = table.pilot[0], next(iter(table.runs.values()))
+    minutes, size = base.settings(table.config).minutes, parameter_count(table.model(base))
     parts = [
         f"""# Trials: what moves fidelity most
 
-Runs of as many minutes on one core each (two side by side), which differ from the first in one
-thing ([runs.yaml](../train/configs/trials/runs.yaml),
+Runs of {minutes:g} minutes on one core each, which differ from the first in one thing
+([runs.yaml](../train/configs/trials/runs.yaml),
 [settings.yaml](../train/configs/trials/settings.yaml)).
-A model of 1.6 million parameters stands for the one that ships, which would need hours for a trial.
-Scored on {3 * table.prompts} prompts ({table.prompts} each of seen, unseen, two objects), all with
-the same noise. A difference is to the first run of the stage; ± is twice the standard error of the
-prompts alone. What another seed does stands in the last lines.
+A model of {size / 1e6:.1f} million parameters stands for the one that ships, which would need
+hours for a trial. Scored on {3 * table.prompts} prompts ({table.prompts} each of seen, unseen, two
+objects), all with the same noise. A difference is to the first run of the stage; ± is twice the
+standard error of the prompts alone.
 
     python -m gentron_train.trials        # trains what is missing; --page writes this page alone"""
     ]
@@ -53,8 +56,8 @@ prompts alone. What another seed does stands in the last lines.
         rows = [row for name in names if (row := _row(records, name, names[0], first, stage))]
         if rows:
             parts.append("\n".join([_head(stage), *rows]))
-    spread = [line for name in table.again if (line := _spread(records, name, (first, *others)))]
-    return "\n\n".join([*parts, *spread]) + "\n"
+    parts += [line for name in table.again if (line := _spread(records, name, table.pilot))]
+    return "\n\n".join(parts if records else [*parts, "Not run yet."]) + "\n"
 
 
 def _head(stage: str) -> str:
@@ -63,7 +66,7 @@ def _head(stage: str) -> str:
     return f"{line}\n|{'---|' * (3 + 2 * len(cells))}"
 
 
-def _row(records, name: str, base: str, seed: int, stage: str) -> str:
+def _row(records: Sequence[dict], name: str, base: str, seed: int, stage: str) -> str:
     found = [r for r in records if (r["run"], r["seed"]) == (name, seed)]
     if not found:
         return ""
@@ -85,7 +88,7 @@ def _file(name: str, seed: int) -> str:
     return f"[{name}](../bench/results/trials/{result_name(name, seed)})"
 
 
-def _spread(records, name: str, seeds: Sequence[int]) -> str:
+def _spread(records: Sequence[dict], name: str, seeds: Sequence[int]) -> str:
     """Of a run that was trained with several seeds, each one's figures."""
     cells = []
     for measure in SHOWN["t2i"]:
@@ -113,6 +116,9 @@ def _command(argv: list[str]) -> None:
     add_arguments(parser, "trials", TABLE)
     args = parser.parse_args(argv)
     table, place = read_table(args.table.absolute()), Place.of(args)
+    if not table.pilot:
+        raise ValueError(f"{args.table} must name pilot, the seeds")
+    check_records(read_records(ROOT / place.results), table)
     place.check_writable()
     write = functools.partial(_write, place, table)
     if not args.page:
@@ -122,7 +128,9 @@ def _command(argv: list[str]) -> None:
 
 
 def _write(place: Place, table: Table) -> None:
-    text = page(read_records(ROOT / place.results), table)
+    records = read_records(ROOT / place.results)
+    check_records(records, table)
+    text = page(records, table)
     with whole_file(ROOT / place.document) as partial:
         partial.write_text(text, encoding="utf-8")
     print(f"wrote        {place.document}")

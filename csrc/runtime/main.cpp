@@ -210,14 +210,13 @@ at::Tensor scale(const std::optional<double>& value) {
 
 // As gentron_fast.arguments.not_learnt tells it.
 void tell_not_learnt(
-    const gentron::Metadata& metadata, const std::string& name,
-    const std::optional<double>& asked) {
+    const gentron::Metadata& metadata, const std::string& name, double asked) {
   const auto found = metadata.learnt.find(name);
-  if (!asked || found == metadata.learnt.end()) return;
+  if (found == metadata.learnt.end()) return;
   const auto [low, high] = found->second;
-  if (*asked >= low && *asked <= high) return;
+  if (asked >= low && asked <= high) return;
   std::cerr << "gentron-sample: the model was distilled with " << name << " from " << low << " to "
-            << high << ", and may not know " << *asked << "\n";
+            << high << ", and may not know " << asked << "\n";
 }
 
 void run(const Arguments& arguments) {
@@ -246,9 +245,9 @@ void run(const Arguments& arguments) {
     refuse("this compiled sampler takes --embeddings; --tokens need an export with --whole");
   }
 
-  tell_not_learnt(metadata, "lambda_t", arguments.lambda_t);
+  tell_not_learnt(metadata, "lambda_t", arguments.lambda_t.value_or(metadata.lambda_t));
   if (metadata.frames != std::vector<int64_t>{1}) {  // where something moves
-    tell_not_learnt(metadata, "lambda_m", arguments.lambda_m);
+    tell_not_learnt(metadata, "lambda_m", arguments.lambda_m.value_or(metadata.lambda_m));
   }
 
   gentron::Request request;

@@ -11,10 +11,10 @@ class Request:
     """One clip, or an image where frames is 1. What is None is the pipeline folder's own.
 
     prompt; negative_prompt, in the place of the null text; seed 0 … 2**64 - 1; steps; solver: ddpm,
-    ddim or dpm++, with eta, the noise of ddim; lambda_t, lambda_m: guidance of text and of motion,
-    within guidance_range of the steps; rescale 0 … 1; frames; height and width in pixels, both or
-    none. deadline: seconds from its submission within which the clip must be there, None for no
-    limit. As in a call of the pipeline, which tells more of each.
+    ddim, dpm++ or few-step, with eta, the noise of ddim; lambda_t, lambda_m: guidance of text and
+    of motion, within guidance_range of the steps; rescale 0 … 1; frames; height and width in
+    pixels, both or none. deadline: seconds from its submission within which the clip must be there,
+    None for no limit. As in a call of the pipeline, which tells more of each.
     """
 
     prompt: str

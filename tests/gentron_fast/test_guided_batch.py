@@ -19,7 +19,7 @@ from gentron_fast.guidance import (
     guidance_schedule,
     guided_prediction,
 )
-from gentron_fast.solvers import make_table, solver_step
+from gentron_fast.solvers import SOLVERS, make_table, solver_step
 
 LEARNED = SCHEDULER_CONFIG | {"variance_type": "learned_range"}
 PLACES = 5
@@ -40,7 +40,7 @@ class Requests:
         """(denoiser with shared work, the same alone, seed)."""
         pick, config = self.random.choice, self.model.config
         self.count += 1
-        solver = pick(("dpm++", "ddim", "ddpm"))
+        solver = pick(SOLVERS)
         steps, eta = pick((1, 2, 3, 6)), pick((0.0, 1.0)) if solver == "ddim" else 0.0
         table = make_table(
             solver, LEARNED if config.learned_range else SCHEDULER_CONFIG, steps, eta

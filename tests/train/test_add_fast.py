@@ -1,5 +1,6 @@
 """A distilled model beside its teacher: what `generate --fast` then takes, and what is refused."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -45,4 +46,8 @@ def test_what_is_no_pair_is_refused_and_nothing_written(folders, tmp_path, capsy
         assert main(list(map(str, pair))) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
+    path = student / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"in_channels": 16}))
+    assert main([str(teacher), str(student)]) == 2
+    assert "has in_channels 16" in capsys.readouterr().err
     assert not (teacher / FAST).exists() and not (student / FAST).exists()

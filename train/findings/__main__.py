@@ -101,8 +101,8 @@ def _command(argv: list[str]) -> None:
             raise ValueError(f"--one takes a run of {', '.join(table.runs)}, and --seed")
         train_one(table.runs[args.one], args.seed, table, place)
         return
-    if not (table.seeds and table.pilot):
-        raise ValueError(f"{args.table} must name seeds and pilot")
+    if not (table.seeds and table.pilot and table.lambda_m):
+        raise ValueError(f"{args.table} must name seeds, pilot and lambda_m")
     records = read_records(ROOT / place.results)
     pages.check_records(records, table)
     jobs = table.jobs(pilot=True) if args.pilot else table.jobs(pilot=False)

@@ -142,7 +142,7 @@ def train_jobs(
             folder = trained_folder(place.out, job.start, seed)
             raise ValueError(f"{folder.parent} says that it is trained, and has no {EXPORTED}")
         with all_cores():
-            _train_group(group, (len(jobs) - len(left), len(jobs)), place, written)
+            _train_group(group, (len(jobs) - len(left), len(jobs)), at_once, place, written)
         left = [job for job in left if job not in group]
         if left:
             time.sleep(TURN)
@@ -151,12 +151,13 @@ def train_jobs(
 def _train_group(
     group: list[tuple[Run, int]],
     counted: tuple[int, int],
+    at_once: int,
     place: Place,
     written: Callable[[], None],
 ) -> None:
-    """Runs side by side; their output goes to a file each. ValueError for one that fails, once the
-    others have ended."""
-    threads = str(max(1, available_cores() // len(group)))
+    """Runs side by side, each with its share of the cores where there are at_once of them; their
+    output goes to a file each. ValueError for one that fails, once the others have ended."""
+    threads = str(max(1, available_cores() // at_once))
     environment = {"OMP_NUM_THREADS": threads} | os.environ
     first, total = counted
     with ExitStack() as ends:

@@ -112,6 +112,8 @@ def read_table(path: Path = TABLE) -> Table:
     values = EMPTY | values
     sweep = values["lambda_m"]
     check(sweep, {"run": TEXT, "values": _SCALES}, str(path))
+    if len(sweep) not in (0, 2):
+        raise ValueError(f"{path}: lambda_m has {', '.join(sweep)}, wanted run and values")
     runs = {name: _run(name, fields, path) for name, fields in values["runs"].items()}
     table = Table(
         **{name: tuple(values[name]) for name in ("seeds", "pilot", "again")},

@@ -76,7 +76,7 @@ def compare(
     for row, seconds in zip(rows, _seconds(pipelines, rows, guidance), strict=True):
         row["seconds"] = seconds
     write_json(out, {"settings": settings, "rows": rows})
-    _draw(rows, pictures[0])
+    _draw(rows, settings["prompts"], pictures[0])
     _draw_sheet(pipelines, rows, guidance, pictures[1])
     return rows
 
@@ -99,7 +99,7 @@ def table(rows: list[dict], prompts: int) -> str:
         f"{'':13}{'all':>19}{'shape':>8}{'motion':>8}{'PSNR':>8}{'Fréchet':>9}{'s a clip':>10}"
     ]
     for row in rows:
-        low, high = wilson_interval(round(alignment(row) * 2 * prompts), 2 * prompts)
+        low, high = _interval(row, prompts)
         cells = f"{100 * alignment(row):6.1f} ({100 * low:4.1f}–{100 * high:4.1f})"
         means = [np.mean([row[f"{c} {name}"] for c in COLUMNS]) for name in FIGURES[1:]]
         distance = np.mean([row[f"{c} fréchet"] for c in COLUMNS])
@@ -111,24 +111,42 @@ def table(rows: list[dict], prompts: int) -> str:
     return "\n".join(lines)
 
 
-def _draw(rows: list[dict], path: Path) -> None:
-    """Alignment and PSNR against the seconds of a clip."""
+def _interval(row: dict, prompts: int) -> tuple[float, float]:
+    """The share that is all right of both kinds of prompts, 95 %."""
+    return wilson_interval(round(alignment(row) * 2 * prompts), 2 * prompts)
+
+
+def _draw(rows: list[dict], prompts: int, path: Path) -> None:
+    """Alignment with its intervals, and PSNR, against the seconds of a clip."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
-    panels = zip(
-        figure.subplots(1, 2),
-        (lambda row: 100 * alignment(row), psnr),
-        ("right in colour, shape and motion, %", "PSNR against the best scene, median, dB"),
-        strict=True,
+    panels = list(
+        zip(
+            figure.subplots(1, 2),
+            (lambda row: 100 * alignment(row), psnr),
+            ("right in colour, shape and motion, %", "PSNR against the best scene, median, dB"),
+            strict=True,
+        )
     )
     for axes, value, label in panels:
         for model in (TEACHER, STUDENT):
             own = sorted((r for r in rows if r["model"] == model), key=lambda r: r["seconds"])
             points = [(row["seconds"], value(row)) for row in own]
-            axes.plot(*zip(*points, strict=True), "o-", ms=4, label=model)
+            (line,) = axes.plot(*zip(*points, strict=True), "o-", ms=4, label=model)
+            if axes is panels[0][0]:
+                ends = np.array([_interval(row, prompts) for row in own]).T
+                errors = np.abs(100 * ends - [y for _, y in points])
+                axes.errorbar(
+                    *zip(*points, strict=True),
+                    yerr=errors,
+                    fmt="none",
+                    capsize=2,
+                    color=line.get_color(),
+                )
+            height = 4 if model == TEACHER else -11
             for row, point in zip(own, points, strict=True):
-                place = {"xytext": (3, 3), "textcoords": "offset points"}
+                place = {"xytext": (3, height), "textcoords": "offset points"}
                 axes.annotate(f"{row['steps']} steps", point, **place)
         axes.set_xscale("log")
         axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
@@ -142,11 +160,11 @@ def _draw(rows: list[dict], path: Path) -> None:
 
 
 def _draw_sheet(pipelines: dict, rows: list[dict], guidance: dict, path: Path) -> None:
-    """A row a way: its steps × the branches of each."""
+    """A row a way: its steps, times the branches of each."""
     ways = []
     for row in rows:
         branches = 1 if row["model"] == STUDENT else 2 + (guidance["lambda_m"] != 1)
-        title = f"{row['model']}, {row['steps']} × {branches}, {row['seconds']:.2f} s a clip"
+        title = f"{row['model']}, {row['steps']} x {branches}, {row['seconds']:.2f} s a clip"
         options = guidance | {"steps": row["steps"], "solver": SOLVER}
         ways.append((title, pipelines[row["model"]], options))
     draw_sheet(ways, path)
@@ -188,6 +206,7 @@ def _command(argv: list[str]) -> None:
     for name, folder in folders.items():
         settings[name] = part_digests(folder, ["transformer"])["transformer"]
     settings["few_step_timesteps"] = pipelines[TEACHER].scheduler.get("few_step_timesteps")
+    settings["solver"] = SOLVER
     print(table(compare(pipelines, POINTS, settings, args.out), args.prompts))
 
 

@@ -229,7 +229,7 @@ WRONG = [
     ({"lambda_t": float("nan")}, "lambda_t", "wanted a number"),
     ({"lambda_m": 1e300}, "lambda_m", "wanted a number"),
     ({"rescale": 1.5}, "rescale", "wanted a number from 0 to 1"),
-    ({"solver": "euler"}, "solver", "wanted one of ddpm, ddim, dpm++"),
+    ({"solver": "euler"}, "solver", "wanted one of ddpm, ddim, dpm++, few-step"),
     ({"lamda_t": 3}, "lamda_t", "there is no field 'lamda_t' here; wanted some of lambda_t"),
     ({"model": "sora-2"}, "model", "there is no model 'sora-2', only tiny"),
     ({"input_reference": {"image_url": "x"}}, "input_reference", "no clip starts from a picture"),

@@ -27,7 +27,7 @@ from gentron_fast.serving import (
     SchedulerClosed,
     engine,
 )
-from gentron_fast.solvers import solver_step
+from gentron_fast.solvers import SOLVERS, solver_step
 
 SMALL = {"steps": 3, "frames": 2, "height": 32, "width": 32}
 WAIT = 60  # seconds, for what comes in far fewer
@@ -91,7 +91,10 @@ def made_at_random(pipeline, monkeypatch, count=14):
     pick, coming, jobs, latents = random.Random(3), [], [], {}
     shapes = [{"frames": 2, "height": 32, "width": 32}, {"frames": 1, "height": 32, "width": 48}]
     for seed in range(count):
-        own = {"steps": pick.randint(1, 6), "solver": pick.choice(("ddpm", "ddim", "dpm++"))}
+        own = {
+            "steps": pick.randint(1, 6),
+            "solver": pick.choice(SOLVERS),
+        }
         own |= {"lambda_m": pick.choice((1.0, 1.2)), "rescale": pick.choice((0.0, 0.7))}
         own |= {"negative_prompt": pick.choice((None, "a star")), **pick.choice(shapes)}
         prompt = pick.choice(("a red circle", "a blue star moving left"))

@@ -71,11 +71,11 @@ def test_who_waits_for_the_cores_gets_them_next(tmp_path, capsys):
 def two_runs(tmp_path, monkeypatch):
     """What trains two runs side by side, each a process of the code that is given."""
 
-    def train(code: str) -> None:
+    def train(code: str, runs: int = 2) -> None:
         monkeypatch.setattr(jobs, "program", lambda words: [sys.executable, "-c", code])
         table, place = read_table(), jobs.Place(TABLE, *[tmp_path] * 3, "cpu")
         group = [(table.runs["clip"], 1), (table.runs["clip"], 2)]
-        jobs._train_group(group, (0, 2), place, lambda: None)
+        jobs._train_group(group[:runs], (0, 2), 2, place, lambda: None)
 
     return train
 
@@ -90,6 +90,7 @@ def test_a_run_that_fails_is_told_with_what_it_said(two_runs, tmp_path, capsys):
         patch.setattr(jobs, "available_cores", lambda: 2)
         patch.delenv("OMP_NUM_THREADS", raising=False)
         two_runs(threads)
+        two_runs(threads, runs=1)  # one that is left over has no more than its share
 
 
 def test_no_run_outlives_the_command(two_runs, tmp_path, monkeypatch):

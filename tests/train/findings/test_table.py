@@ -67,6 +67,8 @@ RUN = {"stage": "t2i", "model": "depth=1 width=16"}
         ({"seeds": [1, 1]}, "a seed is there twice"),
         ({"seeds": [0]}, "or in the pilot too"),
         ({"prompts": 0}, "prompts of {} is 0, wanted a whole number from 1"),
+        ({"lambda_m": {"run": "both"}}, "lambda_m has run, wanted run and values"),
+        ({"seeds": None}, "seeds of {} is None"),
         ({"again": ["nobody"]}, "again and lambda_m name nobody, no run"),
         ({"more": 1}, "must hold seeds, pilot, again"),
         ({"runs": {"A b": RUN}}, "a run is named 'A b', wanted small letters"),

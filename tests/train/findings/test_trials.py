@@ -47,13 +47,23 @@ def test_the_page_tells_differences_and_what_a_seed_does(table, tmp_path):
     rows = {line[3:].split("]")[0]: line.split(" | ") for line in lines}
     assert float(rows["deeper"][6].split(" ± ")[0]) == pytest.approx(20, abs=1)
     assert rows["base"][4] == "" and "wider" not in rows
-    assert "T2V | steps" in page and "frame" in page
+    assert "T2V | steps" in page and "Not run yet" not in page
     assert "base with the seeds 1, 2, 3: what was asked for" in page
 
 
 def test_the_page_here_is_its_files(table):
     records = read_records(ROOT / "bench/results/trials")
     assert (ROOT / "docs/trials.md").read_text() == trials.page(records, table)
+
+
+def test_results_of_other_settings_are_refused(table, tmp_path, capsys):
+    record = made_up(table, table.pilot[:1])[0]
+    record["settings"]["lr"] = 5.0
+    write_record(tmp_path / result_name(record["run"], record["seed"]), record)
+    argv = ["--page", "--results", str(tmp_path), "--document", str(tmp_path / "page.md")]
+    assert trials.main(argv) == 2
+    assert "was made with lr 5.0, the table says 0.002: move it" in capsys.readouterr().err
+    assert not (tmp_path / "page.md").exists()
 
 
 def test_wrong_input_is_one_line(tmp_path, capsys):

@@ -37,7 +37,7 @@ def test_figures_are_kept_and_told(folder, tiny_pipeline_folder, tmp_path, monke
     command = ["--teacher", str(tiny_pipeline_folder), "--student", str(folder)]
     command += ["--prompts", "10", "--seed", "5", "--lambda-m", "1.3", "--out", str(out)]
     assert distilled.main(command) == 0
-    options = {"lambda_t": 7.5, "lambda_m": 1.3}
+    options = {"lambda_t": 7.5, "lambda_m": 1.3, "solver": "few-step"}
     assert asked == [
         (False, 10, 5, options | {"steps": 3}),
         (True, 10, 5, options | {"steps": 2}),
