@@ -1,10 +1,11 @@
 """The distilled model that ships: a step of one branch and a clip of few, beside its teacher's.
 
-pytest bench/bench_distilled.py --benchmark-only
+pytest bench/bench_distilled.py --benchmark-only [--full]
 """
 
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from bench_step import STEP, Step, plainly
 from contest import DTYPES, OURS, Contender
 
 from gentron_fast import GenTronPipeline
+from gentron_fast.compiled import CompiledSampler, export_sampler
+from gentron_fast.diffusion import portable_noise
 from gentron_fast.guidance import GuidedDenoiser, guided_prediction
 from gentron_fast.pipeline import ASSETS, FAST
 from gentron_fast.solvers import make_table, solver_step
@@ -65,6 +68,27 @@ class Guided(Step):
             return self.pipeline.vae.decode(latents.to(self.dtype))
 
         return run
+
+
+def compiled(folder: Path, dtype, device, steps: int, path: Path):
+    """A compiled sampler's clip of seed 0, from noise to latents, whatever it is given."""
+    pipeline = GenTronPipeline.from_pretrained(folder).to(device, dtype)
+    encoder, defaults = pipeline.text_encoder, pipeline.defaults
+    distilled, side = pipeline.transformer.config.guidance_embedding, pipeline.default_size[0]
+    export_sampler(
+        *(path, pipeline.transformer, None if distilled else pipeline.encode([""])),
+        pipeline.scheduler,
+        frames=pipeline.default_frames,
+        latent_size=(side // pipeline.vae.factor,) * 2,
+        steps=steps,
+        solver=defaults.solver,
+        rescale=defaults.rescale,
+        max_batch=2,
+        max_tokens={name: encoder.max_tokens(name) for name in encoder.tokenizers},
+    )
+    sampler, text = CompiledSampler.load(path), pipeline.encode([PROMPT])
+    scales = {"lambda_t": defaults.lambda_t, "lambda_m": LAMBDA_M}
+    return lambda _: sampler(text, seed=0, **scales).latents
 
 
 def pair(dtype, device, steps: int, of_teacher: int, lambda_m: float = LAMBDA_M):
@@ -121,6 +145,36 @@ def test_clip(measure, contest, whole):
             Contender(OURS, one.clip(steps[0], whole)),
             Contender(f"{teacher} three branches", three.clip(steps[1], whole), checked=False),
             Contender(f"{teacher} two", own.clip(steps[1], whole), checked=False),
+        ],
+        times_launch=True,
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compiled_clip(measure, contest, tmp_path, dtype):
+    """The same by compiled samplers, whose steps run outside of Python: eight of one branch, as
+    many as the teacher's, and the teacher's fifty of three."""
+    few, many = (2, 3) if contest.smoke else (8, 50)
+    one, _ = pair(dtype, contest.device, few, many)
+
+    def made(folder: Path, steps: int):
+        return compiled(folder, dtype, contest.device, steps, tmp_path / f"{folder.name}{steps}")
+
+    def defined(latents):
+        noise = portable_noise(one.shape[1:], [0], 0).to(latents.device, latents.dtype)
+        return sampled(one.definition, few)(noise)
+
+    measure(
+        f"compiled clip, {few} steps, small, distilled",
+        one.shape,
+        dtype,
+        make=lambda randn: (randn(*one.shape, dtype=torch.float32),),
+        definition=torch.no_grad()(defined),
+        contenders=[
+            Contender(OURS, made(ASSETS / FAST, few)),
+            Contender(f"{many} steps of one branch", made(ASSETS / FAST, many), checked=False),
+            Contender(f"the teacher's {many} of three", made(ASSETS, many), checked=False),
         ],
         times_launch=True,
     )

@@ -41,7 +41,7 @@ PIPELINE                pipeline folder (the small model that ships)
 --out FILE              the compiled sampler, such as clip.gentron
 --frames N              frames a clip (the pipeline's own)
 --size H [W]            in pixels (the pipeline's own)
---steps N --solver S    denoising steps; ddpm, ddim, dpm++, few-step (the pipeline's own)
+--steps N --solver S    steps; ddpm, ddim, dpm++, few-step (the pipeline's own)
 --eta X                 noise of ddim, 0 to 1 (0)
 --lambda-t X            text guidance if a run gives none (the pipeline's own)
 --lambda-m X --rescale X   motion guidance, guidance rescale likewise

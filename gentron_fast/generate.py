@@ -59,7 +59,7 @@ PROMPT...               one or many prompts, each in quotes
 --seed N                of the first clip of each prompt (0)
 --model FOLDER --fast   pipeline folder (what ships); its model of few steps
 --compiled FILE --sha256 D   a compiled sampler in its place; its digest
---steps N --solver S    denoising steps; ddpm, ddim, dpm++, few-step (the model's own)
+--steps N --solver S    steps; ddpm, ddim, dpm++, few-step (the model's own)
 --lambda-t X            text guidance (the model's own; in the paper 7.5)
 --lambda-m X            motion guidance (the model's own; in the paper 1 to 1.3)
 --rescale X             guidance rescale, 0 to 1 (the model's own)

@@ -244,6 +244,7 @@ NOT_COMPUTING = {
     *("gentron_fast/convert/pipelines.py", "gentron_fast/evaluate.py"),
     *("gentron_fast/evaluation/study.py", "gentron_fast/evaluation/video.py"),
     *("train/export_pipeline.py", "train/shapes_table.py", "train/shipped.py"),
+    *("train/add_fast.py", "train/findings/__main__.py", "train/trials.py"),
     "train/small_world/renderer.py",
 }
 
@@ -255,7 +256,8 @@ def test_every_command_that_computes_settles_its_threads():
     commands = {name for name, text in texts.items() if "    return run(" in text}
     unsettled = {name for name in commands if "settle_threads()" not in texts[name]}
     assert unsettled == NOT_COMPUTING
-    assert "settle_threads()" in texts["gentron_fast/evaluation/score.py"]
+    for name in ("gentron_fast/evaluation/score.py", "train/findings/jobs.py"):
+        assert "settle_threads()" in texts[name]
     assert not [name for name, text in texts.items() if "os.cpu_count" in text]
 
 
