@@ -72,6 +72,17 @@ def refuse(message: str):
     raise ValueError(message)
 
 
+def described_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """Of a command whose --help shows its description as it is written."""
+    parser = argparse.ArgumentParser(
+        prog=name,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.error = refuse
+    return parser
+
+
 def whole_number(low: int, high: int | None = None):
     """The argparse type of whole numbers from `low` to `high`."""
     wanted = f"of at least {low}" if high is None else f"from {low} to {high}"

@@ -309,7 +309,7 @@ class GenTronPipeline:
         )
         distilled = self.transformer.config.guidance_embedding
         if distilled:
-            check_one_branch(negatives, 1)
+            check_one_branch(negatives)
         if len(negatives) not in (1, len(prompts)):
             raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
         frames = self.default_frames if frames is None else frames

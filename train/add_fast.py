@@ -6,13 +6,12 @@ Of the pipeline folder STUDENT, which train/distill.py makes, its transformer go
 all other parts are TEACHER's. Then gentron_train.few_steps TEACHER/fast fits timesteps to it.
 """
 
-import argparse
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from gentron_fast.commandline import refuse, run, whole_number
+from gentron_fast.commandline import described_parser, run, whole_number
 from gentron_fast.config import SamplingDefaults
 from gentron_fast.files import read_json, whole_folder, write_json
 from gentron_fast.pipeline import FAST, INDEX_NAME, INDEX_SCHEMA, SHARED_PARTS
@@ -55,10 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _command(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = refuse
+    parser = described_parser(NAME, __doc__)
     parser.add_argument("teacher", type=Path, help="pipeline folder, which gets fast/")
     parser.add_argument("student", type=Path, help="pipeline folder of a distilled model")
     parser.add_argument(

@@ -9,7 +9,6 @@ the folder's scheduler_config.json, where the solver few-step takes it; that of 
 teacher's, for both.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from gentron_fast.commandline import (
     check_writable,
     choose_device,
-    refuse,
+    described_parser,
     run,
     silence_libraries,
     usable_device,
@@ -111,10 +110,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _command(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = refuse
+    parser = described_parser(NAME, __doc__)
     parser.add_argument("pipeline", type=Path, help="pipeline folder")
     parser.add_argument(
         "--steps", type=whole_number(1, MOST), nargs="+", default=[4, 8], help="default: 4 8"

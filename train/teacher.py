@@ -330,12 +330,12 @@ def exported_scheduler(settings: Settings) -> dict:
 def shares_line(settings: Settings, trajectories: dict | None) -> str:
     """What a student learns from, in one line; trajectories: what its shards say of those stored
     in them."""
-    share, steps = settings.p_trajectory, f"{settings.min_trajectory_steps} to "
-    steps += f"{settings.max_trajectory_steps} steps"
-    stored = f", {'stored' if trajectories else 'sampled beside it'} in {steps}" if share else ""
+    share, told = settings.p_trajectory, trajectories or vars(settings)
+    low, high = (told.get(f"{end}_trajectory_steps") for end in ("min", "max"))
     return (
         f"the student learns from noised data ({1 - share:.0%}) and from its teacher's own "
-        f"sampling ({share:.0%}{stored})"
+        f"sampling in {low} to {high} steps ({share:.0%}, "
+        f"{'stored' if trajectories else 'sampled beside it'})"
     )
 
 

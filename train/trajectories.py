@@ -25,9 +25,9 @@ from tqdm import tqdm
 from gentron_fast.commandline import (
     check_writable,
     choose_device,
+    described_parser,
     number,
     rank_and_world,
-    refuse,
     run,
     silence_libraries,
     usable_device,
@@ -199,10 +199,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = refuse
+    parser = described_parser(NAME, __doc__)
     add = parser.add_argument
     add("shards", nargs="+", help="globs or URLs of precomputed shards, with text embeddings")
     add("out", type=Path, help="folder for the new shards")

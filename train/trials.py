@@ -7,14 +7,13 @@ written into docs/trials.md. Cut off, the same command goes on; RESULTS has a fi
 scores, and what is there is not trained again.
 """
 
-import argparse
 import functools
 import sys
 from collections.abc import Sequence
 
 import numpy as np
 
-from gentron_fast.commandline import refuse, run
+from gentron_fast.commandline import described_parser, run
 from gentron_fast.files import whole_file
 from gentron_train.findings.claims import Side
 from gentron_train.findings.jobs import Place, add_arguments, missing_jobs, train_jobs
@@ -62,15 +61,16 @@ standard error of the prompts alone.
 
 def _head(stage: str) -> str:
     cells = [f"{MEASURES[name].title}, {MEASURES[name].unit} | against" for name in SHOWN[stage]]
-    line = f"| {stage.upper()} | steps | loss | {' | '.join(cells)} |"
-    return f"{line}\n|{'---|' * (3 + 2 * len(cells))}"
+    line = f"| {stage.upper()} | steps | {' | '.join(cells)} |"
+    return f"{line}\n|{'---|' * (2 + 2 * len(cells))}"
 
 
 def _row(records: Sequence[dict], name: str, base: str, seed: int, stage: str) -> str:
     found = [r for r in records if (r["run"], r["seed"]) == (name, seed)]
     if not found:
         return ""
-    cells = [_file(name, seed), f"{found[0]['steps']:,}", f"{found[0]['loss']:.4f}"]
+    cells = [f"[{name}](../bench/results/trials/{result_name(name, seed)})"]
+    cells.append(f"{found[0]['steps']:,}")
     for measure in SHOWN[stage]:
         own, first = (Side("", side).figures(records, seed, measure) for side in (name, base))
         shown = MEASURES[measure]
@@ -84,20 +84,16 @@ def _row(records: Sequence[dict], name: str, base: str, seed: int, stage: str) -
     return f"| {' | '.join(cells)} |"
 
 
-def _file(name: str, seed: int) -> str:
-    return f"[{name}](../bench/results/trials/{result_name(name, seed)})"
-
-
 def _spread(records: Sequence[dict], name: str, seeds: Sequence[int]) -> str:
     """Of a run that was trained with several seeds, each one's figures."""
-    cells = []
-    for measure in SHOWN["t2i"]:
-        figures = [Side("", name).figures(records, seed, measure) for seed in seeds]
-        means = [MEASURES[measure].shown(np.nanmean(one)) for one in figures if one is not None]
-        cells.append(f"{MEASURES[measure].title} {', '.join(means)} {MEASURES[measure].unit}")
-    known = [seed for seed in seeds if Side("", name).figures(records, seed, "psnr") is not None]
+    known = [seed for seed in seeds if any((r["run"], r["seed"]) == (name, seed) for r in records)]
     if len(known) < 2:
         return ""
+    cells = []
+    for measure in SHOWN["t2i"]:
+        figures = [Side("", name).figures(records, seed, measure) for seed in known]
+        means = [MEASURES[measure].shown(np.nanmean(one)) for one in figures]
+        cells.append(f"{MEASURES[measure].title} {', '.join(means)} {MEASURES[measure].unit}")
     return f"{name} with the seeds {', '.join(map(str, known))}: {'; '.join(cells)}."
 
 
@@ -108,10 +104,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _command(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = refuse
+    parser = described_parser(NAME, __doc__)
     parser.add_argument("--page", action="store_true", help="write the page of what is there")
     add_arguments(parser, "trials", TABLE)
     args = parser.parse_args(argv)

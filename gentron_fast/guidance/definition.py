@@ -61,7 +61,7 @@ def guidance_inputs(lambda_t: Tensor, lambda_m: Tensor, has_motion: bool) -> Ten
     return torch.stack([lambda_t, lambda_m], -1).float()
 
 
-def check_one_branch(negative_prompts: Iterable[str], reuse: int) -> None:
+def check_one_branch(negative_prompts: Iterable[str] = (), reuse: int = 1) -> None:
     """ValueError for what a distilled model, which has no branch but the text's, cannot take."""
     if refused := next(filter(None, negative_prompts), None):
         raise ValueError(

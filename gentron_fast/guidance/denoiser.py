@@ -85,7 +85,7 @@ class GuidedDenoiser:
         if reuse < 1:
             raise ValueError(f"reuse must be at least 1 step, got {reuse}")
         if distilled:
-            check_one_branch((), reuse)
+            check_one_branch(reuse=reuse)
         if distilled != (null_text is None):
             raise ValueError(
                 "a distilled model has one branch: its null_text must be None"

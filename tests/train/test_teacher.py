@@ -223,7 +223,7 @@ def test_a_run_is_resumed_and_exported_as_a_pipeline(world, tiny_pipeline_folder
     finish(launch("train/distill.py", world, run, *options, "--steps=4", "--minutes=5"))
     output = finish(launch("train/distill.py", world, run, *options, "--steps=6", "--resume"))
     assert "going on at step 4" in output
-    assert "from its teacher's own sampling (50%, sampled beside it in 10 to 50 steps)" in output
+    assert "its teacher's own sampling in 10 to 50 steps (50%, sampled beside it)" in output
     assert [row["step"] for row in log_of(run)][-1] == 6
     pipeline = GenTronPipeline.from_pretrained(run / "pipeline")
     teacher = GenTronPipeline.from_pretrained(tiny_pipeline_folder)

@@ -138,7 +138,8 @@ def test_a_student_learns_from_what_is_stored(stored, tiny_pipeline_folder, tmp_
     )
     run = tmp_path / "run"
     data = (f"--images={stored}/images-*.tar", f"--clips={stored}/clips-*.tar")
-    finish(launch("train/distill.py", world, run, *options, *data, "--steps=3", "--minutes=5"))
+    command = launch("train/distill.py", world, run, *options, *data, "--steps=3", "--minutes=5")
+    assert "own sampling in 3 to 4 steps (100%, stored)" in finish(command)
     assert [row["step"] for row in log_of(run)][-1] == 3
     made = GenTronPipeline.from_pretrained(run / "pipeline")
     assert made.transformer.config.guidance_embedding

@@ -388,6 +388,9 @@ class Loader:
         """
         # Checkpoints of earlier versions have no p_image.
         given = {"p_image": 0.0} | states[0]["order"]
+        if not given["p_motion_free"] + given["p_image"]:  # they counted images that none reads
+            counted, read = given["samples"], self.reader.order.totals
+            given["samples"] = {kind: n for kind, n in counted.items() if kind in read}
         for name, value in self._fingerprint().items():
             if given[name] != value:
                 raise ValueError(

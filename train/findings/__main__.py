@@ -10,7 +10,7 @@ import argparse
 import functools
 import sys
 
-from gentron_fast.commandline import refuse, run
+from gentron_fast.commandline import described_parser, run
 from gentron_fast.config import GenTronConfig
 from gentron_fast.files import whole_file
 from gentron_train.findings import page as pages
@@ -78,10 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = refuse
+    parser = described_parser(NAME, __doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--pilot", action="store_true", help="the seeds that are left out instead")
     what.add_argument("--plan", action="store_true", help="print what would be run, and how long")

@@ -536,6 +536,22 @@ def test_checkpoint_of_other_data_is_refused(shards, models, encoder, tmp_path):
         other.load_state_dict([state])
 
 
+def test_a_run_of_clips_goes_on_without_the_images_that_it_once_counted(
+    shards, models, encoder, tmp_path
+):
+    both = settings(shards, tmp_path, p_motion_free=0.0)
+    counted = make_loader(both, models / "vae", encoder.tokenize)
+    assert counted.state_dict()["order"]["samples"]["images"] > 0
+    next(counted)
+    clips = make_loader(replace(both, kinds=("clips",)), models / "vae", encoder.tokenize)
+    clips.load_state_dict([counted.state_dict()])
+    assert_same(next(clips), next(counted))
+    read = settings(shards, tmp_path, p_motion_free=0.5)
+    state = make_loader(read, models / "vae", encoder.tokenize).state_dict()
+    with pytest.raises(ValueError, match=r"samples was .* when the checkpoint was written"):
+        clips.load_state_dict([state])
+
+
 def test_unlike_sizes_without_buckets_are_broken_samples(shards, models, encoder, tmp_path):
     data = settings(shards, tmp_path, kinds=("images",), size=None, max_broken=0.05)
     loader = make_loader(replace(data, max_broken=0.2), models / "vae", encoder.tokenize)

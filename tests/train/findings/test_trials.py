@@ -45,8 +45,8 @@ def test_the_page_tells_differences_and_what_a_seed_does(table, tmp_path):
     page = (tmp_path / "page.md").read_text()
     lines = [line for line in page.splitlines() if line.startswith("| [")]
     rows = {line[3:].split("]")[0]: line.split(" | ") for line in lines}
-    assert float(rows["deeper"][6].split(" ± ")[0]) == pytest.approx(20, abs=1)
-    assert rows["base"][4] == "" and "wider" not in rows
+    assert float(rows["deeper"][5].split(" ± ")[0]) == pytest.approx(20, abs=1)
+    assert rows["base"][3] == "" and "wider" not in rows
     assert "T2V | steps" in page and "Not run yet" not in page
     assert "base with the seeds 1, 2, 3: what was asked for" in page
 
