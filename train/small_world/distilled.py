@@ -152,7 +152,7 @@ def _draw(rows: list[dict], prompts: int, path: Path) -> None:
         axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
         axes.minorticks_off()
         axes.set_xlabel("seconds a clip")
-        axes.set_xlim(0.8 * min(r["seconds"] for r in rows), 1.7 * max(r["seconds"] for r in rows))
+        axes.set_xlim(0.8 * min(r["seconds"] for r in rows), 2.3 * max(r["seconds"] for r in rows))
         axes.set_ylabel(label)
         axes.legend(fontsize="small")
     with whole_file(path) as partial:
