@@ -35,6 +35,15 @@ def test_the_student_has_its_teachers_parts_and_few_steps(folders):
     assert (student / "vae").is_dir()
 
 
+def test_a_folder_of_somebody_elses_stays(folders, capsys):
+    teacher, student = folders
+    (teacher / FAST).mkdir()
+    (teacher / FAST / "mine.txt").write_text("mine")
+    assert main([str(teacher), str(student)]) == 2
+    assert "holds mine.txt" in capsys.readouterr().err
+    assert [path.name for path in (teacher / FAST).iterdir()] == ["mine.txt"]
+
+
 def test_what_is_no_pair_is_refused_and_nothing_written(folders, tmp_path, capsys):
     teacher, student = folders
     for pair, words in (
