@@ -29,6 +29,7 @@ from gentron_train.assembly import (
 from gentron_train.checkpoint import Checkpoints, Resumed, latest_checkpoint
 from gentron_train.data.broken import in_words
 from gentron_train.data.loader import Batch, Loader, TooManyBroken
+from gentron_train.data.sources import MemorySource
 from gentron_train.ema import ShardedEMA
 from gentron_train.log import RunLog
 from gentron_train.memory import report
@@ -79,6 +80,7 @@ class Trainer:
         self.frozen_text = None
         if parts.text_encoder is not None and not parts.train_text:
             self.frozen_text = parts.text_encoder.to(device).eval()
+            self._embed_texts()
         self.teacher = parts.teacher
         self._broken: TooManyBroken | None = None
         self._batch: Batch | None = None
@@ -111,6 +113,14 @@ class Trainer:
         if resumed is not None:
             self.saver.load(resumed)
         self._began = time.monotonic() - self.state.seconds
+
+    def _embed_texts(self) -> None:
+        """Encode the texts that are in memory ahead, where the run reads more of them than there
+        are."""
+        source, settings = self.loader.source, self.settings
+        samples = settings.steps * settings.accumulation * settings.batch
+        if isinstance(source, MemorySource) and samples > source.texts:
+            source.embed(self.frozen_text, hidden=dist.get_rank() != 0)
 
     def train(self) -> None:
         """Train to the end of the steps or of the time, or to a signal; then save and export."""

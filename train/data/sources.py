@@ -33,6 +33,8 @@ from gentron_train.data.shards import Shard, count, digest, index, read, read_fa
 ENCODED_AT_ONCE = 64  # frames
 FORMAT = 1  # of precomputed shards
 READ_AT_ONCE = 2**24  # bytes
+EMBEDDED_AT_ONCE = 16  # captions
+MOST_EMBEDDED = 2**31  # bytes of texts' embeddings in memory
 POINT = "trajectory."  # before the names of a stored trajectory's tensors
 Posterior = tuple[Tensor, Tensor]  # mean and standard deviation, fp16
 
@@ -417,21 +419,28 @@ class LatentSet:
 
 
 class MemorySource:
-    """Latents in memory; captions are tokenised once."""
+    """Latents in memory; each caption is tokenised once, and with `embed` encoded once."""
 
     in_background = False
 
     def __init__(self, sets: dict[str, LatentSet], tokenize: Callable[[list[str]], Tokens]):
         self.sets = sets
-        captions, self.first_rows = [""], {}
-        for kind, latents in sets.items():
-            self.first_rows[kind] = len(captions)
-            captions += latents.captions
-        self.tokens = tokenize(captions)
+        rows = {"": 0}  # the null text's is the first
+        self.rows = {
+            kind: [rows.setdefault(caption, len(rows)) for caption in latents.captions]
+            for kind, latents in sets.items()
+        }
+        self.tokens = tokenize(list(rows))
+        self.embeddings: list[TextCondition] | None = None
         self.offsets = {
             kind: [sum(latents.counts[:n]) for n in range(len(latents.counts))]
             for kind, latents in sets.items()
         }
+
+    @property
+    def texts(self) -> int:
+        """How many there are, without those that are there twice, with the null text."""
+        return len(next(iter(self.tokens.values()))[0])
 
     def windows(self, kind: str) -> int:
         return self.sets[kind].mean.shape[1]
@@ -442,15 +451,37 @@ class MemorySource:
             cause, _, detail = latents.broken[row]
             raise BrokenSample(cause, detail)
         posterior = latents.mean[row, window], latents.std[row, window]
-        return Sample(self.first_rows[kind] + row, posterior=posterior)
+        return Sample(self.rows[kind][row], posterior=posterior)
 
     def posteriors(self, samples: list[Sample]) -> list[Posterior]:
         return [sample.posterior for sample in samples]
 
-    def text(self, samples: list[Sample], keep: list[bool]) -> Tokens:
+    @torch.no_grad()
+    def embed(self, encode: Callable[[Tokens], TextCondition], hidden: bool = False) -> None:
+        """Have each text encoded now, and its embeddings in the batches, unless they might take
+        more than MOST_EMBEDDED bytes. hidden: without a progress bar."""
+        lengths = sum(mask.sum(1) for _, mask in self.tokens.values())
+        order = lengths.argsort(descending=True, stable=True)
+        embeddings = [TextCondition()] * len(order)
+        for rows in tqdm(order.split(EMBEDDED_AT_ONCE), desc="texts", unit="batch", disable=hidden):
+            batch = encode(select_tokens(self.tokens, rows)).to("cpu")
+            size = sum(
+                tensor.nbytes for part in batch if part for tensor in part if tensor is not None
+            )
+            if size // len(rows) * len(order) > MOST_EMBEDDED:  # the longest texts come first
+                return
+            for nth, row in enumerate(rows.tolist()):
+                one = batch.select(slice(nth, nth + 1))
+                one = TextCondition(*(encoded and encoded.trim() for encoded in one))
+                embeddings[row] = one.map(torch.clone)
+        self.embeddings = embeddings
+
+    def text(self, samples: list[Sample], keep: list[bool]) -> Tokens | TextCondition:
         pairs = zip(samples, keep, strict=True)
-        rows = torch.tensor([sample.text if kept else 0 for sample, kept in pairs])
-        return select_tokens(self.tokens, rows)
+        rows = [sample.text if kept else 0 for sample, kept in pairs]
+        if self.embeddings is not None:
+            return TextCondition.cat([self.embeddings[row] for row in rows])
+        return select_tokens(self.tokens, torch.tensor(rows))
 
 
 def select_tokens(tokens: Tokens, rows: Tensor, multiple: int = 8) -> Tokens:

@@ -136,6 +136,31 @@ def test_epoch_sees_each_sample_once_and_text_fits():
         assert (latents == float(text - 1 if text <= 40 else text - 41)).all()
 
 
+def test_texts_encoded_ahead_are_those_that_each_batch_would_encode(encoder, monkeypatch):
+    """Of texts that differ in length, one of them twice, and dropped ones."""
+    captions = ["a red circle", "a small plain purple cross below a striped green triangle"] * 20
+    sets = {"images": replace(SETS["images"], captions=captions)}
+    settings = replace(BOTH, kinds=("images",), p_null=0.3)
+
+    def loader():
+        return Loader(settings, MemorySource(sets, encoder.tokenize), {"images": [40]})
+
+    plain, ahead = loader(), loader()
+    assert ahead.source.texts == 3  # and the null text
+    ahead.source.embed(encoder, hidden=True)
+    for _ in range(3):
+        tokens, texts = next(plain).text, next(ahead).text
+        with torch.no_grad():
+            wanted = encoder(tokens)
+        for one, other in zip(texts, wanted, strict=True):
+            torch.testing.assert_close(one.trim(), other.trim(), atol=1e-5, rtol=1e-5)
+
+    monkeypatch.setattr("gentron_train.data.sources.MOST_EMBEDDED", 1000)
+    large = loader()
+    large.source.embed(encoder, hidden=True)
+    assert isinstance(next(large).text, dict)
+
+
 def test_timesteps_within_their_range():
     loader = in_memory(replace(BOTH, batch=100, min_timestep=500, max_timestep=503))
     steps = torch.cat([next(loader).timestep for _ in range(2)])
