@@ -112,8 +112,11 @@ def _models(table: Table) -> str:
         adaln, cross = (
             parameter_count(table.model(table.runs[name])) for name in ("adaln", "clip")
         )
-        more = 100 * (adaln / cross - 1)
-        lines.append(f"\nadaLN-zero has {more:+.1f} % of cross-attention's parameters more.")
+        share = 100 * (adaln / cross - 1)
+        lines.append(
+            f"\nadaLN-zero has {abs(share):.1f} % {'more' if share > 0 else 'fewer'} parameters "
+            "than cross-attention."
+        )
     return "\n".join(lines)
 
 
