@@ -188,12 +188,20 @@ def pilot_spread(measure: str, records: Records, table: Table) -> float | None:
     several; None where there are none, or they have no such figure."""
     rows = [
         [Side("", name).figures(records, seed, measure) for seed in table.pilot]
-        for name in table.again
+        for name in repeated(records, table)
     ]
     rows = [row for row in rows if all(part is not None for part in row)]
-    if not rows or len(table.pilot) < 2:
+    if not rows:
         return None
     return seed_spread([[float(np.nanmean(part)) for part in row] for row in rows])
+
+
+def repeated(records: Records, table: Table) -> list[str]:
+    """The runs that the pilot has with all its seeds, where it has several."""
+    known = {(record["run"], record["seed"]) for record in records}
+    if len(table.pilot) < 2:
+        return []
+    return [name for name in table.again if known >= {(name, seed) for seed in table.pilot}]
 
 
 def sentence(verdicts: Sequence[Verdict | None], count: int) -> str:

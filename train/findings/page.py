@@ -150,12 +150,13 @@ def _pilot(records, table: Table) -> str:
         own = [r for r in records if (r["run"], r["seed"]) == (name, table.pilot[0])]
         rate = own[0]["steps"] / max(own[0]["train_seconds"], 1e-9)
         lines.append(f"| {name} | {rate:.2f} | {seconds / 60:.1f} |")
-    runs = len(table.again) * (len(table.pilot) - 1)
-    lines.append(
-        "\nThe spread over seeds is that of the runs trained with several, "
-        f"{_listed(table.again)}, from {runs} degrees of freedom, as if two runs with one seed had "
-        "nothing in common."
-    )
+    if names := claims.repeated(records, table):
+        freedom = len(names) * (len(table.pilot) - 1)
+        lines.append(
+            f"\nThe spread over seeds is that of the runs trained with several, {_listed(names)}, "
+            f"from {freedom} degrees of freedom, as if two runs with one seed had nothing in "
+            "common."
+        )
     return "\n".join(lines)
 
 
