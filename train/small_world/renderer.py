@@ -28,7 +28,7 @@ import numpy as np
 
 from gentron_fast.commandline import refuse, run
 from gentron_fast.files import read_json, whole_file, write_json
-from gentron_fast.schema import check, whole
+from gentron_fast.schema import check, real, whole
 from gentron_fast.threads import available_cores
 
 SIZE = 64  # pixels, both ways
@@ -36,11 +36,14 @@ FPS = 24
 FRAMES = 48  # two seconds
 NAME = "gentron_train.shapes"
 INDEX_NAME = "index.json"  # of a folder's shards
+PAIRS = 0.25  # share of the training scenes with two objects
 INDEX_SCHEMA = {
     **dict.fromkeys(("images", "clips"), whole(0, 10**7)),
     "seed": whole(0, 2**63 - 1),
     "shard_size": whole(1, 10**6),
+    "pairs": real(0, 1),
 }
+SINCE = {"pairs": PAIRS}  # what an index.json of earlier versions does not say
 SHARD_SIZE = 500  # samples
 WORLD = 2  # its edition: samples of another one are others
 SPAN = (FRAMES - 1) / FPS  # seconds from the first frame to the last
@@ -281,10 +284,10 @@ def _scene(rng, things, motion, relation, usual) -> Scene:
     return Scene(things, background, motion, relation, _uniform(rng, 0, 2 * math.pi))
 
 
-def sample_scene(rng) -> Scene:
-    """A scene of the training set: one object, or two in a quarter of them; none held out."""
+def sample_scene(rng, pairs: float = PAIRS) -> Scene:
+    """A scene of the training set: one object, or two in the share `pairs`; none held out."""
     while True:
-        if rng.random() < 0.75:
+        if rng.random() < 1 - pairs:
             triple = _pick(rng, SHAPES), _pick(rng, COLOURS), _pick(rng, MOTIONS)
             if not is_held_out(*triple):
                 return make_scene(rng, *triple)
@@ -474,15 +477,16 @@ def encode_mp4(frames: np.ndarray, crf: int) -> bytes:
     return file.getvalue()
 
 
-def make_sample(seed: int, kind: str, index: int) -> dict[str, bytes]:
+def make_sample(seed: int, kind: str, index: int, pairs: float = PAIRS) -> dict[str, bytes]:
     """Sample `index` of `kind` ("images" or "clips"): {"png" or "mp4", "txt", "json": bytes}.
 
     An image whose caption names its motion shows the motion's first frame; the others any moment.
+    Of images the share `pairs` has two objects, of clips PAIRS.
     """
     from PIL import Image
 
     rng = np.random.default_rng([seed, ("images", "clips").index(kind), index])
-    scene = sample_scene(rng)
+    scene = sample_scene(rng, pairs if kind == "images" else PAIRS)
     named = kind == "clips" or rng.random() < 0.5
     text = caption(scene, rng, motion=named)
     facts = asdict(scene) | {"named": named}
@@ -526,10 +530,10 @@ def pair_prompts(n: int, seed: int = 0) -> list[tuple[str, Scene]]:
 
 
 def _write_shard(job) -> int:
-    path, seed, kind, start, stop = job
+    path, seed, kind, start, stop, pairs = job
     with whole_file(path) as partial, tarfile.open(partial, "w") as tar:
         for index in range(start, stop):
-            for ending, content in make_sample(seed, kind, index).items():
+            for ending, content in make_sample(seed, kind, index, pairs).items():
                 entry = tarfile.TarInfo(f"{kind}{index:07d}.{ending}")
                 entry.size, entry.mode = len(content), 0o644
                 tar.addfile(entry, io.BytesIO(content))
@@ -555,8 +559,11 @@ def write_shards(
     shard_size: int = SHARD_SIZE,
     processes: int | None = None,
     progress: bool = True,
+    pairs: float = PAIRS,
 ) -> list[Path]:
     """Write OUT/images-00000.tar ... and OUT/clips-00000.tar ... and return their paths.
+
+    pairs: the share of images with two objects.
 
     Shards that are there already are kept, so a run that was cut off goes on. index.json holds the
     parameters; a folder made with others raises ValueError.
@@ -564,6 +571,7 @@ def write_shards(
     from tqdm import tqdm
 
     counts = {"images": images, "clips": clips, "seed": seed, "shard_size": shard_size}
+    counts["pairs"] = float(pairs)
     wanted = counts | {"world": WORLD}
     check(counts, INDEX_SCHEMA)
     if processes is not None and processes < 1:
@@ -572,7 +580,7 @@ def write_shards(
     out.mkdir(parents=True, exist_ok=True)
     index = out / INDEX_NAME
     if index.exists():
-        found = read_json(index)
+        found = SINCE | read_json(index)
         if found != wanted:
             raise ValueError(
                 f"{out} holds shards of {reprlib.repr(found)}, not {wanted}; choose another folder"
@@ -580,7 +588,7 @@ def write_shards(
     else:
         write_json(index, wanted)
     jobs = [
-        (out / f"{kind}-{number:05d}.tar", seed, kind, start, min(start + shard_size, total))
+        (out / f"{kind}-{number:05d}.tar", seed, kind, start, min(start + shard_size, total), pairs)
         for kind, total in (("images", images), ("clips", clips))
         for number, start in enumerate(range(0, total, shard_size))
     ]
@@ -606,7 +614,7 @@ def ensure_shards(folder, images: int = 20000, clips: int = 6000) -> None:
     """
     index = Path(folder) / INDEX_NAME
     if index.exists():
-        found = read_json(index, INDEX_SCHEMA)
+        found = SINCE | read_json(index, INDEX_SCHEMA)
         if found.keys() >= INDEX_SCHEMA.keys():  # else another tool's, of the same name
             write_shards(folder, **{name: found[name] for name in INDEX_SCHEMA})
     elif not list(Path(folder).glob("*.tar")):
@@ -626,6 +634,7 @@ def _command(argv: list[str]) -> None:
     parser.add_argument("--images", type=int, default=20000)
     parser.add_argument("--clips", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pairs", type=float, default=PAIRS, help="share of images of two objects")
     parser.add_argument("--shard-size", type=int, default=SHARD_SIZE, help="samples in a shard")
     parser.add_argument("--processes", type=int, help="default: one a core")
     args = parser.parse_args(argv)

@@ -256,6 +256,29 @@ def test_cut_off_run_goes_on(shards, tmp_path, monkeypatch):
     assert contents(tmp_path / "copy") == contents(shards)
 
 
+def test_the_share_of_images_with_two_objects(shards, tmp_path):
+    def objects(kind, **options):
+        samples = [renderer.make_sample(0, kind, index, **options) for index in range(30)]
+        return [len(json.loads(sample["json"])["objects"]) for sample in samples]
+
+    assert set(objects("images", pairs=1.0)) == {2} and set(objects("images", pairs=0.0)) == {1}
+    assert objects("clips", pairs=1.0) == objects("clips")
+    renderer.write_shards(tmp_path, 2, 0, processes=1, progress=False, pairs=1.0)
+    assert (
+        renderer.make_sample(0, "images", 1, 1.0)["png"] in contents(tmp_path)["images-00000.tar"]
+    )
+    with pytest.raises(ValueError, match="choose another folder"):
+        renderer.write_shards(tmp_path, 2, 0, progress=False)
+    # Shards of earlier versions do not say it.
+    old = tmp_path / "old"
+    shutil.copytree(shards, old)
+    index = json.loads((old / "index.json").read_text())
+    assert index.pop("pairs") == 0.25
+    (old / "index.json").write_text(json.dumps(index))
+    renderer.write_shards(old, 6, 4, shard_size=3, progress=False)
+    renderer.ensure_shards(old)
+
+
 def test_other_parameters_need_another_folder(shards):
     with pytest.raises(ValueError, match="choose another folder"):
         renderer.write_shards(shards, 6, 4, seed=1, shard_size=3, progress=False)
