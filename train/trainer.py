@@ -80,7 +80,10 @@ class Trainer:
         self.frozen_text = None
         if parts.text_encoder is not None and not parts.train_text:
             self.frozen_text = parts.text_encoder.to(device).eval()
-            self._embed_texts()
+            finished = resumed is not None and resumed.info["step"] >= settings.steps
+            if isinstance(loader.source, MemorySource) and not finished:
+                loader.source.embed(self.frozen_text, hidden=dist.get_rank() != 0)
+                checkpoints.barrier()
         self.teacher = parts.teacher
         self._broken: TooManyBroken | None = None
         self._batch: Batch | None = None
@@ -113,14 +116,6 @@ class Trainer:
         if resumed is not None:
             self.saver.load(resumed)
         self._began = time.monotonic() - self.state.seconds
-
-    def _embed_texts(self) -> None:
-        """Encode the texts that are in memory ahead, where the run reads more of them than there
-        are."""
-        source, settings = self.loader.source, self.settings
-        samples = settings.steps * settings.accumulation * settings.batch
-        if isinstance(source, MemorySource) and samples > source.texts:
-            source.embed(self.frozen_text, hidden=dist.get_rank() != 0)
 
     def train(self) -> None:
         """Train to the end of the steps or of the time, or to a signal; then save and export."""

@@ -1,4 +1,4 @@
-"""What moves fidelity most in ten minutes of a core: short runs that differ in one thing.
+"""What moves fidelity most an hour: short runs that differ in one thing.
 
 python -m gentron_train.trials      (make trials)
 

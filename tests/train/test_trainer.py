@@ -14,6 +14,7 @@ from training import STEPS, log_of, settings_of
 
 from gentron_fast import PRESETS, GenTron
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
+from gentron_fast.model import TextCondition
 from gentron_train import assembly, sharding, trainer
 from gentron_train.assembly import build_parts, gather_persistent, load_text_encoder
 from gentron_train.checkpoint import (
@@ -24,6 +25,7 @@ from gentron_train.checkpoint import (
     shard_of,
 )
 from gentron_train.data.loader import Loader, TooManyBroken, make_loader
+from gentron_train.data.sources import MemorySource
 from gentron_train.metrics import mean_over_ranks
 from gentron_train.objective import Objective
 from gentron_train.process import run
@@ -406,6 +408,22 @@ def test_the_first_share_of_a_run_draws_narrow_timesteps(ranks, world, tiny_t2i_
     drawn = ranks.call(1, drawn_timesteps, settings)[0]
     assert {t for step in drawn[:2] for t in step} == {500, 501}
     assert len({t for step in drawn[2:] for t in step}) > 8
+
+
+def is_encoded(settings: Settings) -> bool:
+    """Whether a trainer's first batch holds embeddings."""
+    return isinstance(next(trainer_of(settings, "t2i").loader).text, TextCondition)
+
+
+def test_frozen_texts_are_encoded_ahead(ranks, world, tiny_t2i_folder, tmp_path, monkeypatch):
+    """And a run learns the same from them as from texts that are encoded in its steps."""
+    settings = settings_of(world, tiny_t2i_folder, tmp_path / "ahead", train_text=False)
+    assert ranks.call(2, is_encoded, settings) == [True, True]
+    ahead = ranks.call(1, run_steps, settings)[0]["losses"]
+    monkeypatch.setattr(MemorySource, "embed", lambda *_, **__: None)
+    settings = replace(settings, run=tmp_path / "in the steps")
+    assert ranks.call(1, is_encoded, settings) == [False]
+    assert ahead == pytest.approx(ranks.call(1, run_steps, settings)[0]["losses"], rel=1e-5)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")

@@ -24,7 +24,9 @@ class DataOptions:
     """Fields of DataSettings and of a run's Settings; ValueError, naming the option, for a value
     out of range."""
 
-    in_memory: bool = option(False, "encode once, beside the shards; hold it, and frozen texts")
+    in_memory: bool = option(
+        False, "keep latents, encoded once, beside the shards; frozen texts in RAM"
+    )
     crop: str = option("center", "which part of a picture is kept", choices=["center", "random"])
     frames: int = option(8, "frames of a clip")
     fps: float = option(4.0, "their rate")

@@ -437,11 +437,6 @@ class MemorySource:
             for kind, latents in sets.items()
         }
 
-    @property
-    def texts(self) -> int:
-        """How many there are, without those that are there twice, with the null text."""
-        return len(next(iter(self.tokens.values()))[0])
-
     def windows(self, kind: str) -> int:
         return self.sets[kind].mean.shape[1]
 
@@ -458,17 +453,18 @@ class MemorySource:
 
     @torch.no_grad()
     def embed(self, encode: Callable[[Tokens], TextCondition], hidden: bool = False) -> None:
-        """Have each text encoded now, and its embeddings in the batches, unless they might take
-        more than MOST_EMBEDDED bytes. hidden: without a progress bar."""
+        """Have each text encoded now, once, and its embeddings in the batches; not where all would
+        take more than MOST_EMBEDDED bytes. hidden: without a progress bar."""
         lengths = sum(mask.sum(1) for _, mask in self.tokens.values())
         order = lengths.argsort(descending=True, stable=True)
         embeddings = [TextCondition()] * len(order)
-        for rows in tqdm(order.split(EMBEDDED_AT_ONCE), desc="texts", unit="batch", disable=hidden):
+        batches = order.split(EMBEDDED_AT_ONCE)
+        for rows in tqdm(batches, desc="texts", unit="batch", leave=False, disable=hidden):
             batch = encode(select_tokens(self.tokens, rows)).to("cpu")
             size = sum(
                 tensor.nbytes for part in batch if part for tensor in part if tensor is not None
             )
-            if size // len(rows) * len(order) > MOST_EMBEDDED:  # the longest texts come first
+            if size * int(lengths.sum()) > MOST_EMBEDDED * int(lengths[rows].sum()):
                 return
             for nth, row in enumerate(rows.tolist()):
                 one = batch.select(slice(nth, nth + 1))

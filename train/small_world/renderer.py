@@ -36,7 +36,7 @@ FPS = 24
 FRAMES = 48  # two seconds
 NAME = "gentron_train.shapes"
 INDEX_NAME = "index.json"  # of a folder's shards
-PAIRS = 0.25  # share of the training scenes with two objects
+PAIRS = 0.25  # share of the training scenes with two objects, before held-out ones are left out
 INDEX_SCHEMA = {
     **dict.fromkeys(("images", "clips"), whole(0, 10**7)),
     "seed": whole(0, 2**63 - 1),
@@ -285,7 +285,8 @@ def _scene(rng, things, motion, relation, usual) -> Scene:
 
 
 def sample_scene(rng, pairs: float = PAIRS) -> Scene:
-    """A scene of the training set: one object, or two in the share `pairs`; none held out."""
+    """A scene of the training set: one object, or two in about the share `pairs` (a held-out one is
+    drawn again, and single objects are more often); none held out."""
     while True:
         if rng.random() < 1 - pairs:
             triple = _pick(rng, SHAPES), _pick(rng, COLOURS), _pick(rng, MOTIONS)
@@ -481,7 +482,7 @@ def make_sample(seed: int, kind: str, index: int, pairs: float = PAIRS) -> dict[
     """Sample `index` of `kind` ("images" or "clips"): {"png" or "mp4", "txt", "json": bytes}.
 
     An image whose caption names its motion shows the motion's first frame; the others any moment.
-    Of images the share `pairs` has two objects, of clips PAIRS.
+    Of images about the share `pairs` has two objects, of clips PAIRS.
     """
     from PIL import Image
 
@@ -563,7 +564,7 @@ def write_shards(
 ) -> list[Path]:
     """Write OUT/images-00000.tar ... and OUT/clips-00000.tar ... and return their paths.
 
-    pairs: the share of images with two objects.
+    pairs: the share of images with two objects, as `sample_scene` has it.
 
     Shards that are there already are kept, so a run that was cut off goes on. index.json holds the
     parameters; a folder made with others raises ValueError.
@@ -582,8 +583,10 @@ def write_shards(
     if index.exists():
         found = SINCE | read_json(index)
         if found != wanted:
+            names = [name for name in wanted if found.get(name) != wanted[name]] or list(found)
+            theirs, ours = ({name: one.get(name) for name in names} for one in (found, wanted))
             raise ValueError(
-                f"{out} holds shards of {reprlib.repr(found)}, not {wanted}; choose another folder"
+                f"{out} holds shards of {reprlib.repr(theirs)}, not {ours}; choose another folder"
             )
     else:
         write_json(index, wanted)
@@ -634,7 +637,9 @@ def _command(argv: list[str]) -> None:
     parser.add_argument("--images", type=int, default=20000)
     parser.add_argument("--clips", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pairs", type=float, default=PAIRS, help="share of images of two objects")
+    parser.add_argument(
+        "--pairs", type=float, default=PAIRS, help="share of images with two objects"
+    )
     parser.add_argument("--shard-size", type=int, default=SHARD_SIZE, help="samples in a shard")
     parser.add_argument("--processes", type=int, help="default: one a core")
     args = parser.parse_args(argv)

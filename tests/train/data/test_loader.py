@@ -146,8 +146,8 @@ def test_texts_encoded_ahead_are_those_that_each_batch_would_encode(encoder, mon
         return Loader(settings, MemorySource(sets, encoder.tokenize), {"images": [40]})
 
     plain, ahead = loader(), loader()
-    assert ahead.source.texts == 3  # and the null text
     ahead.source.embed(encoder, hidden=True)
+    assert len(ahead.source.embeddings) == 3  # two and the null text
     for _ in range(3):
         tokens, texts = next(plain).text, next(ahead).text
         with torch.no_grad():
