@@ -75,12 +75,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one comparison in one measure: the two means, their difference with its interval in the
-    measure's unit, and what it says of the paper's sentence."""
+    """Of one comparison in one measure: the two means, their difference with its interval and that
+    of each seed, in the measure's unit, and what it says of the paper's sentence."""
 
     comparison: Comparison
     measure: str
-    seeds: int
+    by_seed: tuple[float, ...]
     means: tuple[float, float]
     difference: Interval
     says: str
@@ -155,7 +155,8 @@ def verdict(
     means = tuple(float(np.nanmean(part, 1).mean()) * scale for part in (ahead, behind))
     better = difference.scaled(1 if MEASURES[measure].higher_is_better else -1)
     says = HOLDS if better.low > 0 else FAILS if better.high < 0 else OPEN
-    return Verdict(comparison, measure, len(pairs), means, difference.scaled(scale), says)
+    by_seed = tuple((np.nanmean(ahead - behind, 1) * scale).tolist())
+    return Verdict(comparison, measure, by_seed, means, difference.scaled(scale), says)
 
 
 def _pairs(comparison, measure, records, seeds) -> list[tuple[np.ndarray, np.ndarray]]:

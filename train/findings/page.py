@@ -90,7 +90,8 @@ from nothing, but for text encoders and autoencoder, which are those that ship, 
 {STEPS} steps, λ_T {LAMBDA_T:g}, λ_M {LAMBDA_M:g}, rescale {RESCALE:g}. A difference is of two runs
 with the same seed and the same prompts and noise; its 95 % interval holds
 the spread over the seeds (Student's t) and over the prompts (a bootstrap). "Holds" and "fails" are
-of intervals that leave out 0; what is neither cannot be told here.
+of intervals that leave out 0; what is neither cannot be told here. In the pictures a grey point is
+the difference of one seed.
 
     make findings                 # trains what is missing, hours on two cores; DEVICE=cuda
     python -m gentron_train.findings --plan | --pilot | --page
@@ -192,7 +193,7 @@ def _table(verdicts: Sequence[Verdict]) -> str:
         unit = f" {measure.unit}" if measure.unit else ""
         lines.append(
             f"| {one.comparison.name} | {measure.title} | {ahead} against {behind}{unit} | "
-            f"{mean} ({low} … {high}) | {one.seeds} | {one.says} |"
+            f"{mean} ({low} … {high}) | {len(one.by_seed)} | {one.says} |"
         )
     return "\n".join(lines)
 
@@ -280,6 +281,7 @@ def _draw_differences(axis, verdicts: Sequence[Verdict]) -> None:
     for place, one in enumerate(reversed(verdicts)):
         mean, low, high = one.difference.mean, one.difference.low, one.difference.high
         axis.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3)
+        axis.plot(one.by_seed, [place - 0.25] * len(one.by_seed), ".", color="grey", markersize=5)
     names = [f"{one.comparison.ahead.name} −\n{one.comparison.behind.name}" for one in verdicts]
     axis.set_yticks(range(len(names)), names[::-1], fontsize=7)
     axis.set_ylim(-0.7, len(names) - 0.3)
