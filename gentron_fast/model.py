@@ -101,6 +101,13 @@ class TextCondition(NamedTuple):
         """The prompts that an index, slice or bool mask of the batch picks."""
         return self.map(lambda t: t[index])
 
+    def split(self) -> "list[TextCondition]":
+        """Each prompt by itself, without padding, in memory of its own; `cat` joins them again."""
+        ones = [self.select(slice(nth, nth + 1)) for nth in range(self.batch)]
+        return [
+            TextCondition(*(part and part.trim() for part in one)).map(torch.clone) for one in ones
+        ]
+
     @staticmethod
     def cat(parts: "list[TextCondition]") -> "TextCondition":
         """One batch of several, texts padded to the longest."""

@@ -388,9 +388,7 @@ class GenTronPipeline:
         for start in range(0, len(prompts), batch):
             chunk = prompts[start : start + batch]
             text = self.text_encoder.encode(chunk).to("cpu")
-            for i, prompt in enumerate(chunk):
-                encoded = text.select(slice(i, i + 1))
-                self._encoded[prompt] = TextCondition(*(part and part.trim() for part in encoded))
+            self._encoded |= zip(chunk, text.split(), strict=True)
         self.text_encoder.release()
 
     def _texts(self, prompts: list[str]) -> TextCondition:

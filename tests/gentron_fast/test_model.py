@@ -441,3 +441,15 @@ def test_a_text_without_a_mask_is_real_everywhere():
     joined = TextCondition.cat([TextCondition(t5=short), TextCondition(t5=long)]).t5
     assert joined.mask.tolist() == [[True, True, False], [True, True, True]]
     assert joined.tokens.shape == (2, 3, 4) and joined.tokens[0, 2].eq(0).all()
+
+
+def test_a_split_text_is_joined_again_without_padding():
+    mask = torch.tensor([[True, False, False], [True, True, False]])
+    tokens = torch.randn(2, 3, 4).masked_fill(~mask[..., None], 0)
+    text = TextCondition(clip=EncodedText(tokens, mask, torch.randn(2, 4)))
+    ones = text.split()
+    assert [one.clip.tokens.shape for one in ones] == [(1, 1, 4), (1, 2, 4)]
+    assert all(one.t5 is None for one in ones)
+    joined = TextCondition.cat(ones).clip
+    for ours, theirs in zip(joined, text.clip.trim(), strict=True):
+        assert torch.equal(ours, theirs)

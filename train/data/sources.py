@@ -466,10 +466,8 @@ class MemorySource:
             )
             if size * int(lengths.sum()) > MOST_EMBEDDED * int(lengths[rows].sum()):
                 return
-            for nth, row in enumerate(rows.tolist()):
-                one = batch.select(slice(nth, nth + 1))
-                one = TextCondition(*(encoded and encoded.trim() for encoded in one))
-                embeddings[row] = one.map(torch.clone)
+            for row, text in zip(rows.tolist(), batch.split(), strict=True):
+                embeddings[row] = text
         self.embeddings = embeddings
 
     def text(self, samples: list[Sample], keep: list[bool]) -> Tokens | TextCondition:

@@ -564,15 +564,14 @@ def write_shards(
 ) -> list[Path]:
     """Write OUT/images-00000.tar ... and OUT/clips-00000.tar ... and return their paths.
 
-    pairs: the share of images with two objects, as `sample_scene` has it.
-
-    Shards that are there already are kept, so a run that was cut off goes on. index.json holds the
-    parameters; a folder made with others raises ValueError.
+    pairs: the share of images with two objects, as `sample_scene` has it. Shards that are there
+    already are kept, so a run that was cut off goes on. index.json holds the parameters; a folder
+    made with others raises ValueError.
     """
     from tqdm import tqdm
 
     counts = {"images": images, "clips": clips, "seed": seed, "shard_size": shard_size}
-    counts["pairs"] = float(pairs)
+    counts["pairs"] = pairs
     wanted = counts | {"world": WORLD}
     check(counts, INDEX_SCHEMA)
     if processes is not None and processes < 1:
@@ -583,8 +582,8 @@ def write_shards(
     if index.exists():
         found = SINCE | read_json(index)
         if found != wanted:
-            names = [name for name in wanted if found.get(name) != wanted[name]] or list(found)
-            theirs, ours = ({name: one.get(name) for name in names} for one in (found, wanted))
+            names = [n for n in wanted | found if found.get(n) != wanted.get(n)]
+            theirs, ours = ({n: one[n] for n in names if n in one} for one in (found, wanted))
             raise ValueError(
                 f"{out} holds shards of {reprlib.repr(theirs)}, not {ours}; choose another folder"
             )
