@@ -8,10 +8,11 @@ import numpy as np
 
 from gentron_fast.files import whole_file
 from gentron_train.findings import claims
-from gentron_train.findings.claims import Finding, Verdict
+from gentron_train.findings.claims import Comparison, Finding, Verdict
 from gentron_train.findings.scoring import (
     LAMBDA_M,
     LAMBDA_T,
+    LAST,
     MEASURES,
     RESCALE,
     STEPS,
@@ -175,6 +176,7 @@ def _finding(number: int, finding: Finding, records, table: Table, pictures: str
     known = [one for one in verdicts if one is not None]
     if known:
         parts += [f"![{finding.title}]({pictures}/{picture_name(number)})", _table(known)]
+        parts += [_loss_by_flops(one.comparison, records) for one in known if one.measure == "loss"]
     return "\n\n".join(parts)
 
 
@@ -289,6 +291,7 @@ def _draw_differences(axis, verdicts: Sequence[Verdict]) -> None:
     better = "" if measure.higher_is_better else " (less is better)"
     unit = f", {measure.unit}" if measure.unit else ""
     axis.set_title(f"{measure.title}{unit}{better}", fontsize=8)
+    axis.locator_params(axis="x", nbins=5)
     axis.tick_params(axis="x", labelsize=7)
 
 
@@ -306,17 +309,35 @@ def _extra(finding: Finding, records, table: Table):
     return None
 
 
+def _loss_by_flops(comparison: Comparison, records) -> str:
+    """The losses of both sides where the cheaper run ends, in one sentence."""
+    curves = [_loss_curve(side.run, records) for side in (comparison.ahead, comparison.behind)]
+    end = min(spent[-1] for spent, _ in curves)
+    last = np.linspace((1 - LAST) * end, end)
+    ahead, behind = (np.interp(last, spent, loss).mean() for spent, loss in curves)
+    return (
+        f"For as many FLOPs, {end:.3g} TFLOP, the loss is {ahead:.4f} of {comparison.ahead.name} "
+        f"and {behind:.4f} of {comparison.behind.name}: the cheaper run's rate has fallen to 0 "
+        "there, the other's has not."
+    )
+
+
+def _loss_curve(run: str, records) -> tuple[np.ndarray, np.ndarray]:
+    """TFLOP spent and the loss there, the mean of a run's seeds."""
+    own = [record for record in records if record["run"] == run and record["lambda_m"] is None]
+    curves = [record["curve"] for record in own]
+    length = min(map(len, curves))
+    steps = np.array([step for step, _ in curves[0][:length]])
+    loss = np.mean([[value for _, value in curve[:length]] for curve in curves], 0)
+    return steps * own[0]["flops"] / 1e12, loss
+
+
 def _draw_losses(axis, runs: Sequence[str], records) -> None:
     for run in runs:
-        own = [record for record in records if record["run"] == run and record["lambda_m"] is None]
-        curves = [record["curve"] for record in own]
-        length = min(map(len, curves), default=0)
-        if not length:
-            continue
-        steps = np.array([step for step, _ in curves[0][:length]])
-        loss = np.mean([[value for _, value in curve[:length]] for curve in curves], 0)
-        label = f"{own[0]['parameters'] / 1e6:.1f} M"
-        axis.loglog(steps * own[0]["flops"] / 1e12, loss, label=label, linewidth=1)
+        own = [record for record in records if record["run"] == run]
+        if own:
+            label = f"{own[0]['parameters'] / 1e6:.1f} M"
+            axis.loglog(*_loss_curve(run, records), label=label, linewidth=1)
     axis.set_title("loss against TFLOP", fontsize=8)
     axis.legend(fontsize=7)
     axis.tick_params(labelsize=7)

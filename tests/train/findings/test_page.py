@@ -103,6 +103,21 @@ def test_the_whole_page_and_its_pictures(table, records, tmp_path):
     assert all(path.stat().st_size > 5000 for path in drawn)
 
 
+def test_loss_for_as_many_flops(table, records):
+    """The smaller run ends where the middle one is at half of its steps."""
+    curves = {
+        "smaller": (1, [[10, 3.0], [18, 0.5], [20, 0.5]]),
+        "both": (2, [[5, 4.0], [9, 0.7], [10, 0.7], [20, 0.1]]),
+    }
+    for record in (records := [dict(record) for record in records]):
+        if record["run"] in curves:
+            record["flops"], record["curve"] = curves[record["run"]]
+            record["flops"] *= 10**12
+    text = page.page(records, table, "findings")
+    wanted = "For as many FLOPs, 20 TFLOP, the loss is 0.7000 of the middle one and 0.5000 of the"
+    assert wanted in text
+
+
 def test_the_pilot_tells_hours_and_the_smallest_difference(table, records):
     slower = [record | {"seed": table.pilot[1], "train_seconds": 900} for record in records]
     slower = [record for record in slower if record["run"] == "clip"][:1]
