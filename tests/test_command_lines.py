@@ -25,6 +25,7 @@ from gentron_train import (
     shapes,
     shapes_score,
     shipped,
+    stages,
     trajectories,
     trials,
 )
@@ -208,11 +209,11 @@ def test_picture(tiny_pipeline_folder, assert_all_end_well_or_in_one_line, monke
 
 
 def test_shipped(assert_all_end_well_or_in_one_line, monkeypatch):
-    monkeypatch.setattr(shipped, "_call", lambda command: 0)
+    monkeypatch.setattr(stages, "_call", lambda command, note: 0)
     monkeypatch.setattr(shipped, "model_page", lambda out: "")
     with open("stages.yaml", "w") as file:
         file.write("one: [python -m x]")
-    options = {"--out": ["out"], "--config": ["stages.yaml"], "--assemble": []}
+    options = {"--out": ["out"], "--config": ["stages.yaml"], "--assemble": [], "--ship": []}
     lines = command_lines(options, [], range(EACH))
     assert_all_end_well_or_in_one_line(shipped.main, lines)
 

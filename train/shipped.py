@@ -4,142 +4,58 @@ python -m gentron_train.shipped      (make train)
 
 The stages of configs/shipped.yaml in order: the small world's shards, autoencoder, text encoders,
 T2I, T2V, a sweep over guidance that chooses the defaults, a distilled model, figures and a
-picture. What is done is noted in OUT/stages.json; started again, the run goes on where it was. At
-the end OUT/pipeline is a pipeline folder, and OUT/MODEL.md tells how it was made.
+picture. What is done is noted in OUT/stages.json; started again, the run goes on where it was.
+Measurements of speed wait until the command at hand is over. At the end OUT/pipeline is a pipeline
+folder, and OUT/MODEL.md tells how it was made.
 """
 
 import argparse
-import reprlib
-import shlex
 import shutil
-import socket
-import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from gentron_fast.commandline import check_writable, refuse, run
 from gentron_fast.config import SamplingDefaults
-from gentron_fast.files import read_json, whole_file, whole_folder, write_json
-from gentron_fast.pipeline import INDEX_NAME, PARTS
-from gentron_fast.schema import Kind, several
-from gentron_train.checkpoint import checkpoint_names
-from gentron_train.settings import read_yaml
+from gentron_fast.cores import all_cores
+from gentron_fast.files import MARK, read_json, whole_file, whole_folder, write_json
+from gentron_fast.pipeline import ASSETS, FAST, INDEX_NAME, PARTS
+from gentron_train.flops import parameter_count
+from gentron_train.settings import stored_config
 from gentron_train.small_world.evaluator import Scores, format_table
 from gentron_train.small_world.sweep import SWEPT, choose, sweep_table
+from gentron_train.stages import ROOT, STATE, commits_of, listed, read_stages, run_stages
 
 CONFIG = Path(__file__).parent / "configs" / "shipped.yaml"
-ROOT = Path(__file__).parent.parent
-PROGRAMS = {
-    "python": sys.executable,
-    "deepspeed": str(Path(sys.executable).with_name("deepspeed")),
-}
-STATE = "stages.json"
-DONE = several(
-    Kind(
-        "a stage with its command, seconds and commit",
-        lambda stage: (
-            isinstance(stage, dict)
-            and all(isinstance(stage.get(name), str) for name in ("stage", "command", "commit"))
-            and isinstance(stage.get("seconds"), int)
-        ),
-    ),
-    *(0, 10_000),
-)
 NAME = "gentron_train.shipped"
-
-
-def read_stages(path: Path, out: Path) -> dict[str, list[list[str]]]:
-    """The commands of each stage, as words. FileNotFoundError or ValueError that names the file."""
-    stages = read_yaml(path)
-    if not isinstance(stages, dict) or not all(isinstance(v, list) for v in stages.values()):
-        raise ValueError(f"{path} must hold stages, each a list of commands")
-    return {name: [_words(line, out, path) for line in lines] for name, lines in stages.items()}
-
-
-def _words(line: object, out: Path, path: Path) -> list[str]:
-    try:
-        words = shlex.split(line.format(out=shlex.quote(str(out))))
-    except (AttributeError, LookupError, ValueError):
-        words = []
-    if not words or words[0] not in PROGRAMS:
-        wanted = f"{' or '.join(PROGRAMS)} with arguments, and no braces but {{out}}"
-        raise ValueError(f"{path} holds the command {reprlib.repr(line)}, wanted {wanted}")
-    return words
-
-
-def run_stages(stages: dict[str, list[list[str]]], out: Path) -> None:
-    """Run what is not done yet. ValueError where a command fails; the next run begins there."""
-    path = out / STATE
-    if out.exists() and any(out.iterdir()) and not path.exists():
-        raise ValueError(f"{out} holds something that no run of this made: choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        write_json(path, {"done": []})
-    done = _read_done(path)
-    lines = [(name, words) for name, commands in stages.items() for words in commands]
-    for number, (name, words) in enumerate(lines):
-        line = shlex.join(words)
-        if number < len(done):
-            if done[number]["command"] != line:
-                raise ValueError(
-                    f"{path} was made by other commands: {done[number]['command']} in the place of "
-                    f"{line}; choose another folder"
-                )
-            continue
-        print(f"stage        {number + 1} of {len(lines)}, {name}: {line}", flush=True)
-        start = time.monotonic()
-        run_command(words, f"stage {name}")
-        seconds = round(time.monotonic() - start)
-        done.append({"stage": name, "command": line, "seconds": seconds, "commit": commit()})
-        write_json(path, {"done": done})
-
-
-def _read_done(path: Path) -> list[dict]:
-    done = read_json(path, {"done": DONE}).get("done")
-    if done is None:
-        raise ValueError(f"{path} names no stage that is done; choose another folder")
-    return done
-
-
-def run_command(words: list[str], name: str) -> None:
-    """Run a command of PROGRAMS in the checkout. ValueError that names it where it fails."""
-    if code := _call(program(words)):
-        raise ValueError(f"{name} ended with exit code {code}: {shlex.join(words)}")
-
-
-def _call(command: list[str]) -> int:
-    """Run a command in the checkout; its exit code. One that is interrupted ends before this."""
-    with subprocess.Popen(command, cwd=ROOT) as process:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            process.terminate()
-            raise
-
-
-def program(words: list[str]) -> list[str]:
-    """A command of this Python's own environment, as it is called in the checkout; a training that
-    was cut off is resumed."""
-    command = [PROGRAMS[words[0]], *words[1:]]
-    if words[0] == "deepspeed":
-        command[1:1] = ["--master_port", str(_free_port())]  # two trainings may share a machine
-    if "--run" in words and checkpoint_names(ROOT / words[words.index("--run") + 1])[0]:
-        command.append("--resume")
-    return command
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def commit() -> str:
-    """The commit that is checked out, "" outside a checkout."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+PAGE = "MODEL.md"
+# What was aimed at before the training: column, figure, least (or at most), unit.
+AIMS = (
+    ("seen", "colour", 99, "%"),
+    ("seen", "shape", 97, "%"),
+    ("seen", "direction", 99, "%"),
+    ("seen", "motion", 95, "%"),
+    ("seen", "motion spinning", 80, "%"),
+    ("seen", "all", 93, "%"),
+    ("unseen", "all", 88, "%"),
+    ("pairs", "shape", 85, "%"),
+    ("seen", "psnr", 24, "dB"),
+    ("seen", "broken", 1, "%"),
+)
+AT_MOST = ("broken",)
+BOUND = "colour", "shape", "motion"  # of 16 prompts, which a test reads back
+# Where what a run makes stands in the checkout.
+PLACES = {
+    PAGE: ASSETS / PAGE,
+    "score.json": ROOT / "bench/results/judge-small-t2v.json",
+    "fast.json": ROOT / "bench/results/judge-small-fast.json",
+    "ceiling.json": ROOT / "bench/results/judge-small-ceiling.json",
+    "sweep.json": ROOT / "bench/results/judge-small-sweep.json",
+    "sweep.png": ROOT / "docs/sweep.png",
+    "sweep-clips.png": ROOT / "docs/sweep-clips.png",
+    "clips.png": ROOT / "docs/clips.png",
+}
 
 
 def assemble(out: Path) -> None:
@@ -155,32 +71,101 @@ def assemble(out: Path) -> None:
 
 
 def model_page(out: Path) -> str:
-    """MODEL.md: the commands with their times, the sweep, the figures."""
+    """MODEL.md: the commands with their times, the sweep, the figures beside what was aimed at."""
     done = read_json(out / STATE)["done"]
     sweep = read_json(out / "sweep.json")
     score, fast, ceiling = (read_json(out / f"{n}.json") for n in ("score", "fast", "ceiling"))
-    tables = [
-        format_table({name: Scores(**column) for name, column in part["scores"].items()})
-        for part in (score, fast, ceiling)
-    ]
+    few = {"prompts": "score-16.json", "by --fast": "fast-16.json"}
+    bounds = {name: read_json(out / file)["scores"]["seen"] for name, file in few.items()}
     hours = sum(stage["seconds"] for stage in done) / 3600
-    commits = ", ".join(dict.fromkeys(stage["commit"] for stage in done))
-    commands = [f"    {stage['command']}    # {stage['seconds']} s" for stage in done]
-    rows = sweep_table(sweep["rows"]).splitlines()
+    commits = listed(commit for stage in done for commit in commits_of(stage))
+    commands = [f"    {stage['command']}    # {_time(stage['seconds'])}" for stage in done]
+    settings, pipeline = score["settings"], out / "pipeline"
+    sampling = f"{settings['steps']} steps of {settings['solver']}, λ_T {settings['lambda_t']:g}"
+    sampling += f", λ_M {settings['lambda_m']:g}, rescale {settings['rescale']:g}"
     parts = [
         "# The small model that ships",
+        f"{_size(pipeline)}; `fast/`, its distilled model, {_size(pipeline / FAST)}.",
         f"Made by `make train` in {hours:.1f} hours at {commits}:",
         "\n".join(commands).replace(str(out), "OUT"),
         f"Guidance, on {sweep['settings']['prompts']} prompts a column of another seed:",
-        "\n".join(f"    {row}" for row in rows),
-        f"{score['settings']['prompts']} prompts a column; shares in % with 95 % intervals:",
-        "\n".join(f"    {line}" for line in tables[0].splitlines()),
+        _indented(sweep_table(sweep["rows"])),
+        f"{settings['prompts']} prompts a column, {sampling}; shares in % with 95 % intervals:",
+        _figures(score),
+        "What was aimed at before the training:",
+        "\n".join(_aims(score)),
         f"The distilled model, `--fast`, in {fast['settings']['steps']} steps of one branch:",
-        "\n".join(f"    {line}" for line in tables[1].splitlines()),
+        _figures(fast),
         "Clean clips through the autoencoder, the most that can be reached:",
-        "\n".join(f"    {line}" for line in tables[2].splitlines()),
+        _figures(ceiling),
+        "\n".join(
+            f"16 {name}: " + " ".join(f"{n} {100 * column['shares'][n]:.0f}" for n in BOUND)
+            for name, column in bounds.items()
+        ),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _time(seconds: int) -> str:
+    return f"{seconds} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _size(folder: Path) -> str:
+    """What model a pipeline folder holds, and its bytes, without a distilled model's inside."""
+    config = stored_config(folder / "transformer")
+    files = [folder / path for path in _files(folder) if FAST not in path.parts]
+    size = sum(path.stat().st_size for path in files)
+    return (
+        f"GenTron of {config.depth} blocks, width {config.width}, "
+        f"{parameter_count(config) / 1e6:.2f} M parameters, {size / 2**20:.1f} MiB"
+    )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Those of a folder, relative to it, without our marks."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MARK:
+            yield path.relative_to(folder)
+
+
+def _figures(content: dict) -> str:
+    scores = {name: Scores(**column) for name, column in content["scores"].items()}
+    return _indented(format_table(scores))
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def _aims(score: dict) -> list[str]:
+    lines = ["| | aim | reached | |", "|---|---|---|---|"]
+    for column, name, bound, unit in AIMS:
+        figures = score["scores"].get(column, {"shares": {}, "fidelity": {}})
+        found = (figures["shares"] | figures["fidelity"]).get(name)
+        if found is None:
+            continue
+        value = found * 100 if unit == "%" else found
+        at_most = name in AT_MOST
+        is_met = value <= bound if at_most else value >= bound
+        lines.append(
+            f"| {column}, {name} | {'≤' if at_most else '≥'} {bound} {unit} | {value:.1f} {unit} | "
+            f"{'met' if is_met else 'not met'} |"
+        )
+    return lines
+
+
+def ship(out: Path) -> None:
+    """Put what a run that is over made in the places of what ships. Files that it has no other of
+    stay as they are; version control tells what changed."""
+    pipeline = out / "pipeline"
+    copies = {pipeline / name: ASSETS / name for name in _files(pipeline)}
+    copies |= {out / name: place for name, place in PLACES.items()}
+    if missing := [str(source) for source in copies if not source.is_file()]:
+        raise ValueError(f"{out} is not made to its end: {', '.join(missing[:3])} lacks")
+    for source, place in copies.items():
+        with whole_file(place) as partial:
+            shutil.copyfile(source, partial)
+        print(f"wrote        {place.relative_to(ROOT)}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -194,16 +179,17 @@ def _command(argv: list[str]) -> None:
     parser.error = refuse
     parser.add_argument("--out", type=Path, default=Path("runs/shipped"))
     parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--ship", action="store_true", help="put what OUT holds in its place here")
     parser.add_argument("--assemble", action="store_true", help=argparse.SUPPRESS)  # a stage
     args = parser.parse_args(argv)
     out = args.out.absolute()
-    if args.assemble:
-        assemble(out)
+    if args.assemble or args.ship:
+        (assemble if args.assemble else ship)(out)
         return
     stages = read_stages(args.config, out)
     check_writable([out / STATE])
-    run_stages(stages, out)
-    with whole_file(out / "MODEL.md") as partial:
+    run_stages(stages, out, all_cores)
+    with whole_file(out / PAGE) as partial:
         partial.write_text(model_page(out), encoding="utf-8")
     print(f"wrote        {out / 'pipeline'}")
 

@@ -23,7 +23,7 @@ from gentron_train.findings.scoring import MEASURES, read_records, result_name
 from gentron_train.findings.table import Table, read_table
 from gentron_train.flops import parameter_count
 from gentron_train.settings import CONFIGS
-from gentron_train.shipped import ROOT
+from gentron_train.stages import ROOT
 
 NAME = "gentron_train.trials"
 TABLE = CONFIGS / "trials" / "runs.yaml"

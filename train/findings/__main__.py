@@ -24,7 +24,7 @@ from gentron_train.findings.jobs import (
 from gentron_train.findings.scoring import read_records
 from gentron_train.findings.table import TABLE, Run, Table, read_table
 from gentron_train.flops import parameter_count, training_flops
-from gentron_train.shipped import ROOT
+from gentron_train.stages import ROOT
 
 NAME = "gentron_train.findings"
 PICTURES = "findings"  # folder beside the page

@@ -19,10 +19,10 @@ from gentron_train.checkpoint import EXPORTED, latest_checkpoint, read_info
 from gentron_train.findings.table import Run, Table
 from gentron_train.flops import parameter_count, training_flops
 from gentron_train.log import LOG_NAME
-from gentron_train.shipped import STATE, commit
 from gentron_train.small_world.evaluator import COLUMNS, judge
 from gentron_train.small_world.fidelity import BROKEN, fit_scene
 from gentron_train.small_world.renderer import DIRECTIONS, Scene
+from gentron_train.stages import STATE, commit
 
 PROMPT_SEED = 1000  # of the scored prompts: not the evaluator's, by which settings were chosen
 NOISE_SEEDS = 10_000  # apart, those of two training seeds

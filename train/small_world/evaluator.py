@@ -131,18 +131,18 @@ def evaluate(
                 clips.extend(np.asarray(output.frames))
                 bar.update(len(part))
         real = [real_clips(name, prompts, seed + k, len(clips[0])) for k in (1, 2)]
-        scores[name] = _scores(clips, scenes, real, progress)
+        scores[name] = _scores(clips, scenes, real, pipeline.vae, progress)
     return scores
 
 
-def _scores(clips, scenes, real, progress) -> Scores:
+def _scores(clips, scenes, real, vae, progress) -> Scores:
     from tqdm import tqdm
 
     rights = rights_of(clips, scenes)
     bar = tqdm(clips, desc="fidelity", unit="clip", leave=False, disable=not progress)
     fidelity = summarize([fit_scene(clip) for clip in bar])
     if len(clips) > 1:  # one clip has no deviation
-        own, other, third = (features(part) for part in (clips, *real))
+        own, other, third = (features(part, vae) for part in (clips, *real))
         fidelity["fréchet"] = frechet_distance(own, other)
         fidelity["floor"] = frechet_distance(third, other)
     shares = {name: float(np.mean(values)) for name, values in rights.items()}
@@ -179,10 +179,11 @@ def ceiling(
             clips.append(to_frames(pixels)[0].cpu().numpy())
         real = [real_clips(name, prompts, seed + k, frames) for k in (1, 2)]
         scenes = [scene for _, scene in COLUMNS[name](prompts, seed)]
-        scores[name] = _scores(clips, scenes, real, progress=True)
+        scores[name] = _scores(clips, scenes, real, pipeline.vae, progress=True)
     return scores
 
 
+WIDTH = 25  # letters of a column
 UNITS = {
     "psnr": ("PSNR, median, dB", 1),
     "broken": ("broken, %", 100),
@@ -195,8 +196,9 @@ UNITS = {
 
 
 def format_table(scores: dict[str, Scores]) -> str:
-    """A line a figure: shares in per cent with their 95 % intervals, then fidelity."""
-    lines = [" " * 22 + "".join(f"{title:>20}" for title in scores)]
+    """A line a figure: shares in per cent with their 95 % intervals, and of how many where these
+    are not all clips; then fidelity."""
+    lines = [" " * 22 + "".join(f"{title:>{WIDTH}}" for title in scores)]
     columns = list(scores.values())
     for name in dict.fromkeys(name for column in columns for name in column.shares):
         cells = []
@@ -205,12 +207,26 @@ def format_table(scores: dict[str, Scores]) -> str:
                 cells.append("-")
                 continue
             count = column.counts[name]
-            low, high = wilson_interval(round(column.shares[name] * count), count)
-            cells.append(f"{100 * column.shares[name]:.1f} ({100 * low:.1f}–{100 * high:.1f})")
-        lines.append(f"{name:22}" + "".join(f"{cell:>20}" for cell in cells))
+            of = "" if count == max(column.counts.values()) else f" of {count}"
+            cells.append(_share(column.shares[name], count) + of)
+        lines.append(f"{name:22}" + "".join(f"{cell:>{WIDTH}}" for cell in cells))
     for name, (title, scale) in UNITS.items():
-        cells = [column.fidelity.get(name) for column in columns]
-        if any(cell is not None for cell in cells):
-            shown = ["-" if cell is None else f"{scale * cell:.2f}" for cell in cells]
-            lines.append(f"{title:22}" + "".join(f"{cell:>20}" for cell in shown))
+        if any(name in column.fidelity for column in columns):
+            shown = [_figure(column, name, scale) for column in columns]
+            lines.append(f"{title:22}" + "".join(f"{cell:>{WIDTH}}" for cell in shown))
     return "\n".join(lines)
+
+
+def _share(share: float, count: int) -> str:
+    low, high = wilson_interval(round(share * count), count)
+    return f"{100 * share:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def _figure(column: Scores, name: str, scale: float) -> str:
+    if (value := column.fidelity.get(name)) is None:
+        return "-"
+    if name == "broken" and column.counts:
+        return _share(value, max(column.counts.values()))
+    ends = [column.fidelity.get(f"{name} {end}") for end in ("low", "high")]
+    interval = "" if None in ends else f" ({scale * ends[0]:.2f}–{scale * ends[1]:.2f})"
+    return f"{scale * value:.2f}{interval}"

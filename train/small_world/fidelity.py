@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from gentron_fast.intervals import median_interval
 from gentron_train.small_world.reading import find_objects, match_outlines, measure
 from gentron_train.small_world.renderer import (
     BACKGROUNDS,
@@ -180,34 +181,36 @@ def _mean_colour(target, scene, fitted) -> np.ndarray:
 
 
 def summarize(fits: Sequence[Fit]) -> dict[str, float]:
-    """Of clips' fits: the median PSNR in dB, the share of broken clips, the median jitters."""
+    """Of clips' fits: the median PSNR in dB with the ends of its 95 % interval, the share of broken
+    clips, the median jitters."""
     psnr = np.array([fit.psnr for fit in fits])
-    figures = {"psnr": float(np.median(psnr)), "broken": float((psnr < BROKEN).mean())}
+    low, high = median_interval(psnr.tolist())
+    figures = {"psnr": float(np.median(psnr)), "psnr low": low, "psnr high": high}
+    figures["broken"] = float((psnr < BROKEN).mean())
     jitters = [jitter for fit in fits if (jitter := fit.jitter())]
     for name in jitters[0] if jitters else ():
         figures[f"{name} jitter"] = float(np.median([jitter[name] for jitter in jitters]))
     return figures
 
 
-def features(clips: Sequence[np.ndarray], batch: int = 64) -> np.ndarray:
-    """Features (N, F) of clips, uint8 (T, 64, 64, 3), from the encoder that ships: of the channels
-    of its second stage the logarithms of their deviation over a frame and, where there are several
-    frames, of their change from one to the next.
+def features(clips: Sequence[np.ndarray], vae, batch: int = 64) -> np.ndarray:
+    """Features (N, F) of clips, uint8 (T, 64, 64, 3), from the encoder of a VideoVAE: of the
+    channels of its second stage the logarithms of their deviation over a frame and, where there are
+    several frames, of their change from one to the next.
 
-    Means would tell little but how bright the backgrounds are.
+    Means would tell little but how bright the backgrounds are. Distances by different autoencoders
+    are not to be compared.
     """
     import torch
 
-    from gentron_fast.pipeline import ASSETS
-    from gentron_fast.vae import VideoVAE
-
-    encoder = VideoVAE.from_pretrained(ASSETS / "vae").eval().autoencoder.encoder
-    rows = []
+    encoder = vae.autoencoder.encoder
+    weight, rows = encoder.conv_in.weight, []
     with torch.no_grad():
         for start in range(0, len(clips), batch):
-            frames = torch.from_numpy(np.stack(clips[start : start + batch]))
+            frames = torch.from_numpy(np.stack(clips[start : start + batch])).to(weight.device)
             count, length = frames.shape[:2]
-            seen = encoder.conv_in(frames.flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1)
+            pixels = frames.flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1
+            seen = encoder.conv_in(pixels.to(weight.dtype))
             for stage in encoder.down_blocks[:2]:
                 seen = stage(seen)
             seen = seen.unflatten(0, (count, length)).flatten(3)  # (N, T, C, places)
@@ -215,7 +218,7 @@ def features(clips: Sequence[np.ndarray], batch: int = 64) -> np.ndarray:
             if length > 1:
                 parts.append(seen.diff(dim=1).abs().mean((1, 3)))
             rows.append(torch.cat(parts, 1).double().clamp(min=1e-3).log())
-    return torch.cat(rows).numpy()
+    return torch.cat(rows).cpu().numpy()
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -10,7 +10,7 @@ from gentron_fast.evaluation.preference import (
     krippendorff_alpha,
     sign_test,
 )
-from gentron_fast.intervals import wilson_interval
+from gentron_fast.intervals import median_interval, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,15 @@ from gentron_fast.intervals import wilson_interval
 def test_wilson_interval(count, total, low, high):
     assert wilson_interval(count, total) == pytest.approx((low, high), abs=5e-5)
     assert wilson_interval(total - count, total) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_median_interval():
+    """Of 100 values, the 40th and the 61st: the binomial distribution of those below the median."""
+    assert median_interval(range(100, 0, -1)) == (40, 61)
+    assert median_interval([3.0, 1.0, 2.0]) == (1, 3)
+    draws = np.random.default_rng(0).standard_exponential((2000, 60))
+    intervals = [median_interval(row) for row in draws.tolist()]
+    assert 0.94 < np.mean([low <= math.log(2) <= high for low, high in intervals]) < 0.98
 
 
 @pytest.mark.parametrize(

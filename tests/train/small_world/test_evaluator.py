@@ -9,6 +9,8 @@ import shutil
 import numpy as np
 import pytest
 
+from gentron_fast.pipeline import ASSETS
+from gentron_fast.vae import VideoVAE
 from gentron_train import shapes_score
 from gentron_train.small_world import evaluator, renderer
 from gentron_train.small_world.evaluator import judge, score
@@ -154,6 +156,7 @@ class Painter:
     def __init__(self, prompts):
         self.scenes = dict(prompts)
         self.seeds = []
+        self.vae = VideoVAE.from_pretrained(ASSETS / "vae").eval()
 
     def __call__(self, prompt, *, seed, progress, frames):
         self.seeds += seed
@@ -172,6 +175,9 @@ def test_evaluate_feeds_prompts_and_seeds_in_batches():
     table = evaluator.format_table(scores)
     assert "colour" in table and "PSNR" in table
     assert "100.0 (56.6–100.0)" in table  # Wilson's interval of 5 of 5
+    assert f" of {scores['seen'].counts['direction']}" in table
+    psnr = [scores["pairs"].fidelity[name] for name in ("psnr", "psnr low", "psnr high")]
+    assert "{:.2f} ({:.2f}–{:.2f})".format(*psnr) in table and "0.0 (0.0–43.4)" in table
 
 
 def test_command_line_scores_clips(tiny_pipeline_folder, tmp_path, capsys):

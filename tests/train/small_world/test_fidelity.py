@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from gentron_fast.pipeline import ASSETS
+from gentron_fast.vae import VideoVAE
 from gentron_train.small_world import renderer
 from gentron_train.small_world.fidelity import (
     BROKEN,
@@ -128,12 +130,16 @@ def test_damage_is_far_from_real_clips():
         rng = np.random.default_rng(seed)
         return [clip_of(renderer.sample_scene(rng)) for _ in range(100)]
 
-    real, other = features(some(1)), some(2)
-    floor = frechet_distance(features(other), real)
-    assert features(other[:2]).shape == (2, 64)
+    def seen(clips):
+        return features(clips, vae)
+
+    vae = VideoVAE.from_pretrained(ASSETS / "vae").eval()
+    real, other = seen(some(1)), some(2)
+    floor = frechet_distance(seen(other), real)
+    assert seen(other[:2]).shape == (2, 64)
     for damage in (noisy, blurred, striped, jerky, flickering):
-        assert frechet_distance(features(damaged(other, damage)), real) > 1.5 * floor
+        assert frechet_distance(seen(damaged(other, damage)), real) > 1.5 * floor
     # Wrong shapes: all of them circles.
     rng = np.random.default_rng(3)
     circles = [renderer.make_scene(rng, "circle", "red", "still") for _ in range(100)]
-    assert frechet_distance(features([clip_of(scene) for scene in circles]), real) > 10 * floor
+    assert frechet_distance(seen([clip_of(scene) for scene in circles]), real) > 10 * floor
