@@ -19,8 +19,26 @@ def all_cores(path: Path | None = None) -> Iterator[None]:
     give_back = claim(path)
     if give_back is None:
         print("waiting       for the cores: a benchmark or another run has them", flush=True)
+        wait_no_more = claim(_waits(path, str(os.getpid())), wait=True)
         give_back = claim(path, wait=True)
+        wait_no_more()
     try:
         yield
     finally:
         give_back()
+
+
+def is_waited_for(path: Path | None = None) -> bool:
+    """Whether another process waits for the cores."""
+    path = CORES if path is None else path
+    names = path.parent.glob(f".{_waits(path, '*').name}.lock")
+    waits = [claim(name.with_name(name.name[1 : -len(".lock")])) for name in names]
+    for give_back in waits:
+        if give_back is not None:  # of a process that died
+            give_back()
+    return None in waits
+
+
+def _waits(path: Path, who: str) -> Path:
+    """What a process claims as long as it waits."""
+    return path.with_name(f"{path.name}-waits-{who}")

@@ -9,15 +9,16 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from gentron_fast.commandline import check_writable, usable_device, whole_number
-from gentron_fast.cores import all_cores
+from gentron_fast.cores import all_cores, is_waited_for
 from gentron_fast.processes import signal_at_parents_end
 from gentron_fast.threads import available_cores, settle_threads
 from gentron_train.checkpoint import EXPORTED
 from gentron_train.findings.scoring import record, result_name, write_record
 from gentron_train.findings.table import Run, Table
-from gentron_train.shipped import ROOT, program, run_stages
+from gentron_train.stages import ROOT, program, run_stages
 
 ONE = "gentron_train.findings"  # whose --one is a process of a run
 POLL = 1.0  # seconds between two looks at what runs
@@ -117,8 +118,8 @@ def training(job: Run, seed: int, table: Table, out: Path) -> list[str]:
 def train_jobs(
     jobs: list[tuple[Run, int]], table: Table, place: Place, written: Callable[[], None]
 ) -> None:
-    """Groups of runs, side by side; between two groups who waits for the cores gets them. written
-    is called behind each result. ValueError for a run that fails."""
+    """Runs side by side, the next one when one ends; who waits for the cores gets them once those
+    at hand are over. written is called behind each result. ValueError for a run that fails."""
     is_cpu = place.device.startswith("cpu")
     if is_cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or the trainer would take the GPU
@@ -131,50 +132,43 @@ def train_jobs(
     at_once = place.at_once or (available_cores() if is_cpu else 1)
     left = list(jobs)
     while left:
-        ready = [
-            (job, seed)
-            for job, seed in left
-            if job.start is None or _is_trained(place.out, job.start, seed)
-        ]
-        group = ready[:at_once]
-        if not group:
-            job, seed = left[0]
-            folder = trained_folder(place.out, job.start, seed)
-            raise ValueError(f"{folder.parent} says that it is trained, and has no {EXPORTED}")
         with all_cores():
-            _train_group(group, (len(jobs) - len(left), len(jobs)), at_once, place, written)
-        left = [job for job in left if job not in group]
+            _train_side_by_side(left, len(jobs), at_once, place, written)
         if left:
             time.sleep(TURN)
 
 
-def _train_group(
-    group: list[tuple[Run, int]],
-    counted: tuple[int, int],
+def _train_side_by_side(
+    left: list[tuple[Run, int]],
+    total: int,
     at_once: int,
     place: Place,
     written: Callable[[], None],
 ) -> None:
-    """Runs side by side, each with its share of the cores where there are at_once of them; their
-    output goes to a file each. ValueError for one that fails, once the others have ended."""
+    """Take runs from `left` until there are none or another waits for the cores, each with its
+    share of them; their output goes to a file each. ValueError for one that fails, once the others
+    have ended."""
     threads = str(max(1, available_cores() // at_once))
     environment = {"OMP_NUM_THREADS": threads} | os.environ
-    first, total = counted
+    running: dict[subprocess.Popen, Path] = {}
+    failed: list[Path] = []
+    known = place.result_names()
     with ExitStack() as ends:
-        running, failed = {}, []
-        for number, (job, seed) in enumerate(group, first + 1):
-            folder = ROOT / trained_folder(place.out, job.name, seed).parent
-            log = folder.with_name(f"{folder.name}.txt")
-            print(f"run          {number} of {total}: {job.name}, seed {seed}: {log}", flush=True)
-            words = ["python", "-m", ONE, "--one", job.name, "--seed", str(seed), *place.options()]
-            output = ends.enter_context(open(log, "a", encoding="utf-8"))
-            process = subprocess.Popen(
-                program(words), cwd=ROOT, env=environment, stdout=output, stderr=output
-            )
-            ends.callback(_end, process)
-            running[process] = log
-        known = place.result_names()
-        while running:
+        while True:
+            waits = bool(failed) or is_waited_for()
+            while len(running) < at_once and not waits and (ready := _first_ready(left, place)):
+                left.remove(ready)
+                job, seed = ready
+                folder = ROOT / trained_folder(place.out, job.name, seed).parent
+                log = folder.with_name(f"{folder.name}.txt")
+                count = f"{total - len(left)} of {total}"
+                print(f"run          {count}: {job.name}, seed {seed}: {log}", flush=True)
+                output = ends.enter_context(open(log, "a", encoding="utf-8"))
+                process = _begin(job, seed, place, environment, output)
+                ends.callback(_end, process)
+                running[process] = log
+            if not running:
+                break
             time.sleep(POLL)
             for process in [process for process in running if process.poll() is not None]:
                 log = running.pop(process)
@@ -184,9 +178,27 @@ def _train_group(
             if (names := place.result_names()) != known:
                 known = names
                 written()
-        if failed:
-            end = " ".join(failed[0].read_text(encoding="utf-8", errors="replace").split())
-            raise ValueError(f"a run failed, {failed[0]} ends with: {end[-300:]}")
+    if failed:
+        end = " ".join(failed[0].read_text(encoding="utf-8", errors="replace").split())
+        raise ValueError(f"a run failed, {failed[0]} ends with: {end[-300:]}")
+    if left and not waits:
+        job, seed = left[0]
+        folder = trained_folder(place.out, job.start, seed)
+        raise ValueError(f"{folder.parent} says that it is trained, and has no {EXPORTED}")
+
+
+def _begin(job: Run, seed: int, place: Place, environment: dict, output: TextIO):
+    words = ["python", "-m", ONE, "--one", job.name, "--seed", str(seed), *place.options()]
+    streams = {"stdout": output, "stderr": output}
+    return subprocess.Popen(program(words), cwd=ROOT, env=environment, **streams)
+
+
+def _first_ready(left: list[tuple[Run, int]], place: Place) -> tuple[Run, int] | None:
+    """The first run whose start is trained."""
+    for job, seed in left:
+        if job.start is None or _is_trained(place.out, job.start, seed):
+            return job, seed
+    return None
 
 
 def _end(process: subprocess.Popen) -> None:

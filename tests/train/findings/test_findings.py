@@ -73,11 +73,46 @@ def two_runs(tmp_path, monkeypatch):
 
     def train(code: str, runs: int = 2) -> None:
         monkeypatch.setattr(jobs, "program", lambda words: [sys.executable, "-c", code])
+        monkeypatch.setattr(cores, "CORES", tmp_path / "cores")
         table, place = read_table(), jobs.Place(TABLE, *[tmp_path] * 3, "cpu")
-        group = [(table.runs["clip"], 1), (table.runs["clip"], 2)]
-        jobs._train_group(group[:runs], (0, 2), 2, place, lambda: None)
+        left = [(table.runs["clip"], 1), (table.runs["clip"], 2)][:runs]
+        jobs._train_side_by_side(left, 2, 2, place, lambda: None)
+        assert not left
 
     return train
+
+
+def test_the_next_run_begins_when_one_ends_and_none_while_another_waits(
+    tmp_path, monkeypatch, capsys
+):
+    """Four runs, two at a time, of which the second takes long: the others follow the first."""
+    monkeypatch.setattr(cores, "CORES", tmp_path / "cores")
+    monkeypatch.setattr(jobs, "POLL", 0.05)
+    seconds = iter(["0.1", "2", "0.1", "0.1", "0.1"])
+    code = "import sys, time; time.sleep(float(sys.argv[1]))"
+    monkeypatch.setattr(jobs, "program", lambda words: [sys.executable, "-c", code, next(seconds)])
+    table, place = read_table(), jobs.Place(TABLE, *[tmp_path] * 3, "cpu")
+    left = [(table.runs["clip"], seed) for seed in range(1, 5)]
+    start = time.monotonic()
+    jobs._train_side_by_side(left, 4, 2, place, lambda: None)
+    assert not left and time.monotonic() - start < 4
+    assert "run          4 of 4: clip, seed 4" in capsys.readouterr().out
+
+    left = [(table.runs["clip"], 1)]
+    code = (
+        "from pathlib import Path; from gentron_fast.cores import all_cores\n"
+        f"with all_cores(Path({str(tmp_path / 'cores')!r})): pass"
+    )
+    with cores.all_cores():
+        assert not cores.is_waited_for()
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+            other.stdout.readline()
+            while not cores.is_waited_for():
+                time.sleep(0.05)
+            jobs._train_side_by_side(left, 1, 2, place, lambda: None)
+            assert len(left) == 1  # not begun
+            other.kill()
+        assert not cores.is_waited_for()
 
 
 def test_a_run_that_fails_is_told_with_what_it_said(two_runs, tmp_path, capsys):

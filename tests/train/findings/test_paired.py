@@ -56,8 +56,8 @@ def test_seeds_alone_are_students_interval():
     interval = paired_interval(first, second)
     half = 4.303 * math.sqrt(7) / math.sqrt(3)
     assert interval.mean == 3
-    assert interval.low == pytest.approx(3 - half, rel=0.1)
-    assert interval.high == pytest.approx(3 + half, rel=0.1)
+    assert interval.low == pytest.approx(3 - half, rel=0.01)
+    assert interval.high == pytest.approx(3 + half, rel=0.01)
 
 
 def test_prompts_alone_are_the_bootstraps_interval():
