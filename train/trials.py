@@ -15,7 +15,7 @@ import numpy as np
 
 from gentron_fast.commandline import described_parser, run
 from gentron_fast.files import whole_file
-from gentron_train.findings.claims import Side
+from gentron_train.findings.claims import figures
 from gentron_train.findings.jobs import Place, add_arguments, missing_jobs, train_jobs
 from gentron_train.findings.page import check_records
 from gentron_train.findings.paired import differences, prompt_error
@@ -72,7 +72,7 @@ def _row(records: Sequence[dict], name: str, base: str, seed: int, stage: str) -
     cells = [f"[{name}](../bench/results/trials/{result_name(name, seed)})"]
     cells.append(f"{found[0]['steps']:,}")
     for measure in SHOWN[stage]:
-        own, first = (Side("", side).figures(records, seed, measure) for side in (name, base))
+        own, first = (figures(records, run, seed, measure) for run in (name, base))
         shown = MEASURES[measure]
         cells.append(shown.shown(np.nanmean(own)))
         if first is None or name == base:
@@ -91,8 +91,10 @@ def _spread(records: Sequence[dict], name: str, seeds: Sequence[int]) -> str:
         return ""
     cells = []
     for measure in SHOWN["t2i"]:
-        figures = [Side("", name).figures(records, seed, measure) for seed in known]
-        means = [MEASURES[measure].shown(np.nanmean(one)) for one in figures]
+        means = [
+            MEASURES[measure].shown(np.nanmean(figures(records, name, seed, measure)))
+            for seed in known
+        ]
         cells.append(f"{MEASURES[measure].title} {', '.join(means)} {MEASURES[measure].unit}")
     return f"{name} with the seeds {', '.join(map(str, known))}: {'; '.join(cells)}."
 

@@ -3,9 +3,9 @@
 import numpy as np
 
 from gentron_train.findings import claims
-from gentron_train.findings.scoring import SCHEMA
+from gentron_train.findings.scoring import SCHEMA, sampling
 
-PROMPTS = 60
+PROMPTS = 300  # of the table here
 # The means of made-up results: what is not named is like the others.
 MEANS = {
     ("clip", "alignment"): 0.8,
@@ -29,7 +29,8 @@ def made_up(table, seeds):
             return MEANS.get((name, measure), USUAL.get(measure, 0.5))
 
         clips = ("motion", "frame alignment", "frame psnr", "place jitter", "size jitter")
-        names = (*claims.IMAGES, *(clips if run.stage == "t2v" else ()), "colour jitter", "travel")
+        names = (*claims.MAIN, *claims.IMAGES, "frame broken", "colour jitter", "travel")
+        names += clips if run.stage == "t2v" else ()
         for scale in table.scales(run):
             scores = {
                 name: (mean(name) + 0.02 * rng.standard_normal(PROMPTS)).round(3).tolist()
@@ -40,7 +41,8 @@ def made_up(table, seeds):
                 {name: "cpu" for name, kind in SCHEMA.items() if kind is SCHEMA["run"]}
                 | dict.fromkeys(("steps", "parameters", "flops"), 5)
                 | {"run": run.name, "stage": run.stage, "seed": seed, "lambda_m": scale}
-                | {"train_seconds": 600.0, "score_seconds": 60.0, "model": {}, "sampling": {}}
+                | {"train_seconds": 600.0, "score_seconds": 60.0, "model": {}, "made_of": {}}
+                | {"sampling": sampling(scale)}
                 | {"loss": mean("loss") + 0.001 * seed, "curve": [[1, 2.0], [5, 1.0]]}
                 | {"start": 0.0 if run.stage == "t2i" else None, "scores": scores}
                 | {"settings": run.settings(table.config).on(1).to_dict() | {"seed": seed}}

@@ -8,6 +8,7 @@ same command goes on. RESULTS has a file of each run's scores; what is there is 
 
 import argparse
 import functools
+import os
 import sys
 
 from gentron_fast.commandline import described_parser, run
@@ -21,6 +22,7 @@ from gentron_train.findings.jobs import (
     train_jobs,
     train_one,
 )
+from gentron_train.findings.pictures import draw
 from gentron_train.findings.scoring import read_records
 from gentron_train.findings.table import TABLE, Run, Table, read_table
 from gentron_train.flops import parameter_count, training_flops
@@ -120,8 +122,9 @@ def _write(place: Place, table: Table) -> None:
     """The page and its pictures."""
     records, document = read_records(ROOT / place.results), ROOT / place.document
     pages.check_records(records, table)
-    text = pages.page(records, table, PICTURES)
-    pages.draw(records, table, document.parent / PICTURES)
+    results = os.path.relpath(ROOT / place.results, document.parent)
+    text = pages.page(records, table, PICTURES, results)
+    draw(pages.counted(records, table), table, document.parent / PICTURES)
     with whole_file(document) as partial:
         partial.write_text(text, encoding="utf-8")
     print(f"wrote        {place.document}")

@@ -16,12 +16,14 @@ from gentron_fast.commandline import choose_device
 from gentron_fast.files import read_json, read_json_lines, whole_file
 from gentron_fast.schema import OBJECT, TEXT, each, optional, real, several, whole
 from gentron_train.checkpoint import EXPORTED, latest_checkpoint, read_info
+from gentron_train.data.sources import folder_digest
 from gentron_train.findings.table import Run, Table
 from gentron_train.flops import parameter_count, training_flops
 from gentron_train.log import LOG_NAME
 from gentron_train.small_world.evaluator import COLUMNS, judge
 from gentron_train.small_world.fidelity import BROKEN, fit_scene
-from gentron_train.small_world.renderer import DIRECTIONS, Scene
+from gentron_train.small_world.renderer import DIRECTIONS, SINCE, Scene
+from gentron_train.small_world.renderer import INDEX_NAME as SHARDS_INDEX
 from gentron_train.stages import STATE, commit
 
 PROMPT_SEED = 1000  # of the scored prompts: not the evaluator's, by which settings were chosen
@@ -47,6 +49,11 @@ class Measure:
     def shown(self, value: float) -> str:
         return f"{value * self.scale:.{self.digits}f}"
 
+    @property
+    def difference_unit(self) -> str:
+        """Of a difference of two shares: points."""
+        return "points" if self.unit == "%" else self.unit
+
 
 MEASURES = {
     "alignment": Measure("what was asked for"),  # the mean of colour, shape and relation
@@ -70,7 +77,7 @@ SCHEMA = {
     **dict.fromkeys(("seed", "steps", "parameters", "flops"), whole(0, 2**62)),
     **dict.fromkeys(("train_seconds", "score_seconds"), real(0, 1e9)),
     "lambda_m": optional(FIGURE),
-    **dict.fromkeys(("settings", "model", "sampling"), OBJECT),
+    **dict.fromkeys(("settings", "model", "sampling", "made_of"), OBJECT),
     "loss": FIGURE,
     "curve": several(several(FIGURE, 2, 2), 1, 10**6),
     "start": optional(real(0, 1e9)),
@@ -159,6 +166,13 @@ def start_difference(pipeline) -> float:
     return float((clips - frames).abs().max() / frames.abs().max())
 
 
+def made_of(pipeline: Path, shards: Path) -> dict:
+    """What a run was trained on: its shards' index, and digests of the parts that it was given."""
+    parts = [pipeline / name for name in ("vae", "text_encoder", "text_encoder_2")]
+    digests = {part.name: folder_digest(part) for part in parts if part.is_dir()}
+    return {"shards": SINCE | read_json(shards / SHARDS_INDEX)} | digests
+
+
 def record(
     table: Table, run: Run, seed: int, trained: Path, lambda_m: float | None, device: str
 ) -> dict:
@@ -192,6 +206,7 @@ def record(
         "settings": {name: v for name, v in info["settings"].items() if name != "cache"},
         "model": info["model"],
         "sampling": sampling(lambda_m),
+        "made_of": made_of(trained / EXPORTED, trained.parent.parent / "shapes"),
         "loss": float(np.mean(last)),
         "curve": [[row["step"], round(row["loss"], 5)] for row in rows],
         "start": start_difference(pipeline) if is_start else None,

@@ -41,7 +41,7 @@ EMPTY = {"seeds": (), "pilot": (), "again": (), "lambda_m": {}}  # where a table
 
 @dataclass(frozen=True)
 class Run:
-    """One line of the table. start: the run whose pipeline a T2V run begins with; changes: the
+    """One line of the table. start: the T2I run whose pipeline this one begins with; changes: the
     settings that differ from settings.yaml."""
 
     name: str
@@ -66,7 +66,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Table:
-    """All runs and how they are scored; the fields are those of runs.yaml."""
+    """All runs and how they are scored; the fields are those of runs.yaml. lambda_m: the values
+    that a run is scored at beside 1; those of the first are swept."""
 
     seeds: tuple[int, ...]
     pilot: tuple[int, ...]
@@ -74,13 +75,12 @@ class Table:
     images: int
     clips: int
     prompts: int
-    sweep_run: str
-    lambda_m: tuple[float, ...]
+    lambda_m: dict[str, tuple[float, ...]]
     runs: dict[str, Run]
     config: Path = SETTINGS
 
     def model(self, run: Run) -> GenTronConfig:
-        """What a run trains; a T2V run has the shape of the one that it starts from."""
+        """What a run trains; one that starts from another has its shape."""
         first = run if run.start is None else self.runs[run.start]
         return model_config(first.settings(self.config), run.stage)
 
@@ -97,8 +97,12 @@ class Table:
 
     def scales(self, run: Run) -> list[float | None]:
         """The λ_M a run is scored at: None is what all are compared at, 1."""
-        swept = [scale for scale in self.lambda_m if scale != 1]
-        return [None, *(swept if run.name == self.sweep_run else [])]
+        return [None, *(scale for scale in self.lambda_m.get(run.name, ()) if scale != 1)]
+
+    @property
+    def sweep_run(self) -> str:
+        """The run whose λ_M is swept; "" without one."""
+        return next(iter(self.lambda_m), "")
 
 
 def read_table(path: Path = TABLE) -> Table:
@@ -110,28 +114,25 @@ def read_table(path: Path = TABLE) -> Table:
         raise ValueError(f"{path} must hold {', '.join(SCHEMA)}; {', '.join(EMPTY)} may be absent")
     check(values, SCHEMA, str(path))
     values = EMPTY | values
-    sweep = values["lambda_m"]
-    check(sweep, {"run": TEXT, "values": _SCALES}, str(path))
-    if len(sweep) not in (0, 2):
-        raise ValueError(f"{path}: lambda_m has {', '.join(sweep)}, wanted run and values")
+    scales = values["lambda_m"]
+    check(scales, dict.fromkeys(scales, _SCALES), str(path))
     runs = {name: _run(name, fields, path) for name, fields in values["runs"].items()}
     table = Table(
         **{name: tuple(values[name]) for name in ("seeds", "pilot", "again")},
         **{name: values[name] for name in ("images", "clips", "prompts")},
-        sweep_run=sweep.get("run", ""),
-        lambda_m=tuple(map(float, sweep.get("values", ()))),
+        lambda_m={name: tuple(map(float, own)) for name, own in scales.items()},
         runs=runs,
         config=path.with_name(SETTINGS.name),
     )
     seeds = (*table.seeds, *table.pilot)
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"{path}: a seed is there twice, or in the pilot too: {seeds}")
-    if unknown := {*table.again, table.sweep_run} - runs.keys() - {""}:
+    if unknown := {*table.again, *table.lambda_m} - runs.keys():
         raise ValueError(f"{path}: again and lambda_m name {', '.join(sorted(unknown))}, no run")
     places = list(runs)
     for run in runs.values():
-        if (run.stage == "t2v") != (run.start is not None):
-            raise ValueError(f"{path}: run {run.name}: T2V starts `from` a run, T2I from nothing")
+        if run.stage == "t2v" and run.start is None:
+            raise ValueError(f"{path}: run {run.name}: T2V starts `from` a run")
         before = places[: places.index(run.name)]
         if run.start is not None and (run.start not in before or runs[run.start].stage != "t2i"):
             raise ValueError(f"{path}: run {run.name} starts from {run.start}, no T2I run above it")

@@ -30,13 +30,15 @@ def test_two_steps_of_everything(tmp_path, monkeypatch, capfd):
         settings[stage] |= TINY
     (tmp_path / SETTINGS.name).write_text(yaml.safe_dump(settings))
     table = {"seeds": [1], "pilot": [0], "again": [], "images": 8, "clips": 4, "prompts": 1}
-    table |= {"lambda_m": {"run": "t2v-both", "values": [1.0]}, "runs": RUNS}
+    table |= {"lambda_m": {"t2v-both": [1.0, 2.0]}, "runs": RUNS}
     (tmp_path / "runs.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
     argv = ["--table", str(tmp_path / "runs.yaml"), "--out", str(tmp_path / "out")]
     argv += ["--results", str(tmp_path / "results"), "--document", str(tmp_path / "page.md")]
 
     assert command.main(argv) == 0, capfd.readouterr().err[-3000:]
-    image, clip = read_records(tmp_path / "results")
+    image, guided, clip = read_records(tmp_path / "results")
+    assert (guided["lambda_m"], guided["sampling"]["lambda_m"]) == (2.0, 2.0)
+    assert image["made_of"]["shards"]["images"] == 8 and image["made_of"]["vae"]
     assert (image["run"], image["steps"], len(image["curve"])) == ("clip", 2, 2)
     assert image["start"] < 1e-5 and clip["start"] is None
     assert clip["model"]["temporal"] and clip["settings"]["p_image"] == 0.2

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_up import PROMPTS, made_up
+from PIL import Image
 
-from gentron_train.findings import claims, page, scoring
+from gentron_train.findings import claims, page, pictures, scoring
 from gentron_train.findings.claims import FAILS, HOLDS, OPEN, findings, sentence, verdict
 from gentron_train.findings.scoring import (
     MEASURES,
@@ -37,14 +38,19 @@ def test_the_page_is_what_its_files_say(table):
     records = read_records(ROOT / "bench/results/findings")
     page.check_records(records, table)
     text = (ROOT / "docs/findings.md").read_text()
-    assert text == page.page(records, table, "findings"), "python -m gentron_train.findings --page"
+    wanted = page.page(records, table, "findings", "../bench/results/findings")
+    assert text == wanted, "python -m gentron_train.findings --page"
     for name in re.findall(r"!\[.*\]\((.*)\)", text):
-        assert (ROOT / "docs" / name).exists(), name
+        with Image.open(ROOT / "docs" / name) as picture:
+            made_of = picture.info[pictures.MADE_OF]
+        number = int(re.search(r"\d+", name)[0])
+        assert made_of == pictures.digest(number, page.counted(records, table), table), name
 
 
 def test_what_holds_what_fails_and_what_cannot_be_told(table, records):
     (comparison,) = findings(table)[0].comparisons
-    said = {name: verdict(comparison, name, records, table.seeds) for name in comparison.measures}
+    names = comparison.measures + comparison.others
+    said = {name: verdict(comparison, name, records, table.seeds) for name in names}
     assert said["alignment"].says == HOLDS and said["psnr"].says == FAILS
     assert said["broken"].says == said["colour"].says == OPEN
     assert said["alignment"].difference.mean == pytest.approx(30, abs=1)  # per cent
@@ -53,10 +59,13 @@ def test_what_holds_what_fails_and_what_cannot_be_told(table, records):
     assert sum(said["psnr"].by_seed) / len(table.seeds) == pytest.approx(
         said["psnr"].difference.mean
     )
-    text = sentence(list(said.values()), len(said))
-    assert text.startswith("It holds for cross-attention ahead of adaLN-zero in what was asked for")
-    assert re.search(r"it fails, the opposite is seen, for .* in PSNR \(-\d\.\d\d dB\)", text)
-    assert re.search(r"cannot be told for .* in colour \(less than \d\.\d % would not show\)", text)
+    text = sentence(list(said.values()))
+    start = "In part: it holds for cross-attention ahead of adaLN-zero (what was asked for +"
+    assert text.startswith(start) and " points); it fails" in text
+    assert re.search(r"it fails, the opposite is seen, for .* \(PSNR -\d\.\d\d dB\)\.$", text)
+    assert "colour" not in text  # the paper's sentence is of what was asked for and how it looks
+    open_ = replace(said["colour"], comparison=replace(comparison, measures=("colour",)))
+    assert re.search(r"told for .* \(colour [+-]\d\.\d … [+-]\d\.\d points\)", sentence([open_]))
 
 
 def test_less_loss_is_better_and_an_image_is_its_own_frame(table, records):
@@ -72,9 +81,9 @@ def test_one_seed_and_no_results_are_not_measured(table, records):
     (comparison,) = findings(table)[0].comparisons
     one = [record for record in records if record["seed"] in table.seeds[:1]]
     assert verdict(comparison, "psnr", one, table.seeds) is None
-    assert sentence([None, None], 2) == "Not measured yet."
+    assert sentence([None, None]) == "Not measured yet."
     some = [verdict(comparison, "psnr", records, table.seeds), None]
-    assert sentence(some, 2).endswith("; 1 of 2 comparisons are not measured yet.")
+    assert sentence(some).endswith("; the rest is not measured yet.")
 
 
 def test_a_scale_of_guidance_is_held_against_the_mean_of_the_best(table, records):
@@ -92,12 +101,13 @@ def test_a_scale_of_guidance_is_held_against_the_mean_of_the_best(table, records
 
 
 def test_the_whole_page_and_its_pictures(table, records, tmp_path):
-    text = page.page(records, table, "pictures")
+    text = page.page(records, table, "pictures", "results")
     assert "Not measured" not in text and "Not run" not in text
     assert "are equal to the bit" in text
     for seed in table.seeds:
-        assert result_name("t2v-both", seed, 0.5) in text
-    drawn = page.draw(records, table, tmp_path / "pictures")
+        assert f"(results/{result_name('t2v-both', seed, 0.5)})" in text
+    own = page.counted(records, table)
+    drawn = pictures.draw(own, table, tmp_path / "pictures")
     named = re.findall(r"!\[.*\]\(pictures/(.*)\)", text)
     assert [path.name for path in drawn] == named == [f"finding-{n}.png" for n in range(1, 6)]
     assert all(path.stat().st_size > 5000 for path in drawn)
@@ -113,7 +123,7 @@ def test_loss_for_as_many_flops(table, records):
         if record["run"] in curves:
             record["flops"], record["curve"] = curves[record["run"]]
             record["flops"] *= 10**12
-    text = page.page(records, table, "findings")
+    text = page.page(records, table, "findings", "results")
     wanted = "For as many FLOPs, 20 TFLOP, the loss is 0.7000 of the middle one and 0.5000 of the"
     assert wanted in text
 
@@ -133,8 +143,8 @@ def test_the_pilot_tells_hours_and_the_smallest_difference(table, records):
     for record, more in zip(again, (1.0, -1.0, 1.0, -1.0), strict=True):
         record["scores"]["psnr"] = [value + more for value in record["scores"]["psnr"]]
     wider, has_spread = claims.smallest(comparison, "psnr", [*records, *again], table)
-    assert has_spread and wider > 3
-    text = page.page([*records, *again[:2]], table, "findings")
+    assert has_spread and wider > 2.8
+    text = page.page([*records, *again[:2]], table, "findings", "results")
     assert f"{again[0]['run']} and {again[1]['run']}, from 2 degrees of freedom" in text
     assert claims.smallest(comparison, "psnr", [], table) is None
     size = findings(table)[2].comparisons[0]
@@ -163,6 +173,16 @@ def test_results_of_other_settings_are_refused(table, records):
         page.check_records([records[0] | {"settings": settings}], table)
     with pytest.raises(ValueError, match="is of no run of the table"):
         page.check_records([records[0] | {"run": "other"}], table)
+    fewer = {"psnr": records[0]["scores"]["psnr"][:5]}
+    with pytest.raises(ValueError, match=r"on 5 prompts, here it is .* on 300: move it"):
+        page.check_records([records[0] | {"scores": fewer}], table)
+    for other, words in (
+        ({"device": "cuda:0"}, "another device are no pairs"),
+        ({"made_of": {"vae": "abc"}}, "another autoencoder are no pairs"),
+        ({"made_of": {"shards": {"seed": 1}}}, "another folder of shards are no pairs"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            page.check_records([records[0] | other, *records[1:]], table)
 
 
 def test_scores_of_a_clip_and_of_its_frame():

@@ -37,13 +37,17 @@ def test_compared_runs_differ_in_what_is_compared():
     assert len({model.mlp_ratio for model in scaled}) == 1  # the MLP grows with the width
     for name, run in table.runs.items():
         changes = set(run.changes) - {"model"}
-        assert changes <= {"p_image", "p_motion_free"}, name
+        assert changes <= {"p_image", "p_motion_free"} or name == "both-on", name
         assert models[name].temporal == (run.stage == "t2v")
-    steps = {
-        (run.stage, run.settings(table.config).steps, run.settings(table.config).lr)
-        for run in table.runs.values()
-    }
-    assert len(steps) == 2
+    settings = {name: run.settings(table.config) for name, run in table.runs.items()}
+    assert len({(one.steps, one.lr) for one in settings.values()}) == 2
+    # T2I is trained on as T2V is, with as many images as that has frames.
+    on, clips = settings["both-on"], settings["t2v-clips"]
+    for name in ("steps", "lr", "decay_ratio", "max_loss_weight", "timestep_range_portion"):
+        assert getattr(on, name) == getattr(clips, name), name
+    for name in ("min_timestep", "max_timestep"):
+        assert getattr(on, name) == getattr(clips, name), name
+    assert on.batch * on.draws == clips.batch * clips.frames
 
 
 def test_the_pilots_seeds_are_left_out():
@@ -54,7 +58,10 @@ def test_the_pilots_seeds_are_left_out():
     assert [run.name for run, seed in pilot if seed == table.pilot[0]] == list(table.runs)
     assert [run.name for run, seed in pilot if seed != table.pilot[0]] == list(table.again)
     assert table.scales(table.runs["both"]) == [None]
-    assert set(table.scales(table.runs["t2v-both"])) == {None, *table.lambda_m} - {1.0}
+    assert table.sweep_run == "t2v-both"
+    swept = table.lambda_m["t2v-both"]
+    assert set(table.scales(table.runs["t2v-both"])) == {None, *swept} - {1.0}
+    assert table.scales(table.runs["t2v-motion-free"]) == [None, 1.3]
 
 
 RUN = {"stage": "t2i", "model": "depth=1 width=16"}
@@ -67,7 +74,7 @@ RUN = {"stage": "t2i", "model": "depth=1 width=16"}
         ({"seeds": [1, 1]}, "a seed is there twice"),
         ({"seeds": [0]}, "or in the pilot too"),
         ({"prompts": 0}, "prompts of {} is 0, wanted a whole number from 1"),
-        ({"lambda_m": {"run": "both"}}, "lambda_m has run, wanted run and values"),
+        ({"lambda_m": {"both": 1}}, "both of {} is 1, wanted a list of"),
         ({"seeds": None}, "seeds of {} is None"),
         ({"again": ["nobody"]}, "again and lambda_m name nobody, no run"),
         ({"more": 1}, "must hold seeds, pilot, again"),
@@ -84,9 +91,7 @@ RUN = {"stage": "t2i", "model": "depth=1 width=16"}
 )
 def test_wrong_tables_are_one_line(changes, message, tmp_path, capsys):
     if "runs" in changes:
-        changes = {"again": [], "lambda_m": {"run": next(iter(changes["runs"])), "values": [1]}} | (
-            changes
-        )
+        changes = {"again": [], "lambda_m": {next(iter(changes["runs"])): [1]}} | changes
     path = written(tmp_path, **changes)
     assert command.main(["--plan", "--table", str(path)]) == 2
     error = capsys.readouterr().err
@@ -127,4 +132,4 @@ def test_the_commands_of_a_run(tmp_path):
 def test_the_plan_needs_no_training(capsys, tmp_path):
     assert command.main(["--plan", "--results", str(tmp_path)]) == 0
     told = capsys.readouterr().out
-    assert "30 runs" in told and "before a pilot" in told and "t2v-motion-free" in told
+    assert "33 runs" in told and "before a pilot" in told and "t2v-motion-free" in told

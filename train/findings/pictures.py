@@ -1,0 +1,151 @@
+"""The pictures of docs/findings.md, made from the results alone."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gentron_fast.files import whole_file
+from gentron_train.findings import claims
+from gentron_train.findings.claims import Finding, verdicts_of
+from gentron_train.findings.scoring import LAMBDA_M, MEASURES
+from gentron_train.findings.table import Table
+
+MADE_OF = "Comment"  # of a picture: the digest of what it shows
+SMALL = 7  # points
+TICKS = 0.05, 0.1, 0.2, 0.5, 1, 2, 5
+
+
+def picture_name(number: int) -> str:
+    return f"finding-{number}.png"
+
+
+def digest(number: int, records: Sequence[dict], table: Table) -> str:
+    """Of all that a finding's picture is drawn from."""
+    finding = claims.findings(table)[number - 1]
+    runs = {side.run for c in finding.comparisons for side in (c.ahead, c.behind)}
+    own = [[r["scores"], r["loss"], r["curve"]] for r in records if r["run"] in runs]
+    return hashlib.sha256(json.dumps(own).encode()).hexdigest()
+
+
+def draw(records: Sequence[dict], table: Table, folder: Path) -> list[Path]:
+    """The pictures of the findings that have figures, from the results of the seeds that count."""
+    from matplotlib.figure import Figure
+
+    paths = []
+    for number, finding in enumerate(claims.findings(table), 1):
+        verdicts = verdicts_of(finding, records, table)
+        if not verdicts:
+            continue
+        names = list(dict.fromkeys(one.measure for one in verdicts))
+        rows = list(dict.fromkeys(one.comparison for one in verdicts))
+        extra = _extra(finding, records, table)
+        panels = len(names) + bool(extra)
+        columns = 2 if panels == 4 else min(panels, 3)
+        lines = -(-panels // columns)
+        size = max(2.7 * columns + 1.8, 5), max((1.1 + 0.42 * len(rows)) * lines, 2.6)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(lines, columns, squeeze=False).flatten()
+        for place, (axis, name) in enumerate(zip(axes, names, strict=False)):
+            own = {one.comparison: one for one in verdicts if one.measure == name}
+            _draw_differences(axis, rows, own, name, is_named=place % columns == 0)
+        if extra:
+            extra(axes[panels - 1])
+        for axis in axes[panels:]:
+            axis.set_axis_off()
+        path = folder / picture_name(number)
+        about = {"Software": None, MADE_OF: digest(number, records, table)}
+        with whole_file(path) as partial:
+            figure.savefig(partial, format="png", dpi=110, metadata=about)
+        paths.append(path)
+    return paths
+
+
+def _draw_differences(axis, rows, verdicts: dict, measure: str, is_named: bool) -> None:
+    """A row for each comparison, empty where it has no such figure."""
+    for place, comparison in enumerate(reversed(rows)):
+        if (one := verdicts.get(comparison)) is None:
+            continue
+        mean, low, high = one.difference.mean, one.difference.low, one.difference.high
+        colour = "C0" if one.counts else "C7"
+        axis.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", c=colour, capsize=3)
+        axis.plot(one.by_seed, [place - 0.25] * len(one.by_seed), ".", color="grey", markersize=5)
+    names = [f"{row.ahead.name} −\n{row.behind.name}" for row in reversed(rows)]
+    axis.set_yticks(range(len(rows)), names if is_named else [""] * len(rows), fontsize=SMALL)
+    axis.set_ylim(-0.7, len(rows) - 0.3)
+    axis.axvline(0, color="grey", linewidth=0.8)
+    shown = MEASURES[measure]
+    unit = f", {shown.difference_unit}" if shown.unit else ""
+    better = "right" if shown.higher_is_better else "left"
+    axis.set_title(f"{shown.title}{unit} ({better} is better)", fontsize=SMALL)
+    axis.locator_params(axis="x", nbins=5)
+    axis.tick_params(axis="x", labelsize=SMALL)
+
+
+def _extra(finding: Finding, records, table: Table):
+    """What draws one more panel of a finding, or None."""
+    measures = {name for one in finding.comparisons for name in one.measures + one.others}
+    if "loss" in measures:
+        sides = [side for one in finding.comparisons for side in (one.behind, one.ahead)]
+        runs = list(dict.fromkeys(side.run for side in sides))
+        return lambda axis: _draw_losses(axis, runs, records)
+    if "travel" in measures:
+        return lambda axis: _draw_scales(axis, records, table)
+    return None
+
+
+def loss_curve(run: str, records) -> tuple[np.ndarray, np.ndarray]:
+    """TFLOP spent and the loss there, the mean of a run's seeds at the steps that all of them
+    have."""
+    own = [record for record in records if record["run"] == run and record["lambda_m"] is None]
+    curves = [dict(record["curve"]) for record in own]
+    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+    loss = np.mean([[curve[step] for step in steps] for curve in curves], 0)
+    return np.array(steps) * own[0]["flops"] / 1e12, loss
+
+
+def _draw_losses(axis, runs: Sequence[str], records) -> None:
+    for run in runs:
+        own = [record for record in records if record["run"] == run]
+        if own:
+            label = f"{own[0]['parameters'] / 1e6:.1f} M parameters"
+            axis.loglog(*loss_curve(run, records), label=label, linewidth=1)
+    axis.set_yticks(TICKS, map(str, TICKS), minor=False)
+    axis.set_yticks([], minor=True)
+    axis.set_ylim(0.08, 2)
+    axis.grid(alpha=0.3)
+    axis.set_title("loss by training, TFLOP", fontsize=SMALL)
+    axis.legend(fontsize=SMALL)
+    axis.tick_params(labelsize=SMALL)
+
+
+def _draw_scales(axis, records, table: Table) -> None:
+    """Fidelity against the strength of motion, a point a λ_M: the mean, and in grey each seed."""
+    scales = sorted(table.lambda_m[table.sweep_run])
+    lines = []
+    for seed in table.seeds:
+        points = []
+        for scale in scales:
+            own = (None if scale == LAMBDA_M else scale,)
+            pair = [
+                claims.figures(records, table.sweep_run, seed, name, own)
+                for name in ("travel", "psnr")
+            ]
+            if all(part is not None for part in pair):
+                points.append([float(np.nanmean(part)) for part in pair])
+        if len(points) == len(scales):
+            lines.append(points)
+            axis.plot(*zip(*points, strict=True), "-", color="grey", linewidth=0.6)
+    if lines:
+        mean = np.mean(lines, 0)
+        axis.plot(*mean.T, "o-", ms=4)
+        for scale, point in zip(scales, mean, strict=True):
+            axis.annotate(
+                f"{scale:g}", point, xytext=(3, 4), textcoords="offset points", fontsize=SMALL
+            )
+    axis.set_xlabel("way, px", fontsize=SMALL)
+    axis.set_ylabel("PSNR, dB", fontsize=SMALL)
+    axis.set_title("at each λ_M", fontsize=SMALL)
+    axis.tick_params(labelsize=SMALL)
