@@ -12,7 +12,7 @@ direction being 100 throughout: clean renders 100 / 100 / 100; mp4 with blur and
 be right: shape 97.3, motion 100, relation 100.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,12 +108,13 @@ def evaluate(
     batch: int = 16,
     progress: bool = True,
     columns: Sequence[str] = tuple(COLUMNS),
+    without: Collection[str] = (),
     **options,
 ) -> dict[str, Scores]:
     """Scores of a GenTronPipeline on `prompts` prompts of each column of COLUMNS.
 
-    Prompt k is sampled with seed + k; `options` go to the pipeline's call. A model without temporal
-    layers makes images.
+    Prompt k is sampled with seed + k; captions of `without` are left out; `options` go to the
+    pipeline's call. A model without temporal layers makes images.
     """
     from tqdm import tqdm
 
@@ -121,7 +122,7 @@ def evaluate(
         raise ValueError(f"prompts is {prompts} and batch {batch}, must be at least 1")
     scores = {}
     for name in columns:
-        texts, scenes = zip(*COLUMNS[name](prompts, seed), strict=True)
+        texts, scenes = zip(*drawn_prompts(name, prompts, seed, without), strict=True)
         clips = []
         with tqdm(total=prompts, desc=name, unit="prompt", disable=not progress) as bar:
             for start in range(0, prompts, batch):
@@ -133,6 +134,14 @@ def evaluate(
         real = [real_clips(name, prompts, seed + k, len(clips[0])) for k in (1, 2)]
         scores[name] = _scores(clips, scenes, real, pipeline.vae, progress)
     return scores
+
+
+def drawn_prompts(
+    column: str, count: int, seed: int, without: Collection[str] = ()
+) -> list[tuple[str, Scene]]:
+    """The first prompts of a column whose captions `without` lacks, and a scene of each."""
+    drawn = COLUMNS[column](2 * count + len(without) if without else count, seed)
+    return [pair for pair in drawn if pair[0] not in without][:count]
 
 
 def _scores(clips, scenes, real, vae, progress) -> Scores:

@@ -14,11 +14,12 @@ from gentron_fast.commandline import number
 from gentron_fast.config import SamplingDefaults
 from gentron_fast.files import read_json, whole_file, write_json
 from gentron_fast.media import contact_sheet
-from gentron_train.small_world.evaluator import Scores, evaluate
+from gentron_train.small_world.evaluator import Scores, drawn_prompts, evaluate
 from gentron_train.small_world.picture import labelled
 
 SWEPT = ("lambda_t", "lambda_m", "rescale")
 COLUMNS = ("seen", "unseen")
+APART_FROM = {"prompts": 500, "seed": 0}  # those of the published figures: what is chosen is apart
 VISIBLE = 0.5  # dB of PSNR, below which nobody tells two clips apart
 SHEET_PROMPTS = "a red circle moving left", "a blue star rotating", "a dotted green square growing"
 LABELS = {"lambda_t": "λ_T", "lambda_m": "λ_M", "rescale": "φ"}
@@ -44,14 +45,20 @@ def sweep(
     """Score every point of the grid; rows that `out` holds for the same settings are kept.
 
     settings: "prompts" and "seed" of `evaluate`, and what else its calls take, the grid's values
-    coming over them. Beside out (.json) stand a picture and a contact sheet (.png, -clips.png).
+    coming over them. Prompts of APART_FROM are left out. Beside out (.json) stand a picture and a
+    contact sheet (.png, -clips.png).
     """
     pictures = pictures_beside(out)
     options = {k: v for k, v in settings.items() if k not in ("prompts", "seed")}
-    rows = []
+    rows, kept = [], settings | {"apart_from": APART_FROM}
+    without = {
+        text
+        for name in COLUMNS
+        for text, _ in drawn_prompts(name, APART_FROM["prompts"], APART_FROM["seed"])
+    }
     if out.exists():
         found = read_json(out)
-        if found.get("settings") != settings:
+        if found.get("settings") != kept:
             raise ValueError(f"{out} holds a sweep of other settings; choose another file")
         rows = found["rows"]
     for point in grid:
@@ -63,10 +70,11 @@ def sweep(
             settings["seed"],
             batch,
             columns=COLUMNS,
+            without=without,
             **options | point,
         )
         rows.append({name: (options | point)[name] for name in SWEPT} | figures_of(scores))
-        write_json(out, {"settings": settings, "rows": rows})
+        write_json(out, {"settings": kept, "rows": rows})
     _draw(rows, pictures[0])
     _draw_sheet(pipeline, rows, options, pictures[1])
     return rows

@@ -180,6 +180,13 @@ def test_evaluate_feeds_prompts_and_seeds_in_batches():
     assert "{:.2f} ({:.2f}–{:.2f})".format(*psnr) in table and "0.0 (0.0–43.4)" in table
 
 
+def test_captions_that_are_left_out_are_replaced_by_the_next():
+    texts = [text for text, _ in evaluator.drawn_prompts("unseen", 30, 1)]
+    assert texts == [text for text, _ in renderer.unseen_prompts(30, 1)]
+    left = [text for text, _ in evaluator.drawn_prompts("unseen", 20, 1, without={texts[3]})]
+    assert left == [text for text in texts if text != texts[3]][:20] and len(left) == 20
+
+
 def test_command_line_scores_clips(tiny_pipeline_folder, tmp_path, capsys):
     out = tmp_path / "score.json"
     options = ["--prompts", "2", "--batch", "2", "--steps", "1", "--out", str(out)]

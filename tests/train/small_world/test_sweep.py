@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from gentron_train import shapes_score
+from gentron_train.small_world import renderer
 from gentron_train.small_world import sweep as module
 from gentron_train.small_world.sweep import choose, parse_grid
 
@@ -60,6 +61,8 @@ def test_a_sweep_is_written_and_resumed(tiny_pipeline_folder, tmp_path, capsys, 
     arguments = [str(tiny_pipeline_folder), "--prompts", "2", "--steps", "1", "--out", str(out)]
     assert shapes_score.main([*arguments, "--sweep", "lambda_t=1,3"]) == 0
     assert [call["lambda_t"] for call in calls] == [1, 3]
+    published = renderer.seen_prompts(500) + renderer.unseen_prompts(500)
+    assert calls[0]["without"] == {text for text, _ in published}
     assert shapes_score.main([*arguments, "--sweep", "lambda_t=1,3,5", "rescale=0"]) == 0
     assert [call["lambda_t"] for call in calls] == [1, 3, 5]
     rows = json.loads(out.read_text())["rows"]
