@@ -11,9 +11,10 @@ import functools
 import os
 import sys
 
-from gentron_fast.commandline import described_parser, run
+from gentron_fast.commandline import choose_device, described_parser, run
 from gentron_fast.config import GenTronConfig
 from gentron_fast.files import whole_file
+from gentron_train.checkpoint import EXPORTED
 from gentron_train.findings import page as pages
 from gentron_train.findings.jobs import (
     Place,
@@ -21,9 +22,10 @@ from gentron_train.findings.jobs import (
     missing_jobs,
     train_jobs,
     train_one,
+    trained_folder,
 )
-from gentron_train.findings.pictures import draw
-from gentron_train.findings.scoring import read_records
+from gentron_train.findings.pictures import SHEET, SHEET_PROMPTS, draw, draw_sheet
+from gentron_train.findings.scoring import prompts_of, read_records, sampling
 from gentron_train.findings.table import TABLE, Run, Table, read_table
 from gentron_train.flops import parameter_count, training_flops
 from gentron_train.stages import ROOT
@@ -85,8 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--pilot", action="store_true", help="the seeds that are left out instead")
     what.add_argument("--plan", action="store_true", help="print what would be run, and how long")
     what.add_argument("--page", action="store_true", help="write the page of what is there")
+    what.add_argument("--sheet", action="store_true", help="draw clips of the runs of one seed")
     what.add_argument("--one", help=argparse.SUPPRESS)  # a run, trained and scored: a job's own
-    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help="of --sheet (the first that counts)")
     add_arguments(parser, "findings", TABLE)
     return parser
 
@@ -112,10 +115,29 @@ def _command(argv: list[str]) -> None:
             print("\n".join([f"{title}:", *plan(table, own, records)]))
         return
     place.check_writable()
+    if args.sheet:
+        _draw_sheet(place, table, table.seeds[0] if args.seed is None else args.seed)
     write = functools.partial(_write, place, table)
-    if not args.page:
+    if not (args.page or args.sheet):
         train_jobs(jobs, table, place, write)
     write()
+
+
+def _draw_sheet(place: Place, table: Table, seed: int) -> None:
+    """Clips of the runs of a seed, all of the same noise, beside the page's pictures."""
+    from gentron_fast import GenTronPipeline
+
+    texts, _ = prompts_of(SHEET_PROMPTS)
+
+    def sample(run: str, scale: float):
+        folder = ROOT / trained_folder(place.out, run, seed) / EXPORTED
+        if not folder.is_dir():
+            raise ValueError(f"run {run} of seed {seed} is not trained here: no {folder}")
+        pipeline = GenTronPipeline.from_pretrained(folder, device=choose_device(place.device))
+        seeds = list(range(len(texts)))
+        return pipeline(texts, seed=seeds, progress=False, **sampling(scale)).frames.numpy()
+
+    draw_sheet(table, sample, (ROOT / place.document).parent / PICTURES / SHEET)
 
 
 def _write(place: Place, table: Table) -> None:
@@ -123,7 +145,8 @@ def _write(place: Place, table: Table) -> None:
     records, document = read_records(ROOT / place.results), ROOT / place.document
     pages.check_records(records, table)
     results = os.path.relpath(ROOT / place.results, document.parent)
-    text = pages.page(records, table, PICTURES, results)
+    sheet = document.parent / PICTURES / SHEET
+    text = pages.page(records, table, PICTURES, results, sheet.exists())
     draw(pages.counted(records, table), table, document.parent / PICTURES)
     with whole_file(document) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -7,7 +7,7 @@ import numpy as np
 
 from gentron_train.findings import claims
 from gentron_train.findings.claims import Comparison, Finding, Verdict, verdicts_of
-from gentron_train.findings.pictures import loss_curve, picture_name
+from gentron_train.findings.pictures import SHEET, SHEET_PROMPTS, loss_curve, picture_name
 from gentron_train.findings.scoring import (
     LAMBDA_M,
     LAMBDA_T,
@@ -15,6 +15,7 @@ from gentron_train.findings.scoring import (
     MEASURES,
     RESCALE,
     STEPS,
+    prompts_of,
     result_name,
     sampling,
 )
@@ -87,14 +88,18 @@ def estimate(records: Sequence[dict], table: Table) -> Estimate | None:
     return Estimate(hours, sum(spent.values()) / 3600, seconds)
 
 
-def page(records: Sequence[dict], table: Table, pictures: str, results: str) -> str:
+def page(
+    records: Sequence[dict], table: Table, pictures: str, results: str, has_sheet: bool = False
+) -> str:
     """docs/findings.md; pictures, results: the folders of its pictures and of the results, as the
-    page links to them."""
+    page links to them; has_sheet: whether clips of the runs are among the pictures."""
     own = counted(records, table)
     parts = [_introduction(table), _models(table), _spent(records), _pilot(records, table)]
     numbered = list(enumerate(claims.findings(table), 1))
     parts += [_finding(number, one, own, table, pictures) for number, one in numbered]
-    parts += [_start(len(numbered) + 1, own), _results(records, table, results)]
+    parts.append(_start(len(numbered) + 1, own))
+    parts += [_sheet(pictures)] if has_sheet else []
+    parts += [_results(records, table, results)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -274,6 +279,15 @@ def _start(number: int, records) -> str:
         f"predictions {differ} in fp32.**"
     )
     return "\n\n".join(text)
+
+
+def _sheet(pictures: str) -> str:
+    prompts = "; ".join(prompts_of(SHEET_PROMPTS)[0])
+    return (
+        f"## Clips of the runs\n\nOne seed, the same noise in every row (that of images is "
+        f"another), first, middle and last frame; from left to right: {prompts}. "
+        f"`python -m gentron_train.findings --sheet`\n\n![Clips]({pictures}/{SHEET})"
+    )
 
 
 def _results(records, table: Table, results: str) -> str:

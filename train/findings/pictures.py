@@ -2,17 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from gentron_fast.files import whole_file
+from gentron_fast.media import contact_sheet
 from gentron_train.findings import claims
 from gentron_train.findings.claims import Finding, verdicts_of
 from gentron_train.findings.scoring import LAMBDA_M, MEASURES
 from gentron_train.findings.table import Table
+from gentron_train.small_world.picture import labelled
 
+SHEET = "clips.png"
+SHEET_PROMPTS = 2  # of each kind
 MADE_OF = "Comment"  # of a picture: the digest of what it shows
 SMALL = 7  # points
 TICKS = 0.05, 0.1, 0.2, 0.5, 1, 2, 5
@@ -61,6 +65,31 @@ def draw(records: Sequence[dict], table: Table, folder: Path) -> list[Path]:
             figure.savefig(partial, format="png", dpi=110, metadata=about)
         paths.append(path)
     return paths
+
+
+def draw_sheet(table: Table, sample: Callable[[str, float], np.ndarray], path: Path) -> None:
+    """A row for each run that the findings compare clips of, at each λ_M, with the first, middle
+    and last frame of every prompt's clip: what a person sees of it.
+
+    sample: from a run and a λ_M the clips, uint8 (P, T, H, W, 3).
+    """
+    from PIL import Image
+
+    compared = [c for finding in claims.findings(table) for c in finding.comparisons]
+    sides = [side for c in compared for side in (c.behind, c.ahead)]
+    clips = {c.behind.run for c in compared if table.runs[c.behind.run].stage == "t2v"}
+    runs = clips | {c.ahead.run for c in compared if c.behind.run in clips}
+    scales = {(s.run, scale) for s in sides if s.run in runs for scale in s.scales}
+    rows = [(run, LAMBDA_M if scale is None else scale) for run, scale in scales]
+    rows.sort(key=lambda row: (list(table.runs).index(row[0]), row[1]))
+    strips = []
+    for run, scale in rows:
+        frames = sample(run, scale)
+        shown = frames[:, [0, frames.shape[1] // 2, -1]]
+        strip = np.concatenate([contact_sheet([clip]) for clip in shown], 1)
+        strips.append(labelled(strip, f"{run}, λ_M {scale:g}"))
+    with whole_file(path) as partial:
+        Image.fromarray(np.concatenate(strips)).save(partial, format="png")
 
 
 def _draw_differences(axis, rows, verdicts: dict, measure: str, is_named: bool) -> None:

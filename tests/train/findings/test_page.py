@@ -19,6 +19,7 @@ from gentron_train.findings.scoring import (
     write_record,
 )
 from gentron_train.findings.table import read_table
+from gentron_train.small_world.picture import LINE
 from gentron_train.small_world.renderer import FPS, make_scene, render_clip
 
 ROOT = Path(__file__).parents[3]
@@ -38,9 +39,10 @@ def test_the_page_is_what_its_files_say(table):
     records = read_records(ROOT / "bench/results/findings")
     page.check_records(records, table)
     text = (ROOT / "docs/findings.md").read_text()
-    wanted = page.page(records, table, "findings", "../bench/results/findings")
+    sheet = ROOT / "docs/findings" / pictures.SHEET
+    wanted = page.page(records, table, "findings", "../bench/results/findings", sheet.exists())
     assert text == wanted, "python -m gentron_train.findings --page"
-    for name in re.findall(r"!\[.*\]\((.*)\)", text):
+    for name in re.findall(r"!\[.*\]\((.*finding-.*)\)", text):
         with Image.open(ROOT / "docs" / name) as picture:
             made_of = picture.info[pictures.MADE_OF]
         number = int(re.search(r"\d+", name)[0])
@@ -111,6 +113,26 @@ def test_the_whole_page_and_its_pictures(table, records, tmp_path):
     named = re.findall(r"!\[.*\]\(pictures/(.*)\)", text)
     assert [path.name for path in drawn] == named == [f"finding-{n}.png" for n in range(1, 6)]
     assert all(path.stat().st_size > 5000 for path in drawn)
+
+
+def test_the_sheet_has_a_row_for_each_run_of_clips_and_its_scales(table, records, tmp_path):
+    sampled = []
+
+    def sample(run, scale):
+        sampled.append((run, scale))
+        frames = 8 if table.runs[run].stage == "t2v" else 1
+        return np.full((6, frames, 64, 64, 3), 7 * len(sampled), np.uint8)
+
+    pictures.draw_sheet(table, sample, tmp_path / "clips.png")
+    assert sampled[:2] == [("both", 1), ("both-on", 1)]
+    assert sampled[2:4] == [("t2v-clips", 1), ("t2v-images", 1)]
+    assert sampled[4:6] == [("t2v-motion-free", 1), ("t2v-motion-free", 1.3)]
+    assert [scale for run, scale in sampled if run == "t2v-both"] == [0, 0.5, 1, 1.3, 2, 3]
+    picture = np.asarray(Image.open(tmp_path / "clips.png"))
+    assert len(sampled) == 12 and len(picture) == 12 * (64 + LINE)
+    assert picture[5 * (64 + LINE) + LINE + 32, 5, 0] == 7 * 6
+    text = page.page(records, table, "pictures", "results", has_sheet=True)
+    assert "(pictures/clips.png)" in text and scoring.prompts_of(2)[0][-1] in text
 
 
 def test_loss_for_as_many_flops(table, records):
