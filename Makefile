@@ -3,7 +3,7 @@
 # make gpu      on a CUDA machine, by its own python: tests and figures in nine minutes; then REST=1: what failed or was
 #               cut, in four; LIMIT=SECONDS, RESULTS=DIR, PART=NAME; DRY=1 walks through it here, without a GPU
 # make faults   processes killed at random moments, two on one folder, thousands of damaged files: figures of each; then make fuzz
-# make findings [DEVICE=cuda] [RESULTS=DIR]   the paper's findings in the small world: docs/findings.md, or all of it anew
+# make findings [DEVICE=cuda] [AGAIN=DIR]   the paper's findings in the small world: docs/findings.md, or all of it anew
 #               in DIR; hours, resumed
 # make trials [DEVICE=cuda]     what moves fidelity most in short runs: docs/trials.md; hours, resumed
 # make large    one step of the whole G/2-T2V on the CPU, plain against shared: 12 GB of memory
@@ -48,8 +48,8 @@ train: .venv/dev
 
 DEVICE ?= cpu
 findings: .venv/dev
-	$(BIN)/python -m gentron_train.findings --device $(DEVICE) $(if $(RESULTS),--results $(RESULTS)/results \
-	    --out $(RESULTS)/runs --document $(RESULTS)/findings.md)
+	$(BIN)/python -m gentron_train.findings --device $(DEVICE) $(if $(AGAIN),--results $(AGAIN)/results \
+	    --out $(AGAIN)/runs --document $(AGAIN)/findings.md)
 
 trials: .venv/dev
 	$(BIN)/python -m gentron_train.trials --device $(DEVICE)

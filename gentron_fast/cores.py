@@ -20,8 +20,10 @@ def all_cores(path: Path | None = None) -> Iterator[None]:
     if give_back is None:
         print("waiting       for the cores: a benchmark or another run has them", flush=True)
         wait_no_more = claim(_waits(path, str(os.getpid())), wait=True)
-        give_back = claim(path, wait=True)
-        wait_no_more()
+        try:
+            give_back = claim(path, wait=True)
+        finally:
+            wait_no_more()
     try:
         yield
     finally:
@@ -29,7 +31,8 @@ def all_cores(path: Path | None = None) -> Iterator[None]:
 
 
 def is_waited_for(path: Path | None = None) -> bool:
-    """Whether another process waits for the cores."""
+    """Whether another process waits for the cores, for the one that has them to ask: two who ask
+    at once could take each other for such a process."""
     path = CORES if path is None else path
     names = path.parent.glob(f".{_waits(path, '*').name}.lock")
     waits = [claim(name.with_name(name.name[1 : -len(".lock")])) for name in names]

@@ -18,8 +18,10 @@ def wilson_interval(count: int, total: int) -> tuple[float, float]:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Between two of the values, by their ranks, 95 %: half of all are below the median. Few values
-    have all of them as their interval."""
+    """Between two of the values, by their ranks, 95 %: half of all are below the median. Fewer than
+    six have all of them as their interval, which is less. ValueError for none."""
+    if not len(values):
+        raise ValueError("no values have no median")
     z, count, ranked = NormalDist().inv_cdf((1 + LEVEL) / 2), len(values), sorted(values)
     low = max(math.floor((count - z * math.sqrt(count)) / 2) - 1, 0)
     return ranked[low], ranked[count - 1 - low]

@@ -260,6 +260,7 @@ def test_findings(command, tmp_path, monkeypatch, assert_all_end_well_or_in_one_
     (tmp_path / "runs.yaml").write_text(command.TABLE.read_text())
     options = {
         "--pilot": [],
+        "--sheet": [],
         "--seed": ["1"],
         "--lambda-m": ["1.3"],
         "--out": ["runs"],

@@ -28,7 +28,14 @@ def _command(argv: list[str]) -> None:
     parser.error = refuse
     parser.add_argument("pipeline", nargs="?", help="pipeline folder (the model that ships)")
     parser.add_argument("--prompts", type=int, default=200, help="of each kind (200)")
-    parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=list(COLUMNS))
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="COLUMN",
+        default=list(COLUMNS),
+        choices=list(COLUMNS),
+        help=f"kinds of prompts, of {', '.join(COLUMNS)} (all)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--frames", type=int, help="frames a clip (the pipeline's)")
@@ -44,8 +51,8 @@ def _command(argv: list[str]) -> None:
         "--sweep",
         nargs="+",
         metavar="NAME=VALUE,…",
-        help=f"every combination of values of {', '.join(SWEPT)}, seen and unseen; --out FILE.json "
-        "is resumed, with a picture and a contact sheet beside it",
+        help=f"every combination of values of {', '.join(SWEPT)}, seen and unseen, on prompts that "
+        "published figures do not use; --out FILE.json is resumed, pictures are drawn beside it",
     )
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args(argv)

@@ -70,12 +70,16 @@ def run_stages(
     path = out / STATE
     if out.exists() and any(out.iterdir()) and not path.exists():
         raise ValueError(f"{out} holds something that no run of this made: choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    lock_folder(out)
     if not path.exists():
         write_json(path, {"done": []})
-    lock_folder(out)
     done, begun = _read_state(path)
     lines = [(name, words) for name, commands in stages.items() for words in commands]
+    if len(done) > len(lines):
+        raise ValueError(
+            f"{path} was made by other commands: {len(done)} are done, here are {len(lines)}; "
+            "choose another folder"
+        )
     for number, (name, words) in enumerate(lines):
         line = shlex.join(words)
         known = done[number] if number < len(done) else begun if number == len(done) else None

@@ -5,6 +5,7 @@ import numpy as np
 from gentron_train.findings import claims
 from gentron_train.findings.scoring import SCHEMA, sampling
 
+MADE_OF = {"shards": {"seed": 0}, "vae": "a", "text_encoder": "b", "text_encoder_2": "c"}
 PROMPTS = 300  # of the table here
 # The means of made-up results: what is not named is like the others.
 MEANS = {
@@ -41,7 +42,7 @@ def made_up(table, seeds):
                 {name: "cpu" for name, kind in SCHEMA.items() if kind is SCHEMA["run"]}
                 | dict.fromkeys(("steps", "parameters", "flops"), 5)
                 | {"run": run.name, "stage": run.stage, "seed": seed, "lambda_m": scale}
-                | {"train_seconds": 600.0, "score_seconds": 60.0, "model": {}, "made_of": {}}
+                | {"train_seconds": 600.0, "score_seconds": 60.0, "model": {}, "made_of": MADE_OF}
                 | {"sampling": sampling(scale)}
                 | {"loss": mean("loss") + 0.001 * seed, "curve": [[1, 2.0], [5, 1.0]]}
                 | {"start": 0.0 if run.stage == "t2i" else None, "scores": scores}

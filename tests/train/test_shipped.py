@@ -142,7 +142,7 @@ def test_a_training_that_was_cut_off_is_resumed(tmp_path, monkeypatch):
 
 
 def test_the_pipeline_has_the_sweeps_choice_and_its_page(
-    tiny_pipeline_folder, tmp_path, monkeypatch
+    tiny_pipeline_folder, tmp_path, monkeypatch, capsys
 ):
     shutil.copytree(tiny_pipeline_folder, tmp_path / "t2v" / "pipeline")
     shares = {"all": 0.5, "shape": 0.6, "motion": 0.7, "broken": 0.1, "psnr": 20.0, "fréchet": 9.0}
@@ -174,10 +174,11 @@ def test_the_pipeline_has_the_sweeps_choice_and_its_page(
         assert line in page
     assert "| seen, colour | ≥ 99 % | 100.0 % | met |" in page
     assert "| seen, broken | ≤ 1 % | 2.0 % | not met |" in page
+    assert "| pairs, all | 85 % | not measured | |" in page
 
     # What is not made to its end is not shipped; what is goes where it belongs, without our mark.
-    places = {name: tmp_path / "ships" / name for name in shipped.PLACES}
-    monkeypatch.setattr(shipped, "PLACES", places)
+    places = {name: tmp_path / "ships" / name for name in shipped.SHIPS_AS}
+    monkeypatch.setattr(shipped, "SHIPS_AS", places)
     monkeypatch.setattr(shipped, "ASSETS", tmp_path / "ships")
     monkeypatch.setattr(shipped, "ROOT", tmp_path)
     assert shipped.main(["--ship", "--out", str(tmp_path)]) == 2
@@ -185,7 +186,10 @@ def test_the_pipeline_has_the_sweeps_choice_and_its_page(
     for name in places.keys() - {"score.json", "fast.json", "ceiling.json", "sweep.json"}:
         (tmp_path / name).write_text(name)
     (tmp_path / "ships").mkdir()
+    (tmp_path / "ships" / "old.json").write_text("old")
+    capsys.readouterr()
     assert shipped.main(["--ship", "--out", str(tmp_path)]) == 0
+    assert "left         ships/old.json" in capsys.readouterr().out
     shipped_index = (tmp_path / "ships" / "fast" / "model_index.json").read_text()
     assert shipped_index == (pipeline / "model_index.json").read_text()
     assert (tmp_path / "ships" / "MODEL.md").read_text() == "MODEL.md"

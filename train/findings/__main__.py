@@ -8,7 +8,6 @@ same command goes on. RESULTS has a file of each run's scores; what is there is 
 
 import argparse
 import functools
-import os
 import sys
 
 from gentron_fast.commandline import choose_device, described_parser, run
@@ -24,14 +23,20 @@ from gentron_train.findings.jobs import (
     train_one,
     trained_folder,
 )
-from gentron_train.findings.pictures import SHEET, SHEET_PROMPTS, draw, draw_sheet
+from gentron_train.findings.pictures import (
+    PICTURES,
+    SHEET,
+    SHEET_PROMPTS,
+    draw,
+    draw_sheet,
+    sheet_rows,
+)
 from gentron_train.findings.scoring import prompts_of, read_records, sampling
 from gentron_train.findings.table import TABLE, Run, Table, read_table
 from gentron_train.flops import parameter_count, training_flops
 from gentron_train.stages import ROOT
 
 NAME = "gentron_train.findings"
-PICTURES = "findings"  # folder beside the page
 # What two cores of an AMD EPYC take, before a pilot has told: a step with next to no model, FLOP/s,
 # and one scoring. Of a caption's tokens.
 STEP_SECONDS, RATE = 0.1, 150e9
@@ -55,7 +60,7 @@ def plan(table: Table, jobs: list[tuple[Run, int]], records: list[dict]) -> list
             f"{own.settings(table.config).steps:>8,}{mark + format(seconds / 60, '.1f'):>9}  "
             f"{', '.join(map(str, seeds))}"
         )
-    how = "by the pilot's times" if known else "~ by its FLOPs, before a pilot"
+    how = "by the pilot's times, ~ by their FLOPs" if known else "~ by their FLOPs, before a pilot"
     lines.append(f"{len(jobs)} runs, {total / 3600:.1f} hours one after another, {how}")
     return lines
 
@@ -98,6 +103,8 @@ def _command(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
     table = read_table(args.table.absolute())
     place = Place.of(args)
+    if args.seed is not None and args.one is None and not args.sheet:
+        raise ValueError("--seed is of --sheet alone: the table names the seeds of runs")
     if args.one is not None:
         if args.one not in table.runs or args.seed is None:
             raise ValueError(f"--one takes a run of {', '.join(table.runs)}, and --seed")
@@ -128,25 +135,26 @@ def _draw_sheet(place: Place, table: Table, seed: int) -> None:
     from gentron_fast import GenTronPipeline
 
     texts, _ = prompts_of(SHEET_PROMPTS)
+    runs = dict.fromkeys(run for run, _ in sheet_rows(table))
+    folders = {run: ROOT / trained_folder(place.out, run, seed) / EXPORTED for run in runs}
+    if missing := [run for run, folder in folders.items() if not folder.is_dir()]:
+        raise ValueError(
+            f"{', '.join(missing)} of seed {seed} are not trained here: no {folders[missing[0]]}"
+        )
 
     def sample(run: str, scale: float):
-        folder = ROOT / trained_folder(place.out, run, seed) / EXPORTED
-        if not folder.is_dir():
-            raise ValueError(f"run {run} of seed {seed} is not trained here: no {folder}")
-        pipeline = GenTronPipeline.from_pretrained(folder, device=choose_device(place.device))
+        pipeline = GenTronPipeline.from_pretrained(folders[run], device=choose_device(place.device))
         seeds = list(range(len(texts)))
         return pipeline(texts, seed=seeds, progress=False, **sampling(scale)).frames.numpy()
 
-    draw_sheet(table, sample, (ROOT / place.document).parent / PICTURES / SHEET)
+    draw_sheet(table, seed, sample, (ROOT / place.document).parent / PICTURES / SHEET)
 
 
 def _write(place: Place, table: Table) -> None:
     """The page and its pictures."""
     records, document = read_records(ROOT / place.results), ROOT / place.document
     pages.check_records(records, table)
-    results = os.path.relpath(ROOT / place.results, document.parent)
-    sheet = document.parent / PICTURES / SHEET
-    text = pages.page(records, table, PICTURES, results, sheet.exists())
+    text = pages.page(records, table, document, ROOT / place.results)
     draw(pages.counted(records, table), table, document.parent / PICTURES)
     with whole_file(document) as partial:
         partial.write_text(text, encoding="utf-8")

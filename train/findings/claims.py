@@ -168,11 +168,11 @@ def findings(table: Table) -> list[Finding]:
                 Comparison(image, joint, (), FRAMES),
             ),
             "T2I itself ends where T2V begins, so that T2V has trained for longer, and mostly at "
-            'the timesteps where motion is decided; "T2I trained on" has as many steps more, of '
-            "as many images as T2V has frames, at the same rate, timesteps and weights. Images and "
-            'motion-free samples take the place of clips: of 10 samples 10 are clips in "clips '
-            'alone", 8 with one of them and 6 with both, which motion pays for. Clips here are '
-            "blurred, compressed and carry a mark at the bottom, images are clean. The last "
+            'the timesteps where motion is decided; "T2I trained on" has as many steps more, of as '
+            "many noised images as T2V has frames, at the same rate, timesteps and loss weights. "
+            "Images and motion-free samples take the place of clips: of 10 samples 10 are clips in "
+            '"clips alone", 8 with one of them and 6 with both, which motion pays for. Clips here '
+            "are blurred, compressed and carry a mark at the bottom, images are clean. The last "
             "comparison tells how far T2I still is ahead of all three.",
         ),
         Finding(
@@ -266,16 +266,16 @@ def sentence(verdicts: Sequence[Verdict | None]) -> str:
         return "Not measured yet."
     parts = []
     for says, words in (
-        (HOLDS, "it holds for"),
-        (FAILS, "it fails, the opposite is seen, for"),
-        (OPEN, "it cannot be told for"),
+        (HOLDS, "it holds"),
+        (FAILS, "it fails, the opposite is seen"),
+        (OPEN, "it cannot be told"),
     ):
         own = [one for one in known if one.says == says]
         if own:
-            parts.append(f"{words} {_grouped(own)}")
+            parts.append(f"{words}: {_grouped(own)}")
     is_whole = None not in verdicts
     if len(parts) > 1:
-        parts[0] = f"in part: {parts[0]}"
+        parts[0] = f"in part {parts[0]}"
     if not is_whole:
         parts.append("the rest is not measured yet")
     text = "; ".join(parts)

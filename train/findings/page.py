@@ -1,13 +1,29 @@
 """docs/findings.md, made from the results alone."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from gentron_train.findings import claims
-from gentron_train.findings.claims import Comparison, Finding, Verdict, verdicts_of
-from gentron_train.findings.pictures import SHEET, SHEET_PROMPTS, loss_curve, picture_name
+from gentron_train.findings.claims import (
+    FAILS,
+    HOLDS,
+    OPEN,
+    Comparison,
+    Finding,
+    Verdict,
+    verdicts_of,
+)
+from gentron_train.findings.pictures import (
+    PICTURES,
+    SHEET,
+    SHEET_PROMPTS,
+    loss_curve,
+    picture_name,
+)
 from gentron_train.findings.scoring import (
     LAMBDA_M,
     LAMBDA_T,
@@ -19,17 +35,35 @@ from gentron_train.findings.scoring import (
     result_name,
     sampling,
 )
-from gentron_train.findings.table import Table
+from gentron_train.findings.table import TABLE, Table
 from gentron_train.flops import parameter_count
 from gentron_train.small_world.evaluator import COLUMNS
+from gentron_train.stages import ROOT
 
 # Settings that say where a run lies, not what it is.
-PLACES = {"run", "init", "vae", "text", "clip", "t5", "data", "cache", "seed", "resume", "workers"}
+ELSEWHERE = {
+    "run",
+    "init",
+    "vae",
+    "text",
+    "clip",
+    "t5",
+    "data",
+    "cache",
+    "seed",
+    "resume",
+    "workers",
+}
 _SHARED = {
     "device": lambda record: record["device"].split(":")[0],
     "folder of shards": lambda record: record["made_of"].get("shards"),
     "autoencoder": lambda record: record["made_of"].get("vae"),
+    "CLIP": lambda record: record["made_of"].get("text_encoder"),
+    "T5": lambda record: record["made_of"].get("text_encoder_2"),
 }
+DECISIONS = ROOT / "docs/decisions.md"
+SECTION = "the-papers-findings-in-miniature"  # of it
+BESIDE = {HOLDS: "ahead", FAILS: "behind", OPEN: OPEN}  # of what the sentence does not speak of
 ROUNDING = 1e-5  # of fp32, a prediction's largest error over its largest value
 
 
@@ -45,9 +79,10 @@ class Estimate:
 
 def check_records(records: Sequence[dict], table: Table) -> None:
     """ValueError where a result was made or scored with other settings than the table has now, or
-    some on another kind of device, other shards or another autoencoder than the others."""
+    some on another kind of device, or of other shards or parts, than the others."""
     for field, of in _SHARED.items():
-        if len(kinds := {str(of(record)) for record in records}) > 1:
+        kinds = {str(of(record)) for record in records if of(record) is not None}
+        if len(kinds) > 1:
             kinds = " and ".join(sorted(kinds))
             raise ValueError(
                 f"results of another {field} are no pairs: move those of one of {kinds}"
@@ -64,7 +99,7 @@ def check_records(records: Sequence[dict], table: Table) -> None:
                 f"on {scoring[1]}: move it"
             )
         wanted = table.runs[record["run"]].settings(table.config).on(1).to_dict()
-        for field in (wanted.keys() & record["settings"].keys()) - PLACES:
+        for field in (wanted.keys() & record["settings"].keys()) - ELSEWHERE:
             if record["settings"][field] != wanted[field]:
                 raise ValueError(
                     f"{name} was made with {field} {record['settings'][field]}, the table says "
@@ -88,18 +123,17 @@ def estimate(records: Sequence[dict], table: Table) -> Estimate | None:
     return Estimate(hours, sum(spent.values()) / 3600, seconds)
 
 
-def page(
-    records: Sequence[dict], table: Table, pictures: str, results: str, has_sheet: bool = False
-) -> str:
-    """docs/findings.md; pictures, results: the folders of its pictures and of the results, as the
-    page links to them; has_sheet: whether clips of the runs are among the pictures."""
-    own = counted(records, table)
-    parts = [_introduction(table), _models(table), _spent(records), _pilot(records, table)]
+def page(records: Sequence[dict], table: Table, document: Path, results: Path) -> str:
+    """docs/findings.md, as it stands at `document`, with links to what it names; clips of the runs,
+    where they were drawn."""
+    own, here = counted(records, table), document.parent
+    parts = [_introduction(table, here), _models(table), _spent(records)]
+    parts.append(_pilot(records, table, here))
     numbered = list(enumerate(claims.findings(table), 1))
-    parts += [_finding(number, one, own, table, pictures) for number, one in numbered]
+    parts += [_finding(number, one, own, table) for number, one in numbered]
     parts.append(_start(len(numbered) + 1, own))
-    parts += [_sheet(pictures)] if has_sheet else []
-    parts += [_results(records, table, results)]
+    parts += [_sheet()] if (here / PICTURES / SHEET).exists() else []
+    parts += [_results(records, table, os.path.relpath(results, here))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -108,21 +142,23 @@ def counted(records: Sequence[dict], table: Table) -> list[dict]:
     return [record for record in records if record["seed"] in table.seeds]
 
 
-def _introduction(table: Table) -> str:
+def _introduction(table: Table, here: Path) -> str:
     kinds = ", ".join(COLUMNS)
     count = table.prompts * len(COLUMNS)
+    runs, settings = (os.path.relpath(path, here) for path in (TABLE, table.config))
+    decisions = os.path.relpath(DECISIONS, here)
     return f"""# The paper's findings, in miniature
 
 What GenTron's authors report of models of a billion parameters, tried on models a thousandth of
-that size in the small world, where what a picture shows is read back by rule. Each run is trained
-from nothing, but for text encoders and autoencoder, which are those that ship. Seeds
-{_listed(table.seeds)} change weights, order and noise, not the data. All are scored on the same
-{count} prompts, {table.prompts} each of {kinds} (combinations of shape, colour and motion that
-training shows, that it never shows, and two objects with a relation): {STEPS} steps, λ_T
-{LAMBDA_T:g}, λ_M {LAMBDA_M:g}, guidance rescale {RESCALE:g}.
+that size in the small world, where what a picture shows is read back by rule. T2I is trained from
+nothing, T2V from a T2I run; text encoders and autoencoder are those that shipped then (digests in
+the results). Seeds {_listed(table.seeds)} change weights, order and noise, not the data. All are
+scored on the same {count} prompts, {table.prompts} each of {kinds} (combinations of shape, colour
+and motion that training shows, that it never shows, and two objects with a relation): {STEPS}
+steps, λ_T {LAMBDA_T:g}, λ_M {LAMBDA_M:g}, guidance rescale {RESCALE:g}.
 
     make findings                 # trains what is missing, hours on two cores
-    make findings DEVICE=cuda RESULTS=runs/again   # all of it anew, elsewhere
+    make findings DEVICE=cuda AGAIN=runs/again     # all of it anew, elsewhere
     python -m gentron_train.findings --plan | --pilot | --page
 
 - *What was asked for*: the share of colour, shape and, of two objects, relation that is right, mean
@@ -135,15 +171,15 @@ training shows, that it never shows, and two objects with a relation): {STEPS} s
 
 A difference is of two runs with the same seed and the same prompts, and of images or of clips the
 same noise. Its 95 % interval holds the spread over the seeds (Student's t) and over the prompts (a
-bootstrap). "Holds" and "fails" are of intervals that leave out 0, of the figures that the paper's
-sentence is about; what is neither cannot be told here. Each interval stands for itself: where there
-is no difference, one in twenty leaves out 0. In the pictures a grey point is the difference of one
-seed.
+bootstrap). "Holds" is said where the interval leaves out 0, of a difference of any size, "fails"
+where it does so on the other side; else it cannot be told here. Each interval stands for itself:
+where there is no difference, at most one in twenty leaves out 0. In the pictures a grey point is
+the difference of one seed.
 
-The settings were fixed before the first of these seeds was trained
-([runs.yaml](../train/configs/findings/runs.yaml),
-[settings.yaml](../train/configs/findings/settings.yaml)); the run both-on and what t2v-motion-free
-has at λ_M 1.3 were added later, when no T2V run had a result."""
+The settings were fixed before the first of these seeds was trained ([runs.yaml]({runs}),
+[settings.yaml]({settings})). Later came, before any T2V result was looked at, the run both-on and
+λ_M 1.3 for t2v-motion-free; and, when findings 1 to 3 had results, that the sentences speak of what
+was asked for and of PSNR alone: the tables have every measure ([why]({decisions}#{SECTION}))."""
 
 
 def _models(table: Table) -> str:
@@ -172,7 +208,7 @@ def _spent(records) -> str:
     if not records:
         return "Nothing has been trained yet."
     spent = sum(_seconds(record) for record in records) / 3600
-    return f"All results here, the pilot's with them, took {spent:.1f} hours of one core each."
+    return f"All results here, the pilot's with them, took {spent:.1f} core hours together."
 
 
 def _seconds(record: dict) -> float:
@@ -181,7 +217,7 @@ def _seconds(record: dict) -> float:
     return training + record["score_seconds"]
 
 
-def _pilot(records, table: Table) -> str:
+def _pilot(records, table: Table, here: Path) -> str:
     title = f"## The pilot\n\nSeeds {_listed(table.pilot)}, left out of all findings."
     hours = estimate(records, table)
     if hours is None:
@@ -195,7 +231,7 @@ def _pilot(records, table: Table) -> str:
         text += (
             " The others were left out for time: of their comparisons there is no estimate "
             "beforehand. An earlier pilot, of shorter runs, had learnt colours alone, and its "
-            "results are left out ([decisions](decisions.md#loss-and-timesteps))."
+            f"results are left out ([why]({os.path.relpath(DECISIONS, here)}#loss-and-timesteps))."
         )
     lines = [
         f"{text} The smallest difference that is seen in 80 of 100 repetitions:",
@@ -229,7 +265,7 @@ def _pilot(records, table: Table) -> str:
     return "\n".join(lines)
 
 
-def _finding(number: int, finding: Finding, records, table: Table, pictures: str) -> str:
+def _finding(number: int, finding: Finding, records, table: Table) -> str:
     verdicts = verdicts_of(finding, records, table)
     wanted = sum(len(comparison.measures) for comparison in finding.comparisons)
     counting = [one for one in verdicts if one.counts]
@@ -240,7 +276,7 @@ def _finding(number: int, finding: Finding, records, table: Table, pictures: str
         *([finding.note] if finding.note else []),
     ]
     if verdicts:
-        parts += [f"![{finding.title}]({pictures}/{picture_name(number)})", _table(verdicts)]
+        parts += [f"![{finding.title}]({PICTURES}/{picture_name(number)})", _table(verdicts)]
         losses = [one.comparison for one in verdicts if one.measure == "loss"]
         parts += [_loss_by_flops(comparison, records) for comparison in losses]
     return "\n\n".join(parts)
@@ -258,7 +294,7 @@ def _table(verdicts: Sequence[Verdict]) -> str:
         lines.append(
             f"| {one.comparison.name} | {one.comparison.runs} | {measure.title} | "
             f"{ahead} against {behind}{unit} | {mean} ({low} … {high}) | "
-            f"{one.says if one.counts else ''} |"
+            f"{one.says if one.counts else BESIDE[one.says]} |"
         )
     return "\n".join(lines)
 
@@ -281,12 +317,12 @@ def _start(number: int, records) -> str:
     return "\n\n".join(text)
 
 
-def _sheet(pictures: str) -> str:
+def _sheet() -> str:
     prompts = "; ".join(prompts_of(SHEET_PROMPTS)[0])
     return (
-        f"## Clips of the runs\n\nOne seed, the same noise in every row (that of images is "
+        f"## Clips of the runs\n\nThe same noise in every row (that of images is "
         f"another), first, middle and last frame; from left to right: {prompts}. "
-        f"`python -m gentron_train.findings --sheet`\n\n![Clips]({pictures}/{SHEET})"
+        f"`python -m gentron_train.findings --sheet`\n\n![Clips]({PICTURES}/{SHEET})"
     )
 
 

@@ -29,10 +29,6 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def half_width(self) -> float:
-        return (self.high - self.low) / 2
-
     def scaled(self, factor: float) -> "Interval":
         """In another unit; below 0 the ends change places."""
         ends = sorted((self.low * factor, self.high * factor))

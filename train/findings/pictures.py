@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from gentron_fast.files import whole_file
-from gentron_fast.media import contact_sheet
 from gentron_train.findings import claims
 from gentron_train.findings.claims import Finding, verdicts_of
 from gentron_train.findings.scoring import LAMBDA_M, MEASURES
 from gentron_train.findings.table import Table
-from gentron_train.small_world.picture import labelled
+from gentron_train.small_world.picture import strip
 
+PICTURES = "findings"  # folder beside the page
 SHEET = "clips.png"
 SHEET_PROMPTS = 2  # of each kind
 MADE_OF = "Comment"  # of a picture: the digest of what it shows
@@ -30,8 +30,9 @@ def digest(number: int, records: Sequence[dict], table: Table) -> str:
     """Of all that a finding's picture is drawn from."""
     finding = claims.findings(table)[number - 1]
     runs = {side.run for c in finding.comparisons for side in (c.ahead, c.behind)}
-    own = [[r["scores"], r["loss"], r["curve"]] for r in records if r["run"] in runs]
-    return hashlib.sha256(json.dumps(own).encode()).hexdigest()
+    names = ("run", "seed", "lambda_m", "parameters", "flops", "loss", "curve", "scores")
+    own = [[r[name] for name in names] for r in records if r["run"] in runs]
+    return hashlib.sha256(f"{finding}{json.dumps(own)}".encode()).hexdigest()
 
 
 def draw(records: Sequence[dict], table: Table, folder: Path) -> list[Path]:
@@ -67,29 +68,34 @@ def draw(records: Sequence[dict], table: Table, folder: Path) -> list[Path]:
     return paths
 
 
-def draw_sheet(table: Table, sample: Callable[[str, float], np.ndarray], path: Path) -> None:
-    """A row for each run that the findings compare clips of, at each λ_M, with the first, middle
-    and last frame of every prompt's clip: what a person sees of it.
+def draw_sheet(
+    table: Table, seed: int, sample: Callable[[str, float], np.ndarray], path: Path
+) -> None:
+    """A row for each of `sheet_rows`, with the first, middle and last frame of every prompt's clip:
+    what a person sees of it.
 
-    sample: from a run and a λ_M the clips, uint8 (P, T, H, W, 3).
+    sample: from a run and a λ_M the clips, uint8 (P, T, H, W, 3), of the seed.
     """
     from PIL import Image
 
+    strips = []
+    for run, scale in sheet_rows(table):
+        frames = sample(run, scale)
+        shown = frames[:, [0, frames.shape[1] // 2, -1]]
+        strips.append(strip(shown, f"{run}, seed {seed}, λ_M {scale:g}"))
+    with whole_file(path) as partial:
+        Image.fromarray(np.concatenate(strips)).save(partial, format="png")
+
+
+def sheet_rows(table: Table) -> list[tuple[str, float]]:
+    """The runs that the findings compare clips of, or compare them with, and the λ_M of each."""
     compared = [c for finding in claims.findings(table) for c in finding.comparisons]
     sides = [side for c in compared for side in (c.behind, c.ahead)]
     clips = {c.behind.run for c in compared if table.runs[c.behind.run].stage == "t2v"}
     runs = clips | {c.ahead.run for c in compared if c.behind.run in clips}
     scales = {(s.run, scale) for s in sides if s.run in runs for scale in s.scales}
     rows = [(run, LAMBDA_M if scale is None else scale) for run, scale in scales]
-    rows.sort(key=lambda row: (list(table.runs).index(row[0]), row[1]))
-    strips = []
-    for run, scale in rows:
-        frames = sample(run, scale)
-        shown = frames[:, [0, frames.shape[1] // 2, -1]]
-        strip = np.concatenate([contact_sheet([clip]) for clip in shown], 1)
-        strips.append(labelled(strip, f"{run}, λ_M {scale:g}"))
-    with whole_file(path) as partial:
-        Image.fromarray(np.concatenate(strips)).save(partial, format="png")
+    return sorted(rows, key=lambda row: (list(table.runs).index(row[0]), row[1]))
 
 
 def _draw_differences(axis, rows, verdicts: dict, measure: str, is_named: bool) -> None:

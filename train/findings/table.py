@@ -134,8 +134,15 @@ def read_table(path: Path = TABLE) -> Table:
         if run.stage == "t2v" and run.start is None:
             raise ValueError(f"{path}: run {run.name}: T2V starts `from` a run")
         before = places[: places.index(run.name)]
-        if run.start is not None and (run.start not in before or runs[run.start].stage != "t2i"):
-            raise ValueError(f"{path}: run {run.name} starts from {run.start}, no T2I run above it")
+        if run.start is not None:
+            start = runs[run.start] if run.start in before else None
+            if start is None or start.stage != "t2i" or start.start is not None:
+                wanted = "no T2I run from nothing above it"
+                raise ValueError(f"{path}: run {run.name} starts from {run.start}, {wanted}")
+            if "model" in run.changes:
+                raise ValueError(
+                    f"{path}: run {run.name} has the model of {run.start}, and `model`"
+                )
         try:
             table.model(run)
             run.settings(table.config)

@@ -139,9 +139,13 @@ def evaluate(
 def drawn_prompts(
     column: str, count: int, seed: int, without: Collection[str] = ()
 ) -> list[tuple[str, Scene]]:
-    """The first prompts of a column whose captions `without` lacks, and a scene of each."""
+    """The first prompts of a column whose captions `without` lacks, and a scene of each. ValueError
+    where hardly any are left."""
     drawn = COLUMNS[column](2 * count + len(without) if without else count, seed)
-    return [pair for pair in drawn if pair[0] not in without][:count]
+    left = [pair for pair in drawn if pair[0] not in without]
+    if len(left) < count:
+        raise ValueError(f"{len(left)} prompts of {column} are left, wanted {count}")
+    return left[:count]
 
 
 def _scores(clips, scenes, real, vae, progress) -> Scores:
@@ -192,7 +196,6 @@ def ceiling(
     return scores
 
 
-WIDTH = 25  # letters of a column
 UNITS = {
     "psnr": ("PSNR, median, dB", 1),
     "broken": ("broken, %", 100),
@@ -207,8 +210,7 @@ UNITS = {
 def format_table(scores: dict[str, Scores]) -> str:
     """A line a figure: shares in per cent with their 95 % intervals, and of how many where these
     are not all clips; then fidelity."""
-    lines = [" " * 22 + "".join(f"{title:>{WIDTH}}" for title in scores)]
-    columns = list(scores.values())
+    columns, rows = list(scores.values()), [["", *scores]]
     for name in dict.fromkeys(name for column in columns for name in column.shares):
         cells = []
         for column in columns:
@@ -218,12 +220,14 @@ def format_table(scores: dict[str, Scores]) -> str:
             count = column.counts[name]
             of = "" if count == max(column.counts.values()) else f" of {count}"
             cells.append(_share(column.shares[name], count) + of)
-        lines.append(f"{name:22}" + "".join(f"{cell:>{WIDTH}}" for cell in cells))
+        rows.append([name, *cells])
     for name, (title, scale) in UNITS.items():
         if any(name in column.fidelity for column in columns):
-            shown = [_figure(column, name, scale) for column in columns]
-            lines.append(f"{title:22}" + "".join(f"{cell:>{WIDTH}}" for cell in shown))
-    return "\n".join(lines)
+            rows.append([title, *(_figure(column, name, scale) for column in columns)])
+    titles, width = max(len(row[0]) for row in rows), max(len(c) for row in rows for c in row[1:])
+    return "\n".join(
+        f"{row[0]:{titles}}  {'  '.join(f'{c:>{width}}' for c in row[1:])}" for row in rows
+    )
 
 
 def _share(share: float, count: int) -> str:

@@ -3,7 +3,7 @@
 PSNR of a clip against its own best scene: what the rules read in it (shape, colour, fill,
 background), fitted frame by frame in place, radius and angle, and rendered. Steadiness: how much
 place, radius and colour jump where the world moves evenly. And the Fréchet distance between clips
-and real ones, in features of the encoder that ships.
+and real ones, in features of the scored pipeline's own encoder.
 """
 
 import math

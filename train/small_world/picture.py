@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,11 @@ def labelled(picture: np.ndarray, title: str) -> np.ndarray:
     whole.paste(Image.fromarray(picture), (0, LINE))
     ImageDraw.Draw(whole).text((1, 1), title, fill="black")
     return np.asarray(whole)
+
+
+def strip(clips: Sequence[np.ndarray], title: str) -> np.ndarray:
+    """Clips, each uint8 (T, H, W, 3) a row of frames, beside one another below a title."""
+    return labelled(np.concatenate([contact_sheet([clip]) for clip in clips], 1), title)
 
 
 def picture(frames: np.ndarray) -> np.ndarray:

@@ -13,9 +13,8 @@ import numpy as np
 from gentron_fast.commandline import number
 from gentron_fast.config import SamplingDefaults
 from gentron_fast.files import read_json, whole_file, write_json
-from gentron_fast.media import contact_sheet
 from gentron_train.small_world.evaluator import Scores, drawn_prompts, evaluate
-from gentron_train.small_world.picture import labelled
+from gentron_train.small_world.picture import strip
 
 SWEPT = ("lambda_t", "lambda_m", "rescale")
 COLUMNS = ("seen", "unseen")
@@ -175,7 +174,6 @@ def draw_sheet(ways: Sequence[tuple], path: Path) -> None:
     strips, prompts = [], list(SHEET_PROMPTS)
     for title, pipeline, options in ways:
         clips = pipeline(prompts, seed=[0] * len(prompts), progress=False, **options)
-        sheets = [contact_sheet([clip]) for clip in np.asarray(clips.frames)]
-        strips.append(labelled(np.concatenate(sheets, 1), title))
+        strips.append(strip(np.asarray(clips.frames), title))
     with whole_file(path) as partial:
         Image.fromarray(np.concatenate(strips)).save(partial, format="png")

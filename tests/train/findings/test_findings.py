@@ -87,17 +87,30 @@ def two_runs(tmp_path, monkeypatch):
 def test_the_next_run_begins_when_one_ends_and_none_while_another_waits(
     tmp_path, monkeypatch, capsys
 ):
-    """Four runs, two at a time, of which the second takes long: the others follow the first."""
+    """Four runs, two at a time, of which the second ends once the fourth has begun."""
     monkeypatch.setattr(cores, "CORES", tmp_path / "cores")
     monkeypatch.setattr(jobs, "POLL", 0.05)
-    seconds = iter(["0.1", "2", "0.1", "0.1", "0.1"])
-    code = "import sys, time; time.sleep(float(sys.argv[1]))"
-    monkeypatch.setattr(jobs, "program", lambda words: [sys.executable, "-c", code, next(seconds)])
+    waits = f"""
+import sys, time
+from pathlib import Path
+last = Path({str(tmp_path / "last")!r})
+if sys.argv[1] == "4":
+    last.touch()
+for _ in range(200 if sys.argv[1] == "2" else 0):
+    if last.exists():
+        sys.exit()
+    time.sleep(0.1)
+sys.exit(sys.argv[1] == "2")
+"""
+    monkeypatch.setattr(
+        jobs,
+        "program",
+        lambda words: [sys.executable, "-c", waits, words[words.index("--seed") + 1]],
+    )
     table, place = read_table(), jobs.Place(TABLE, *[tmp_path] * 3, "cpu")
     left = [(table.runs["clip"], seed) for seed in range(1, 5)]
-    start = time.monotonic()
     jobs._train_side_by_side(left, 4, 2, place, lambda: None)
-    assert not left and time.monotonic() - start < 4
+    assert not left
     assert "run          4 of 4: clip, seed 4" in capsys.readouterr().out
 
     left = [(table.runs["clip"], 1)]
@@ -154,6 +167,8 @@ def test_no_run_outlives_the_command(two_runs, tmp_path, monkeypatch):
         (["--table", "nowhere.yaml"], "no such configuration"),
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--document", "/dev/null/x"], "cannot write into"),
+        (["--seed", "1"], "--seed is of --sheet alone"),
+        (["--sheet", "--out", "nowhere"], "of seed 1 are not trained here: no "),
     ],
     ids=str,
 )

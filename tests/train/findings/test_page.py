@@ -39,8 +39,7 @@ def test_the_page_is_what_its_files_say(table):
     records = read_records(ROOT / "bench/results/findings")
     page.check_records(records, table)
     text = (ROOT / "docs/findings.md").read_text()
-    sheet = ROOT / "docs/findings" / pictures.SHEET
-    wanted = page.page(records, table, "findings", "../bench/results/findings", sheet.exists())
+    wanted = page.page(records, table, ROOT / "docs/findings.md", ROOT / "bench/results/findings")
     assert text == wanted, "python -m gentron_train.findings --page"
     for name in re.findall(r"!\[.*\]\((.*finding-.*)\)", text):
         with Image.open(ROOT / "docs" / name) as picture:
@@ -62,12 +61,12 @@ def test_what_holds_what_fails_and_what_cannot_be_told(table, records):
         said["psnr"].difference.mean
     )
     text = sentence(list(said.values()))
-    start = "In part: it holds for cross-attention ahead of adaLN-zero (what was asked for +"
+    start = "In part it holds: cross-attention ahead of adaLN-zero (what was asked for +"
     assert text.startswith(start) and " points); it fails" in text
-    assert re.search(r"it fails, the opposite is seen, for .* \(PSNR -\d\.\d\d dB\)\.$", text)
+    assert re.search(r"it fails, the opposite is seen: .* \(PSNR -\d\.\d\d dB\)\.$", text)
     assert "colour" not in text  # the paper's sentence is of what was asked for and how it looks
     open_ = replace(said["colour"], comparison=replace(comparison, measures=("colour",)))
-    assert re.search(r"told for .* \(colour [+-]\d\.\d … [+-]\d\.\d points\)", sentence([open_]))
+    assert re.search(r"told: .* \(colour [+-]\d\.\d … [+-]\d\.\d points\)", sentence([open_]))
 
 
 def test_less_loss_is_better_and_an_image_is_its_own_frame(table, records):
@@ -103,14 +102,14 @@ def test_a_scale_of_guidance_is_held_against_the_mean_of_the_best(table, records
 
 
 def test_the_whole_page_and_its_pictures(table, records, tmp_path):
-    text = page.page(records, table, "pictures", "results")
+    text = page.page(records, table, tmp_path / "a.md", tmp_path / "results")
     assert "Not measured" not in text and "Not run" not in text
     assert "are equal to the bit" in text
     for seed in table.seeds:
         assert f"(results/{result_name('t2v-both', seed, 0.5)})" in text
     own = page.counted(records, table)
-    drawn = pictures.draw(own, table, tmp_path / "pictures")
-    named = re.findall(r"!\[.*\]\(pictures/(.*)\)", text)
+    drawn = pictures.draw(own, table, tmp_path / "findings")
+    named = re.findall(r"!\[.*\]\(findings/(.*)\)", text)
     assert [path.name for path in drawn] == named == [f"finding-{n}.png" for n in range(1, 6)]
     assert all(path.stat().st_size > 5000 for path in drawn)
 
@@ -123,16 +122,17 @@ def test_the_sheet_has_a_row_for_each_run_of_clips_and_its_scales(table, records
         frames = 8 if table.runs[run].stage == "t2v" else 1
         return np.full((6, frames, 64, 64, 3), 7 * len(sampled), np.uint8)
 
-    pictures.draw_sheet(table, sample, tmp_path / "clips.png")
+    (tmp_path / "findings").mkdir()
+    pictures.draw_sheet(table, 1, sample, tmp_path / "findings" / "clips.png")
     assert sampled[:2] == [("both", 1), ("both-on", 1)]
     assert sampled[2:4] == [("t2v-clips", 1), ("t2v-images", 1)]
     assert sampled[4:6] == [("t2v-motion-free", 1), ("t2v-motion-free", 1.3)]
     assert [scale for run, scale in sampled if run == "t2v-both"] == [0, 0.5, 1, 1.3, 2, 3]
-    picture = np.asarray(Image.open(tmp_path / "clips.png"))
+    picture = np.asarray(Image.open(tmp_path / "findings" / "clips.png"))
     assert len(sampled) == 12 and len(picture) == 12 * (64 + LINE)
     assert picture[5 * (64 + LINE) + LINE + 32, 5, 0] == 7 * 6
-    text = page.page(records, table, "pictures", "results", has_sheet=True)
-    assert "(pictures/clips.png)" in text and scoring.prompts_of(2)[0][-1] in text
+    text = page.page(records, table, tmp_path / "a.md", tmp_path / "results")
+    assert "(findings/clips.png)" in text and scoring.prompts_of(2)[0][-1] in text
 
 
 def test_loss_for_as_many_flops(table, records):
@@ -145,7 +145,7 @@ def test_loss_for_as_many_flops(table, records):
         if record["run"] in curves:
             record["flops"], record["curve"] = curves[record["run"]]
             record["flops"] *= 10**12
-    text = page.page(records, table, "findings", "results")
+    text = page.page(records, table, Path("a.md"), Path("results"))
     wanted = "For as many FLOPs, 20 TFLOP, the loss is 0.7000 of the middle one and 0.5000 of the"
     assert wanted in text
 
@@ -166,7 +166,7 @@ def test_the_pilot_tells_hours_and_the_smallest_difference(table, records):
         record["scores"]["psnr"] = [value + more for value in record["scores"]["psnr"]]
     wider, has_spread = claims.smallest(comparison, "psnr", [*records, *again], table)
     assert has_spread and wider > 2.8
-    text = page.page([*records, *again[:2]], table, "findings", "results")
+    text = page.page([*records, *again[:2]], table, Path("a.md"), Path("results"))
     assert f"{again[0]['run']} and {again[1]['run']}, from 2 degrees of freedom" in text
     assert claims.smallest(comparison, "psnr", [], table) is None
     size = findings(table)[2].comparisons[0]
@@ -202,6 +202,7 @@ def test_results_of_other_settings_are_refused(table, records):
         ({"device": "cuda:0"}, "another device are no pairs"),
         ({"made_of": {"vae": "abc"}}, "another autoencoder are no pairs"),
         ({"made_of": {"shards": {"seed": 1}}}, "another folder of shards are no pairs"),
+        ({"made_of": {"text_encoder_2": "abc"}}, "another T5 are no pairs"),
     ):
         with pytest.raises(ValueError, match=words):
             page.check_records([records[0] | other, *records[1:]], table)

@@ -65,6 +65,7 @@ def test_the_pilots_seeds_are_left_out():
 
 
 RUN = {"stage": "t2i", "model": "depth=1 width=16"}
+ON = {"stage": "t2i", "from": "a"}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,12 @@ RUN = {"stage": "t2i", "model": "depth=1 width=16"}
         ({"runs": {"a": RUN | {"model": "depth"}}}, "run a: --model takes NAME=VALUE"),
         ({"runs": {"a": RUN | {"bach": 5}}}, "unknown field bach in a"),
         ({"runs": {"a": {"stage": "t2v"}}}, "run a: T2V starts `from` a run"),
-        ({"runs": {"a": {"stage": "t2v", "from": "b"}}}, "starts from b, no T2I run above it"),
+        ({"runs": {"a": {"stage": "t2v", "from": "b"}}}, "starts from b, no T2I run from nothing"),
+        (
+            {"runs": {"a": RUN, "b": ON, "c": {"stage": "t2v", "from": "b"}}},
+            "run c starts from b, no T2I run from nothing above it",
+        ),
+        ({"runs": {"a": RUN, "b": ON | RUN}}, "run b has the model of a, and `model`"),
     ],
     ids=str,
 )

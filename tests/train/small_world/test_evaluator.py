@@ -175,7 +175,8 @@ def test_evaluate_feeds_prompts_and_seeds_in_batches():
     table = evaluator.format_table(scores)
     assert "colour" in table and "PSNR" in table
     assert "100.0 (56.6–100.0)" in table  # Wilson's interval of 5 of 5
-    assert f" of {scores['seen'].counts['direction']}" in table
+    assert f" of {scores['seen'].counts['direction']}  " in table
+    assert len({len(line) for line in table.splitlines()}) == 1
     psnr = [scores["pairs"].fidelity[name] for name in ("psnr", "psnr low", "psnr high")]
     assert "{:.2f} ({:.2f}–{:.2f})".format(*psnr) in table and "0.0 (0.0–43.4)" in table
 
