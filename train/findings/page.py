@@ -320,8 +320,8 @@ def _start(number: int, records) -> str:
 def _sheet() -> str:
     prompts = "; ".join(prompts_of(SHEET_PROMPTS)[0])
     return (
-        f"## Clips of the runs\n\nThe same noise in every row (that of images is "
-        f"another), first, middle and last frame; from left to right: {prompts}. "
+        "## Clips of the runs\n\nFirst, middle and last frame, an image three times; the same "
+        f"noise in every row of clips and in every row of images. From left to right: {prompts}. "
         f"`python -m gentron_train.findings --sheet`\n\n![Clips]({PICTURES}/{SHEET})"
     )
 

@@ -82,7 +82,7 @@ def draw_sheet(
     for run, scale in sheet_rows(table):
         frames = sample(run, scale)
         shown = frames[:, [0, frames.shape[1] // 2, -1]]
-        strips.append(strip(shown, f"{run}, seed {seed}, λ_M {scale:g}"))
+        strips.append(strip(shown, f"{run}, seed {seed}, lambda_m {scale:g}"))
     with whole_file(path) as partial:
         Image.fromarray(np.concatenate(strips)).save(partial, format="png")
 
