@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from gentron_fast.files import lock_folder, read_json, write_json
+from gentron_fast.files import LOCK_NAME, lock_folder, read_json, write_json
 from gentron_fast.processes import signal_at_parents_end
 from gentron_fast.schema import Kind, optional, several
 from gentron_train.checkpoint import EXPORTED, checkpoint_names
@@ -68,7 +68,8 @@ def run_stages(
     Noted is what a command took in all, and at which commits, however often it was cut off.
     """
     path = out / STATE
-    if out.exists() and any(out.iterdir()) and not path.exists():
+    held = {file.name for file in out.iterdir()} - {LOCK_NAME} if out.exists() else set()
+    if held and STATE not in held:
         raise ValueError(f"{out} holds something that no run of this made: choose another folder")
     lock_folder(out)
     if not path.exists():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gentron_fast import GenTronPipeline
-from gentron_fast.files import MARK, write_json
+from gentron_fast.files import LOCK_NAME, MARK, write_json
 from gentron_train import shipped, stages
 from gentron_train.checkpoint import checkpoints_folder
 
@@ -111,6 +111,12 @@ def is_running(pid: int) -> bool:
         return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+def test_a_run_that_was_cut_off_before_its_first_note_begins(tmp_path):
+    (tmp_path / LOCK_NAME).touch()
+    stages.run_stages({}, tmp_path)
+    assert json.loads((tmp_path / stages.STATE).read_text()) == {"done": []}
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"done": [{}]}', '{"done": 5}', "{"])

@@ -88,8 +88,13 @@ def draw_sheet(
 
 
 def sheet_rows(table: Table) -> list[tuple[str, float]]:
-    """The runs that the findings compare clips of, or compare them with, and the λ_M of each."""
+    """The runs that the findings compare clips of, or compare them with, and the λ_M of each.
+    ValueError for a table that lacks one."""
     compared = [c for finding in claims.findings(table) for c in finding.comparisons]
+    if missing := sorted(
+        {side.run for c in compared for side in (c.ahead, c.behind)} - {*table.runs}
+    ):
+        raise ValueError(f"the table lacks {', '.join(filter(None, missing))}, which are compared")
     sides = [side for c in compared for side in (c.behind, c.ahead)]
     clips = {c.behind.run for c in compared if table.runs[c.behind.run].stage == "t2v"}
     runs = clips | {c.ahead.run for c in compared if c.behind.run in clips}

@@ -131,6 +131,8 @@ def test_the_sheet_has_a_row_for_each_run_of_clips_and_its_scales(table, records
     picture = np.asarray(Image.open(tmp_path / "findings" / "clips.png"))
     assert len(sampled) == 12 and len(picture) == 12 * (64 + LINE)
     assert picture[5 * (64 + LINE) + LINE + 32, 5, 0] == 7 * 6
+    with pytest.raises(ValueError, match="the table lacks both, both-on, clip, larger"):
+        pictures.sheet_rows(replace(table, runs={"adaln": table.runs["adaln"]}))
     text = page.page(records, table, tmp_path / "a.md", tmp_path / "results")
     assert "(findings/clips.png)" in text and scoring.prompts_of(2)[0][-1] in text
 
