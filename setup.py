@@ -119,6 +119,7 @@ class BuildTorch(build_ext):
 setup(
     packages=PACKAGES,
     package_dir=FOLDERS,
+    include_package_data=False,  # else each folder of assets is warned of
     package_data={"gentron_fast": ["assets/**/*", "assets/*", "*/page.html"]},
     ext_modules=[OPERATORS, RUNTIME],
     cmdclass={"build_ext": BuildTorch},
