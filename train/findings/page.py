@@ -127,7 +127,7 @@ def page(records: Sequence[dict], table: Table, document: Path, results: Path) -
     """docs/findings.md, as it stands at `document`, with links to what it names; clips of the runs,
     where they were drawn."""
     own, here = counted(records, table), document.parent
-    parts = [_introduction(table, here), _models(table), _spent(records)]
+    parts = [_introduction(table, here), _models(table), *_starts(own, table), _spent(records)]
     parts.append(_pilot(records, table, here))
     numbered = list(enumerate(claims.findings(table), 1))
     parts += [_finding(number, one, own, table) for number, one in numbered]
@@ -201,6 +201,25 @@ def _models(table: Table) -> str:
             "than cross-attention."
         )
     return "\n".join(lines)
+
+
+def _starts(records, table: Table) -> list[str]:
+    """Which runs of a seed began with different trainings of one run, a sentence each."""
+    sentences = []
+    for seed in table.seeds:
+        for name in dict.fromkeys(run.start for run in table.runs.values() if run.start):
+            began: dict[str | None, dict[str, None]] = {}  # runs by the model they began with
+            for record in records:
+                if record["seed"] == seed and table.runs[record["run"]].start == name:
+                    began.setdefault(record["made_of"].get("start"), {})[record["run"]] = None
+            if len(began) > 1:
+                first, *others = (_listed(runs) for runs in began.values())
+                others = "; ".join(f"{runs} with another" for runs in others)
+                sentences.append(
+                    f"Seed {seed} of {name} was trained {len(began)} times, on machines that round "
+                    f"otherwise: {first} began with one; {others}."
+                )
+    return ["\n".join(sentences)] if sentences else []
 
 
 def _spent(records) -> str:

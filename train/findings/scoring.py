@@ -24,7 +24,7 @@ from gentron_train.small_world.evaluator import COLUMNS, judge
 from gentron_train.small_world.fidelity import BROKEN, fit_scene
 from gentron_train.small_world.renderer import DIRECTIONS, SINCE, Scene
 from gentron_train.small_world.renderer import INDEX_NAME as SHARDS_INDEX
-from gentron_train.stages import STATE, commit
+from gentron_train.stages import ROOT, STATE, commit
 
 PROMPT_SEED = 1000  # of the scored prompts: not the evaluator's, by which settings were chosen
 NOISE_SEEDS = 10_000  # apart, those of two training seeds
@@ -166,10 +166,13 @@ def start_difference(pipeline) -> float:
     return float((clips - frames).abs().max() / frames.abs().max())
 
 
-def made_of(pipeline: Path, shards: Path) -> dict:
-    """What a run was trained on: its shards' index, and digests of the parts that it was given."""
-    parts = [pipeline / name for name in ("vae", "text_encoder", "text_encoder_2")]
-    digests = {part.name: folder_digest(part) for part in parts if part.is_dir()}
+def made_of(pipeline: Path, shards: Path, start: Path | None) -> dict:
+    """What a run was trained on: its shards' index, and digests of the parts that it was given and
+    of the model in the pipeline that it began with."""
+    parts = {name: pipeline / name for name in ("vae", "text_encoder", "text_encoder_2")}
+    if start is not None:
+        parts["start"] = start / "transformer"
+    digests = {name: folder_digest(part) for name, part in parts.items() if part.is_dir()}
     return {"shards": SINCE | read_json(shards / SHARDS_INDEX)} | digests
 
 
@@ -191,6 +194,7 @@ def record(
     rows = [row for row in read_json_lines(trained / LOG_NAME) if row["loss"] is not None]
     last = [row["loss"] for row in rows if row["step"] > (1 - LAST) * info["step"]]
     scores = sample_and_score(pipeline, table.prompts, seed, lambda_m)
+    start = None if run.start is None else ROOT / info["settings"]["init"]
     is_start = run.stage == "t2i" and lambda_m is None
     return {
         "run": run.name,
@@ -206,7 +210,7 @@ def record(
         "settings": {name: v for name, v in info["settings"].items() if name != "cache"},
         "model": info["model"],
         "sampling": sampling(lambda_m),
-        "made_of": made_of(trained / EXPORTED, trained.parent.parent / "shapes"),
+        "made_of": made_of(trained / EXPORTED, trained.parent.parent / "shapes", start),
         "loss": float(np.mean(last)),
         "curve": [[row["step"], round(row["loss"], 5)] for row in rows],
         "start": start_difference(pipeline) if is_start else None,

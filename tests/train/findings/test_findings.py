@@ -39,6 +39,7 @@ def test_two_steps_of_everything(tmp_path, monkeypatch, capfd):
     image, guided, clip = read_records(tmp_path / "results")
     assert (guided["lambda_m"], guided["sampling"]["lambda_m"]) == (2.0, 2.0)
     assert image["made_of"]["shards"]["images"] == 8 and image["made_of"]["vae"]
+    assert clip["made_of"]["start"] and "start" not in image["made_of"]
     assert (image["run"], image["steps"], len(image["curve"])) == ("clip", 2, 2)
     assert image["start"] < 1e-5 and clip["start"] is None
     assert clip["model"]["temporal"] and clip["settings"]["p_image"] == 0.2

@@ -114,6 +114,26 @@ def test_the_whole_page_and_its_pictures(table, records, tmp_path):
     assert all(path.stat().st_size > 5000 for path in drawn)
 
 
+def test_runs_of_a_seed_that_began_with_different_trainings_are_told(table, records, tmp_path):
+    seed = table.seeds[1]
+    begun = {"t2v-clips": "a", "t2v-both": "a", "t2v-images": "b", "both-on": "b"}
+    changed = [
+        record | {"made_of": {"start": begun[record["run"]]}}
+        if record["seed"] == seed and record["run"] in begun
+        else record
+        for record in records
+    ]
+    text = page.page(changed, table, tmp_path / "a.md", tmp_path / "results")
+    (told,) = re.findall(r"^Seed .* of both was trained .*$", text, re.MULTILINE)
+    # Of t2v-motion-free, whose result says nothing, another one is assumed.
+    assert told.startswith(f"Seed {seed} of both was trained 3 times")
+    assert told.endswith(
+        "both-on and t2v-images began with one; t2v-clips and t2v-both with another; "
+        "t2v-motion-free with another."
+    )
+    assert "was trained" not in page.page(records, table, tmp_path / "a.md", tmp_path / "results")
+
+
 def test_the_sheet_has_a_row_for_each_run_of_clips_and_its_scales(table, records, tmp_path):
     sampled = []
 
