@@ -181,9 +181,10 @@ def _draw_scales(axis, records, table: Table) -> None:
     if lines:
         mean = np.mean(lines, 0)
         axis.plot(*mean.T, "o-", ms=4)
-        for scale, point in zip(scales, mean, strict=True):
+        for index, (scale, point) in enumerate(zip(scales, mean, strict=True)):
+            place = (3, -11 if index % 2 else 4)  # neighbours may lie close together
             axis.annotate(
-                f"{scale:g}", point, xytext=(3, 4), textcoords="offset points", fontsize=SMALL
+                f"{scale:g}", point, xytext=place, textcoords="offset points", fontsize=SMALL
             )
     axis.set_xlabel("way, px", fontsize=SMALL)
     axis.set_ylabel("PSNR, dB", fontsize=SMALL)
