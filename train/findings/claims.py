@@ -171,9 +171,10 @@ def findings(table: Table) -> list[Finding]:
             'the timesteps where motion is decided; "T2I trained on" has as many steps more, of as '
             "many noised images as T2V has frames, at the same rate, timesteps and loss weights. "
             "Images and motion-free samples take the place of clips: of 10 samples 10 are clips in "
-            '"clips alone", 8 with one of them and 6 with both, which motion pays for. Clips here '
-            "are blurred, compressed and carry a mark at the bottom, images are clean. The last "
-            "comparison tells how far T2I still is ahead of all three.",
+            '"clips alone", 8 with one of them and 6 with both, which motion pays for; and an '
+            "image is one noised frame, where a clip and a motion-free sample are eight. Clips "
+            "here are blurred, compressed and carry a mark at the bottom, images are clean. The "
+            "last comparison tells how far T2I still is ahead of all three.",
         ),
         Finding(
             "The guidance scale of motion",
