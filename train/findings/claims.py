@@ -174,7 +174,7 @@ def findings(table: Table) -> list[Finding]:
             '"clips alone", 8 with one of them and 6 with both, which motion pays for; and an '
             "image is one noised frame, where a clip and a motion-free sample are eight. Clips "
             "here are blurred, compressed and carry a mark at the bottom, images are clean. The "
-            "last comparison tells how far T2I still is ahead of all three.",
+            "last comparison tells whether T2I is still ahead of all three.",
         ),
         Finding(
             "The guidance scale of motion",
