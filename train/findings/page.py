@@ -204,22 +204,32 @@ def _models(table: Table) -> str:
 
 
 def _starts(records, table: Table) -> list[str]:
-    """Which runs of a seed began with different trainings of one run, a sentence each."""
+    """Which results of a seed are of different trainings of a run that others begin with: its own
+    and theirs; a sentence each."""
     sentences = []
     for seed in table.seeds:
         for name in dict.fromkeys(run.start for run in table.runs.values() if run.start):
-            began: dict[str | None, dict[str, None]] = {}  # runs by the model they began with
+            trainings: dict[str | None, dict[str, None]] = {}  # runs by the digest of its model
             for record in records:
-                if record["seed"] == seed and table.runs[record["run"]].start == name:
-                    began.setdefault(record["made_of"].get("start"), {})[record["run"]] = None
-            if len(began) > 1:
-                first, *others = (_listed(runs) for runs in began.values())
-                others = "; ".join(f"{runs} with another" for runs in others)
+                part = "model" if record["run"] == name else "start"
+                if record["seed"] == seed and name in (record["run"], _start_of(record, table)):
+                    digest = record["made_of"].get(part)
+                    trainings.setdefault(digest, {})[record["run"]] = None
+            if len(trainings) > 1:
+                first, *others = (_listed(runs) for runs in trainings.values())
+                others = "; ".join(f"another to {runs}" for runs in others)
                 sentences.append(
-                    f"Seed {seed} of {name} was trained {len(began)} times, on machines that round "
-                    f"otherwise: {first} began with one; {others}."
+                    f"Seed {seed} of {name} was trained {len(trainings)} times, not to the same "
+                    f"weights: one belongs to {first}; {others}."
                 )
-    return ["\n".join(sentences)] if sentences else []
+    if not sentences:
+        return []
+    sentences.append("A difference between results of two trainings has theirs in it too.")
+    return [" ".join(sentences)]
+
+
+def _start_of(record: dict, table: Table) -> str | None:
+    return table.runs[record["run"]].start
 
 
 def _spent(records) -> str:

@@ -167,9 +167,10 @@ def start_difference(pipeline) -> float:
 
 
 def made_of(pipeline: Path, shards: Path, start: Path | None) -> dict:
-    """What a run was trained on: its shards' index, and digests of the parts that it was given and
-    of the model in the pipeline that it began with."""
+    """What a run was trained on: its shards' index, and digests of the parts that it was given, of
+    its model and of that in the pipeline that it began with."""
     parts = {name: pipeline / name for name in ("vae", "text_encoder", "text_encoder_2")}
+    parts["model"] = pipeline / "transformer"
     if start is not None:
         parts["start"] = start / "transformer"
     digests = {name: folder_digest(part) for name, part in parts.items() if part.is_dir()}
