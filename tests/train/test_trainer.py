@@ -440,7 +440,7 @@ def faults():
         torch.ones(50 << 20, dtype=torch.uint8)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 rounds = [faults() for _ in range(6)]
-assert rounds[0] > 1000 > 100 > rounds[-1], rounds
+assert rounds[0] > 10 * rounds[-1], rounds  # as many as there are pages, small or huge
 assert sum(rounds[1:]) <= rounds[0], rounds
 """
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,5 +1,7 @@
 """What the paper says, as comparisons of runs, and what the results say of each."""
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,8 +14,10 @@ from gentron_train.findings.paired import (
     seed_spread,
     smallest_difference,
 )
-from gentron_train.findings.scoring import LAMBDA_M, MEASURES
+from gentron_train.findings.scoring import LAMBDA_M, MEASURES, prompts_of
 from gentron_train.findings.table import Table
+from gentron_train.settings import Settings, load_config
+from gentron_train.small_world.renderer import DIRECTIONS
 
 BEST = (1.0, 1.3)  # λ_M, as the paper has it
 FEWEST_SEEDS = 3
@@ -117,12 +121,14 @@ def findings(table: Table) -> list[Finding]:
     """The paper's, in the order of the page; all but that of the start, which has one figure."""
     adaln, clip = Side("adaLN-zero", "adaln"), Side("cross-attention", "clip")
     one, other, both = Side("CLIP", "clip"), Side("T5", "t5"), Side("both encoders", "both")
-    smaller, middle = Side("the smaller model", "smaller"), Side("the middle one", "both")
-    larger = Side("the larger one", "larger")
+    smaller, middle = Side("the smaller model", "smaller"), Side("the middle model", "both")
+    larger = Side("the larger model", "larger")
     image, longer = Side("T2I", "both"), Side("T2I trained on", "both-on")
-    alone, images = Side("clips alone", "t2v-clips"), Side("images too", "t2v-images")
-    still, joint = Side("motion-free samples too", "t2v-motion-free"), Side("all three", "t2v-both")
-    guided = Side("motion-free samples too, λ_M 1.3", "t2v-motion-free", (1.3,))
+    alone, images = Side("clips alone", "t2v-clips"), Side("clips + images", "t2v-images")
+    still, joint = Side("clips + motion-free", "t2v-motion-free"), Side("all three", "t2v-both")
+    guided = Side("clips + motion-free, λ_M 1.3", "t2v-motion-free", (1.3,))
+    steps = Settings(**load_config(table.config, "t2i")).steps
+    early = f"All are compared after {steps:,} steps; finding 4 has T2I trained on."
     swept = table.lambda_m.get(table.sweep_run, ())
     scales = [None if scale == LAMBDA_M else scale for scale in swept]
     inside = tuple(s for s in scales if BEST[0] <= (LAMBDA_M if s is None else s) <= BEST[1])
@@ -135,15 +141,21 @@ def findings(table: Table) -> list[Finding]:
             (Comparison(clip, adaln, MAIN, IMAGES),),
             "What favours adaLN-zero here: the text encoders were trained to tell all that a "
             "caption says from one pooled vector, captions are short, and its wider MLP takes a "
-            "tenth more FLOPs a step.",
+            "tenth more FLOPs a step. What favours cross-attention: rate, batch and loss weight "
+            f"were found with a model that has it. {early}",
         ),
         Finding(
             "Both text encoders against one",
             "CLIP and T5 together, interleaved, are ahead of either alone.",
-            (Comparison(both, one, MAIN, IMAGES), Comparison(both, other, MAIN, IMAGES)),
+            (
+                Comparison(both, one, MAIN, IMAGES),
+                Comparison(both, other, MAIN, IMAGES),
+                Comparison(one, other, (), MAIN),
+            ),
             "CLIP and T5 are small ones here, both trained on the small world's captions: they "
             "differ in how they read a text, by words and by letters, and not, as the paper's, in "
-            "what they have learnt.",
+            "what they have learnt. Both together have 2 % more parameters, for the second one's "
+            f"projection, and are what rate, batch and loss weight were found with. {early}",
         ),
         Finding(
             "Size",
@@ -152,36 +164,58 @@ def findings(table: Table) -> list[Finding]:
                 Comparison(middle, smaller, MAIN, ("loss",)),
                 Comparison(larger, middle, MAIN, ("loss",)),
             ),
-            "All three have the learning rate that was found for the middle one.",
+            "The middle model is the run both; all three have the learning rate that was found "
+            f"for it. {early}",
         ),
         Finding(
             "Clips, images and motion-free samples",
             "Training on clips alone harms a frame's quality; images beside the clips and "
             "motion-free samples bring it back.",
             (
-                Comparison(image, alone, FRAMES),
                 Comparison(longer, alone, FRAMES),
                 Comparison(images, alone, FRAMES, CLIPS),
                 Comparison(still, alone, FRAMES, CLIPS),
                 Comparison(guided, alone, FRAMES, CLIPS),
                 Comparison(joint, alone, FRAMES, CLIPS),
+                Comparison(longer, images, (), FRAMES),
+                Comparison(longer, joint, (), FRAMES),
+                Comparison(image, alone, (), FRAMES),
                 Comparison(image, joint, (), FRAMES),
             ),
-            "T2I itself ends where T2V begins, so that T2V has trained for longer, and mostly at "
-            'the timesteps where motion is decided; "T2I trained on" has as many steps more, of as '
-            "many noised images as T2V has frames, at the same rate, timesteps and loss weights. "
-            "Images and motion-free samples take the place of clips: of 10 samples 10 are clips in "
-            '"clips alone", 8 with one of them and 6 with both, which motion pays for; and an '
-            "image is one noised frame, where a clip and a motion-free sample are eight. Clips "
-            "here are blurred, compressed and carry a mark at the bottom, images are clean. The "
-            "last comparison tells whether T2I is still ahead of all three.",
+            "Whether clips harm is for T2I trained on to tell: it has as many steps more than T2I "
+            "as T2V has, of as many noised images as T2V has frames, at the same rate, timesteps "
+            "and loss weights. T2V has a sixth more parameters, its temporal layers, a quarter "
+            "more FLOPs a step, and a frame is denoised with seven others. T2I itself ends where "
+            "T2V begins; it is shown, and tells nothing of clips. Images and motion-free samples "
+            "take the place of clips: of 10 samples 10 are clips in clips alone, 8 with one of "
+            "them and 6 with both; and an image is one noised frame, where a clip and a "
+            "motion-free sample are eight. Clips here are blurred, compressed and carry a mark at "
+            "the bottom, images are clean.",
         ),
         Finding(
             "The guidance scale of motion",
             "λ_M from 1.0 to 1.3 is best.",
-            tuple(Comparison(best, side, MAIN, ("motion", "travel")) for side in outside),
+            tuple(Comparison(best, side, MAIN, ("motion", "travel", "broken")) for side in outside),
+            "λ_M 1 is sampling without motion-free guidance, 0 asks the motion-free branch alone. "
+            f"The world's own way for these prompts is {own_way(table):.1f} px. The run is that of "
+            "all three, which has learnt motion from the fewest clips.",
         ),
     ]
+
+
+def own_way(table: Table) -> float:
+    """Pixels that what moves along a direction moves, from the first frame that T2V has to the
+    last, in the mean of the scored prompts."""
+    settings = Settings(**load_config(table.config, "t2v"))
+    return (settings.frames - 1) / settings.fps * _mean_speed(table.prompts)
+
+
+@functools.cache
+def _mean_speed(prompts: int) -> float:
+    """Pixels a second of what moves along a direction; 0 where nothing does."""
+    _, scenes = prompts_of(prompts)
+    speeds = [math.hypot(*s.objects[0].velocity) for s in scenes if s.motion in DIRECTIONS]
+    return float(np.mean(speeds)) if speeds else 0.0
 
 
 def verdict(
@@ -195,7 +229,7 @@ def verdict(
     scale, difference = MEASURES[measure].scale, paired_interval(ahead, behind)
     there = np.where(np.isnan(ahead - behind), np.nan, 1)  # of the prompts that both have
     means = tuple(float(np.nanmean(part * there, 1).mean()) * scale for part in (ahead, behind))
-    better = difference.scaled(1 if MEASURES[measure].higher_is_better else -1)
+    better = difference.scaled(-1 if MEASURES[measure].higher_is_better is False else 1)
     says = HOLDS if better.low > 0 else FAILS if better.high < 0 else OPEN
     by_seed = tuple((np.nanmean(ahead - behind, 1) * scale).tolist())
     return Verdict(comparison, measure, by_seed, means, difference.scaled(scale), says)
@@ -284,23 +318,25 @@ def sentence(verdicts: Sequence[Verdict | None]) -> str:
 
 
 def _grouped(verdicts: Sequence[Verdict]) -> str:
-    names = dict.fromkeys(one.comparison.name for one in verdicts)
-    groups = [
-        f"{name} ({', '.join(_told(one) for one in verdicts if one.comparison.name == name)})"
-        for name in names
-    ]
-    return " and ".join(groups) if len(groups) < 3 else ", ".join(groups)
+    groups: dict[str, list[str]] = {}
+    for one in verdicts:
+        groups.setdefault(_seen(one), []).append(_told(one))
+    told = [f"{name} ({', '.join(own)})" for name, own in groups.items()]
+    return " and ".join(told) if len(told) < 3 else ", ".join(told)
+
+
+def _seen(one: Verdict) -> str:
+    """Which side is ahead, as it was measured, or where that is open as the paper has it."""
+    ahead, behind = one.comparison.ahead, one.comparison.behind
+    if one.says == FAILS:
+        ahead, behind = behind, ahead
+    return f"{ahead.name} ahead of {behind.name}"
 
 
 def _told(one: Verdict) -> str:
-    """The difference, or where its interval holds 0 the interval."""
-    measure, interval = MEASURES[one.measure], one.difference
+    """The measure, and where it is told the difference of the side that is ahead."""
+    measure = MEASURES[one.measure]
     if one.says == OPEN:
-        figures = f"{_signed(interval.low, one)} … {_signed(interval.high, one)}"
-    else:
-        figures = _signed(interval.mean, one)
-    return f"{measure.title} {figures} {measure.difference_unit}".rstrip()
-
-
-def _signed(value: float, one: Verdict) -> str:
-    return f"{value:+.{MEASURES[one.measure].digits}f}"
+        return measure.title
+    value = one.difference.mean * (-1 if one.says == FAILS else 1)
+    return f"{measure.title} {value:+.{measure.digits}f} {measure.difference_unit}".rstrip()

@@ -16,7 +16,7 @@ from gentron_fast.cores import all_cores, is_waited_for
 from gentron_fast.processes import signal_at_parents_end
 from gentron_fast.threads import available_cores, settle_threads
 from gentron_train.checkpoint import EXPORTED
-from gentron_train.findings.scoring import record, result_name, write_record
+from gentron_train.findings.scoring import note_start, record, result_name, write_record
 from gentron_train.findings.table import Run, Table
 from gentron_train.stages import ROOT, program, run_stages
 
@@ -211,6 +211,8 @@ def train_one(job: Run, seed: int, table: Table, place: Place) -> None:
     """One run from nothing to its results, in a process of its own."""
     signal_at_parents_end(signal.SIGTERM)
     trained = ROOT / trained_folder(place.out, job.name, seed)
+    if job.start is not None and not trained.parent.exists():
+        note_start(trained, ROOT / trained_folder(place.out, job.start, seed) / EXPORTED)
     run_stages({"training": [training(job, seed, table, place.out)]}, trained.parent)
     settle_threads()
     for scale in table.scales(job):

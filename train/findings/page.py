@@ -38,6 +38,7 @@ from gentron_train.findings.scoring import (
 from gentron_train.findings.table import TABLE, Table
 from gentron_train.flops import parameter_count
 from gentron_train.small_world.evaluator import COLUMNS
+from gentron_train.small_world.renderer import COLOURS, RELATIONS, SHAPES
 from gentron_train.stages import ROOT
 
 # Settings that say where a run lies, not what it is.
@@ -63,7 +64,9 @@ _SHARED = {
 }
 DECISIONS = ROOT / "docs/decisions.md"
 SECTION = "the-papers-findings-in-miniature"  # of it
-BESIDE = {HOLDS: "ahead", FAILS: "behind", OPEN: OPEN}  # of what the sentence does not speak of
+# Of what the sentence does not speak of, and of what is neither better nor worse.
+BESIDE = {HOLDS: "ahead", FAILS: "behind", OPEN: OPEN}
+NEUTRAL = {HOLDS: "more", FAILS: "less", OPEN: OPEN}
 ROUNDING = 1e-5  # of fp32, a prediction's largest error over its largest value
 
 
@@ -127,10 +130,11 @@ def page(records: Sequence[dict], table: Table, document: Path, results: Path) -
     """docs/findings.md, as it stands at `document`, with links to what it names; clips of the runs,
     where they were drawn."""
     own, here = counted(records, table), document.parent
-    parts = [_introduction(table, here), _models(table), *_starts(own, table), _spent(records)]
-    parts.append(_pilot(records, table, here))
     numbered = list(enumerate(claims.findings(table), 1))
-    parts += [_finding(number, one, own, table) for number, one in numbered]
+    findings = [_finding(number, one, own, table) for number, one in numbered]
+    told = [one for _, finding in numbered for one in verdicts_of(finding, own, table)]
+    parts = [_introduction(table, here, sum(one.counts for one in told))]
+    parts += [_models(table), _spent(records), _pilot(records, table, here), *findings]
     parts.append(_start(len(numbered) + 1, own))
     parts += [_sheet()] if (here / PICTURES / SHEET).exists() else []
     parts += [_results(records, table, os.path.relpath(results, here))]
@@ -142,11 +146,16 @@ def counted(records: Sequence[dict], table: Table) -> list[dict]:
     return [record for record in records if record["seed"] in table.seeds]
 
 
-def _introduction(table: Table, here: Path) -> str:
+def _introduction(table: Table, here: Path, told: int) -> str:
+    """told: the verdicts that the findings' sentences are made of."""
     kinds = ", ".join(COLUMNS)
     count = table.prompts * len(COLUMNS)
     runs, settings = (os.path.relpath(path, here) for path in (TABLE, table.config))
     decisions = os.path.relpath(DECISIONS, here)
+    guessed = (
+        f"one of {len(SHAPES)}, its colour in one of {len(COLOURS)}, a relation in one of "
+        f"{len(RELATIONS)}"
+    )
     return f"""# The paper's findings, in miniature
 
 What GenTron's authors report of models of a billion parameters, tried on models a thousandth of
@@ -162,24 +171,30 @@ steps, λ_T {LAMBDA_T:g}, λ_M {LAMBDA_M:g}, guidance rescale {RESCALE:g}.
     python -m gentron_train.findings --plan | --pilot | --page
 
 - *What was asked for*: the share of colour, shape and, of two objects, relation that is right, mean
-  of the prompts. *Motion*: the share of clips that move as asked.
+  of the prompts. *Motion*: the share of clips that move as asked. A guess has an object's shape
+  right in {guessed}.
 - *PSNR*: of the picture against the scene of the world that comes closest to it, whatever was
   asked for: how clean it is. *Broken*: below 15 dB.
 - *One frame*: the middle frame of a clip, read as an image. *Jitter*: how far place, size and
   colour of an object stray from a smooth course. *Way*: along the direction that was asked for.
 - *Loss*: of the training, mean of its last tenth.
 
-A difference is of two runs with the same seed and the same prompts, and of images or of clips the
-same noise. Its 95 % interval holds the spread over the seeds (Student's t) and over the prompts (a
-bootstrap). "Holds" is said where the interval leaves out 0, of a difference of any size, "fails"
-where it does so on the other side; else it cannot be told here. Each interval stands for itself:
-where there is no difference, at most one in twenty leaves out 0. In the pictures a grey point is
-the difference of one seed.
+A difference is of two runs with the same seed and the same prompts. Two runs of images, or two of
+clips, have the same noise too; an image and a clip do not. The 95 % interval of a difference holds
+the spread over the seeds (Student's t) and over the prompts (a bootstrap). "Holds" is said where
+the interval lies above 0, however small the difference, "fails" where it lies below; else it
+cannot be told here. Each interval stands for itself: of the {told} of which the sentences here
+speak, {told / 20:.1f} would leave out 0 by chance if there were no difference anywhere. A grey
+point in the pictures is the difference of one seed.
 
 The settings were fixed before the first of these seeds was trained ([runs.yaml]({runs}),
-[settings.yaml]({settings})). Later came, before any T2V result was looked at, the run both-on and
-λ_M 1.3 for t2v-motion-free; and, when findings 1 to 3 had results, that the sentences speak of what
-was asked for and of PSNR alone: the tables have every measure ([why]({decisions}#{SECTION}))."""
+[settings.yaml]({settings})). Three things came later ([why]({decisions}#{SECTION})):
+
+- before any T2V result was looked at, the run both-on and λ_M 1.3 for t2v-motion-free;
+- when findings 1 to 3 had results, that sentences speak of what was asked for and of PSNR alone;
+- when all had results, that no sentence speaks of T2I beside T2V, which has trained for longer, and
+  the rows CLIP ahead of T5, T2I trained on ahead of clips + images and of all three, and, of λ_M,
+  broken clips. The tables have every row and every measure."""
 
 
 def _models(table: Table) -> str:
@@ -203,41 +218,16 @@ def _models(table: Table) -> str:
     return "\n".join(lines)
 
 
-def _starts(records, table: Table) -> list[str]:
-    """Which results of a seed are of different trainings of a run that others begin with: its own
-    and theirs; a sentence each."""
-    sentences = []
-    for seed in table.seeds:
-        for name in dict.fromkeys(run.start for run in table.runs.values() if run.start):
-            trainings: dict[str | None, dict[str, None]] = {}  # runs by the digest of its model
-            for record in records:
-                part = "model" if record["run"] == name else "start"
-                if record["seed"] == seed and name in (record["run"], _start_of(record, table)):
-                    digest = record["made_of"].get(part)
-                    trainings.setdefault(digest, {})[record["run"]] = None
-            if len(trainings) > 1:
-                first, *others = (_listed(runs) for runs in trainings.values())
-                others = "; ".join(f"another to {runs}" for runs in others)
-                sentences.append(
-                    f"Seed {seed} of {name} was trained {len(trainings)} times, not to the same "
-                    f"weights: one belongs to {first}; {others}."
-                )
-    if not sentences:
-        return []
-    sentences.append("A difference between results of two trainings has theirs in it too.")
-    return [" ".join(sentences)]
-
-
-def _start_of(record: dict, table: Table) -> str | None:
-    return table.runs[record["run"]].start
-
-
 def _spent(records) -> str:
     """Hours of all results."""
     if not records:
         return "Nothing has been trained yet."
     spent = sum(_seconds(record) for record in records) / 3600
-    return f"All results here, the pilot's with them, took {spent:.1f} core hours together."
+    hours = "core hours" if all(record["device"] == "cpu" for record in records) else "hours"
+    return (
+        f"All results here, the pilot's with them, took {spent:.1f} {hours} together; runs that "
+        "were lost, and what was tried before the pilot, are not counted."
+    )
 
 
 def _seconds(record: dict) -> float:
@@ -303,12 +293,47 @@ def _finding(number: int, finding: Finding, records, table: Table) -> str:
         f"The paper: {finding.paper}",
         f"**{claims.sentence([*counting, *[None] * (wanted - len(counting))])}**",
         *([finding.note] if finding.note else []),
+        *_mixed(finding, records, table),
     ]
     if verdicts:
         parts += [f"![{finding.title}]({PICTURES}/{picture_name(number)})", _table(verdicts)]
         losses = [one.comparison for one in verdicts if one.measure == "loss"]
         parts += [_loss_by_flops(comparison, records) for comparison in losses]
     return "\n\n".join(parts)
+
+
+def _mixed(finding: Finding, records, table: Table) -> list[str]:
+    """The comparisons whose sides belong to different trainings of the run that both begin with."""
+    told = []
+    for comparison in finding.comparisons:
+        sides = comparison.ahead.run, comparison.behind.run
+        seeds = [
+            seed
+            for seed in table.seeds
+            if _are_apart(*(_origin(run, seed, records, table) for run in sides))
+        ]
+        if seeds:
+            word = "seed" if len(seeds) == 1 else "seeds"
+            told.append(f"{comparison.name} ({word} {_listed(seeds)})")
+    if not told:
+        return []
+    return [
+        "A run that others begin with was trained more than once here, not to the same weights, "
+        f"and the sides of these do not belong to one training of it: {'; '.join(told)}. Their "
+        "differences have that of the trainings in them too."
+    ]
+
+
+def _origin(run: str, seed: int, records, table: Table) -> tuple[str, str | None]:
+    """The T2I run that one begins with, or itself, and the digest of that training's model."""
+    own = [r["made_of"] for r in records if (r["run"], r["seed"]) == (run, seed)]
+    start = table.runs[run].start if own else None
+    return start or run, own[0].get("start_model" if start else "model") if own else None
+
+
+def _are_apart(one: tuple[str, str | None], other: tuple[str, str | None]) -> bool:
+    """Whether two are known to be of different trainings of one run."""
+    return one[0] == other[0] and None not in (one[1], other[1]) and one != other
 
 
 def _table(verdicts: Sequence[Verdict]) -> str:
@@ -323,9 +348,16 @@ def _table(verdicts: Sequence[Verdict]) -> str:
         lines.append(
             f"| {one.comparison.name} | {one.comparison.runs} | {measure.title} | "
             f"{ahead} against {behind}{unit} | {mean} ({low} … {high}) | "
-            f"{one.says if one.counts else BESIDE[one.says]} |"
+            f"{_says(one)} |"
         )
     return "\n".join(lines)
+
+
+def _says(one: Verdict) -> str:
+    """Of one line of the table: more than ahead or behind is said of what the sentence is about."""
+    if one.counts:
+        return one.says
+    return (NEUTRAL if MEASURES[one.measure].higher_is_better is None else BESIDE)[one.says]
 
 
 def _start(number: int, records) -> str:
@@ -387,7 +419,7 @@ def _loss_by_flops(comparison: Comparison, records) -> str:
     last = np.linspace((1 - LAST) * end, end)
     ahead, behind = (np.interp(last, spent, loss).mean() for spent, loss in curves)
     return (
-        f"For as many FLOPs, {end:.3g} TFLOP, the loss is {ahead:.4f} of {comparison.ahead.name} "
-        f"and {behind:.4f} of {comparison.behind.name}: the cheaper run's rate has fallen to 0 "
-        "there, the other's has not."
+        f"For as many FLOPs, {end:.3g} TFLOP, the loss of {comparison.ahead.name} is {ahead:.4f}, "
+        f"that of {comparison.behind.name} {behind:.4f}; but the cheaper run's rate has fallen to "
+        "0 there, the other's has not."
     )

@@ -91,11 +91,9 @@ def sheet_rows(table: Table) -> list[tuple[str, float]]:
     """The runs that the findings compare clips of, or compare them with, and the λ_M of each.
     ValueError for a table that lacks one."""
     compared = [c for finding in claims.findings(table) for c in finding.comparisons]
-    if missing := sorted(
-        {side.run for c in compared for side in (c.ahead, c.behind)} - {*table.runs}
-    ):
-        raise ValueError(f"the table lacks {', '.join(filter(None, missing))}, which are compared")
     sides = [side for c in compared for side in (c.behind, c.ahead)]
+    if missing := sorted({side.run for side in sides} - {*table.runs}):
+        raise ValueError(f"the table lacks {', '.join(missing)}, which are compared")
     clips = {c.behind.run for c in compared if table.runs[c.behind.run].stage == "t2v"}
     runs = clips | {c.ahead.run for c in compared if c.behind.run in clips}
     scales = {(s.run, scale) for s in sides if s.run in runs for scale in s.scales}
@@ -118,8 +116,8 @@ def _draw_differences(axis, rows, verdicts: dict, measure: str, is_named: bool) 
     axis.axvline(0, color="grey", linewidth=0.8)
     shown = MEASURES[measure]
     unit = f", {shown.difference_unit}" if shown.unit else ""
-    better = "right" if shown.higher_is_better else "left"
-    axis.set_title(f"{shown.title}{unit} ({better} is better)", fontsize=SMALL)
+    sides = {True: " (right is better)", False: " (left is better)", None: ""}
+    axis.set_title(f"{shown.title}{unit}{sides[shown.higher_is_better]}", fontsize=SMALL)
     axis.locator_params(axis="x", nbins=5)
     axis.tick_params(axis="x", labelsize=SMALL)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from gentron_fast.commandline import choose_device
-from gentron_fast.files import read_json, read_json_lines, whole_file
+from gentron_fast.files import read_json, read_json_lines, whole_file, write_json
 from gentron_fast.schema import OBJECT, TEXT, each, optional, real, several, whole
 from gentron_train.checkpoint import EXPORTED, latest_checkpoint, read_info
 from gentron_train.data.sources import folder_digest
@@ -24,7 +24,7 @@ from gentron_train.small_world.evaluator import COLUMNS, judge
 from gentron_train.small_world.fidelity import BROKEN, fit_scene
 from gentron_train.small_world.renderer import DIRECTIONS, SINCE, Scene
 from gentron_train.small_world.renderer import INDEX_NAME as SHARDS_INDEX
-from gentron_train.stages import ROOT, STATE, commit
+from gentron_train.stages import STATE, commit
 
 PROMPT_SEED = 1000  # of the scored prompts: not the evaluator's, by which settings were chosen
 NOISE_SEEDS = 10_000  # apart, those of two training seeds
@@ -37,12 +37,13 @@ FIGURE = real(-1e9, 1e9)
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of a prompt, or of a run where `of_run`; scale: to the unit that is shown."""
+    """A figure of a prompt, or of a run where `of_run`; scale: to the unit that is shown.
+    higher_is_better: None where neither is."""
 
     title: str
     unit: str = "%"
     scale: float = 100.0
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True
     digits: int = 1
     of_run: bool = False
 
@@ -69,7 +70,7 @@ MEASURES = {
     "place jitter": Measure("jitter of place", "px", 1.0, False, 2),
     "size jitter": Measure("jitter of size", "%", 1.0, False, 2),
     "colour jitter": Measure("jitter of colour", "of 255", 1.0, False, 2),
-    "travel": Measure("way along the direction asked for", "px", 1.0),
+    "travel": Measure("way along the direction asked for", "px", 1.0, None),
     "loss": Measure("loss", "", 1.0, False, 4, of_run=True),
 }
 SCHEMA = {
@@ -166,15 +167,26 @@ def start_difference(pipeline) -> float:
     return float((clips - frames).abs().max() / frames.abs().max())
 
 
-def made_of(pipeline: Path, shards: Path, start: Path | None) -> dict:
-    """What a run was trained on: its shards' index, and digests of the parts that it was given, of
-    its model and of that in the pipeline that it began with."""
+def made_of(trained: Path) -> dict:
+    """What a run was trained on: its shards' index, digests of the parts that it was given and of
+    its model, and what `note_start` noted."""
+    pipeline, shards = trained / EXPORTED, trained.parent.parent / "shapes"
     parts = {name: pipeline / name for name in ("vae", "text_encoder", "text_encoder_2")}
     parts["model"] = pipeline / "transformer"
-    if start is not None:
-        parts["start"] = start / "transformer"
     digests = {name: folder_digest(part) for name, part in parts.items() if part.is_dir()}
-    return {"shards": SINCE | read_json(shards / SHARDS_INDEX)} | digests
+    begun = start_note(trained)
+    start = read_json(begun) if begun.exists() else {}
+    return {"shards": SINCE | read_json(shards / SHARDS_INDEX)} | digests | start
+
+
+def start_note(trained: Path) -> Path:
+    """The file that tells what the run of a folder began with, beside the folder above it."""
+    return trained.parent.with_name(f"{trained.parent.name}.json")
+
+
+def note_start(trained: Path, start: Path) -> None:
+    """Note the digest of the model that a run is about to begin with, the pipeline `start`'s."""
+    write_json(start_note(trained), {"start_model": folder_digest(start / "transformer")})
 
 
 def record(
@@ -195,7 +207,6 @@ def record(
     rows = [row for row in read_json_lines(trained / LOG_NAME) if row["loss"] is not None]
     last = [row["loss"] for row in rows if row["step"] > (1 - LAST) * info["step"]]
     scores = sample_and_score(pipeline, table.prompts, seed, lambda_m)
-    start = None if run.start is None else ROOT / info["settings"]["init"]
     is_start = run.stage == "t2i" and lambda_m is None
     return {
         "run": run.name,
@@ -211,7 +222,7 @@ def record(
         "settings": {name: v for name, v in info["settings"].items() if name != "cache"},
         "model": info["model"],
         "sampling": sampling(lambda_m),
-        "made_of": made_of(trained / EXPORTED, trained.parent.parent / "shapes", start),
+        "made_of": made_of(trained),
         "loss": float(np.mean(last)),
         "curve": [[row["step"], round(row["loss"], 5)] for row in rows],
         "start": start_difference(pipeline) if is_start else None,

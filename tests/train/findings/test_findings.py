@@ -39,14 +39,14 @@ def test_two_steps_of_everything(tmp_path, monkeypatch, capfd):
     image, guided, clip = read_records(tmp_path / "results")
     assert (guided["lambda_m"], guided["sampling"]["lambda_m"]) == (2.0, 2.0)
     assert image["made_of"]["shards"]["images"] == 8 and image["made_of"]["vae"]
-    assert clip["made_of"]["start"] == image["made_of"]["model"] != clip["made_of"]["model"]
-    assert "start" not in image["made_of"]
+    assert clip["made_of"]["start_model"] == image["made_of"]["model"] != clip["made_of"]["model"]
+    assert "start_model" not in image["made_of"]
     assert (image["run"], image["steps"], len(image["curve"])) == ("clip", 2, 2)
     assert image["start"] < 1e-5 and clip["start"] is None
     assert clip["model"]["temporal"] and clip["settings"]["p_image"] == 0.2
     assert len(image["scores"]["psnr"]) == len(clip["scores"]["frame psnr"]) == 3
     page = (tmp_path / "page.md").read_text()
-    assert "Seed 1 of clip was trained" not in page
+    assert "was trained more than once" not in page
     assert "are equal to the bit" in page and "t2v-both-seed1.json" in page
 
     # What is there is neither trained nor scored again.

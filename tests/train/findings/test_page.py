@@ -63,10 +63,12 @@ def test_what_holds_what_fails_and_what_cannot_be_told(table, records):
     text = sentence(list(said.values()))
     start = "In part it holds: cross-attention ahead of adaLN-zero (what was asked for +"
     assert text.startswith(start) and " points); it fails" in text
-    assert re.search(r"it fails, the opposite is seen: .* \(PSNR -\d\.\d\d dB\)\.$", text)
+    opposite = "it fails, the opposite is seen: adaLN-zero ahead of cross-attention"
+    assert re.search(rf"{opposite} \(PSNR \+\d\.\d\d dB\)\.$", text)
     assert "colour" not in text  # the paper's sentence is of what was asked for and how it looks
     open_ = replace(said["colour"], comparison=replace(comparison, measures=("colour",)))
-    assert re.search(r"told: .* \(colour [+-]\d\.\d … [+-]\d\.\d points\)", sentence([open_]))
+    told = "It cannot be told: cross-attention ahead of adaLN-zero (colour)."
+    assert sentence([open_]) == told
 
 
 def test_less_loss_is_better_and_an_image_is_its_own_frame(table, records):
@@ -114,10 +116,10 @@ def test_the_whole_page_and_its_pictures(table, records, tmp_path):
     assert all(path.stat().st_size > 5000 for path in drawn)
 
 
-def test_results_of_a_seed_that_are_of_different_trainings_are_told(table, records, tmp_path):
+def test_comparisons_across_different_trainings_of_the_start_are_told(table, records, tmp_path):
     seed = table.seeds[1]
-    begun = {"t2v-clips": "a", "t2v-both": "a", "t2v-images": "b", "both-on": "b"}
-    digests = {run: {"start": digest} for run, digest in begun.items()} | {"both": {"model": "b"}}
+    digests = {"both": {"model": "a"}, "both-on": {"start_model": "a"}, "t2v-both": {}}
+    digests |= {"t2v-clips": {"start_model": "b"}, "t2v-images": {"start_model": "b"}}
     changed = [
         record | {"made_of": digests[record["run"]]}
         if record["seed"] == seed and record["run"] in digests
@@ -125,14 +127,16 @@ def test_results_of_a_seed_that_are_of_different_trainings_are_told(table, recor
         for record in records
     ]
     text = page.page(changed, table, tmp_path / "a.md", tmp_path / "results")
-    (told,) = re.findall(r"^Seed .* of both was trained .*$", text, re.MULTILINE)
-    # Of t2v-motion-free, whose result says nothing, another one is assumed.
-    assert told == (
-        f"Seed {seed} of both was trained 3 times, not to the same weights: one belongs to both, "
-        "both-on and t2v-images; another to t2v-clips and t2v-both; another to t2v-motion-free."
+    (told,) = re.findall(r"^A run that others begin with was .*$", text, re.MULTILINE)
+    # Of t2v-both, whose result names none, nothing is said.
+    assert told.partition(": ")[2] == (
+        f"T2I trained on ahead of clips alone (seed {seed}); T2I trained on ahead of clips + "
+        f"images (seed {seed}); T2I ahead of clips alone (seed {seed}). Their differences have "
+        "that of the trainings in them too."
     )
+    assert text.index("## 4.") < text.index(told) < text.index("## 5.")
     plain = page.page(records, table, tmp_path / "a.md", tmp_path / "results")
-    assert not re.search(r"^Seed .* was trained", plain, re.MULTILINE)
+    assert "was trained more than once" not in plain
 
 
 def test_the_sheet_has_a_row_for_each_run_of_clips_and_its_scales(table, records, tmp_path):
@@ -169,7 +173,10 @@ def test_loss_for_as_many_flops(table, records):
             record["flops"], record["curve"] = curves[record["run"]]
             record["flops"] *= 10**12
     text = page.page(records, table, Path("a.md"), Path("results"))
-    wanted = "For as many FLOPs, 20 TFLOP, the loss is 0.7000 of the middle one and 0.5000 of the"
+    wanted = (
+        "For as many FLOPs, 20 TFLOP, the loss of the middle model is 0.7000, that of the smaller "
+        "model 0.5000; but"
+    )
     assert wanted in text
 
 
