@@ -45,17 +45,23 @@ def draw(records: Sequence[dict], table: Table, folder: Path) -> list[Path]:
         if not verdicts:
             continue
         names = list(dict.fromkeys(one.measure for one in verdicts))
-        rows = list(dict.fromkeys(one.comparison for one in verdicts))
         extra = _extra(finding, records, table)
         panels = len(names) + bool(extra)
         columns = 2 if panels == 4 else min(panels, 3)
-        lines = -(-panels // columns)
-        size = max(2.7 * columns + 1.8, 5), max((1.1 + 0.42 * len(rows)) * lines, 2.6)
+        lines = [names[first : first + columns] for first in range(0, panels, columns)]
+        rows = [
+            list(dict.fromkeys(one.comparison for one in verdicts if one.measure in line))
+            for line in lines
+        ]
+        heights = [1.1 + 0.42 * max(len(own), 3) for own in rows]
+        size = max(2.7 * columns + 1.8, 5), max(sum(heights), 2.6)
         figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(lines, columns, squeeze=False).flatten()
+        ratios = {"height_ratios": heights}
+        axes = figure.subplots(len(lines), columns, squeeze=False, gridspec_kw=ratios).flatten()
         for place, (axis, name) in enumerate(zip(axes, names, strict=False)):
             own = {one.comparison: one for one in verdicts if one.measure == name}
-            _draw_differences(axis, rows, own, name, is_named=place % columns == 0)
+            line, column = divmod(place, columns)
+            _draw_differences(axis, rows[line], own, name, is_named=column == 0)
         if extra:
             extra(axes[panels - 1])
         for axis in axes[panels:]:
