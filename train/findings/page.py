@@ -30,10 +30,12 @@ from gentron_train.findings.scoring import (
     LAST,
     MEASURES,
     RESCALE,
+    ROUNDING,
     STEPS,
     prompts_of,
     result_name,
     sampling,
+    starts_of,
 )
 from gentron_train.findings.table import TABLE, Table
 from gentron_train.flops import parameter_count
@@ -67,7 +69,6 @@ SECTION = "the-papers-findings-in-miniature"  # of it
 # Of what the sentence does not speak of, and of what is neither better nor worse.
 BESIDE = {HOLDS: "ahead", FAILS: "behind", OPEN: OPEN}
 NEUTRAL = {HOLDS: "more", FAILS: "less", OPEN: OPEN}
-ROUNDING = 1e-5  # of fp32, a prediction's largest error over its largest value
 
 
 @dataclass(frozen=True)
@@ -361,20 +362,21 @@ def _says(one: Verdict) -> str:
 
 
 def _start(number: int, records) -> str:
-    starts = [record for record in records if record["start"] is not None]
     text = [
         f"## {number}. The start of T2V",
         "The paper: temporal layers at zero start exactly as the T2I model.",
     ]
+    starts = [value for own in starts_of(records).values() for value in own]
     if not starts:
         return "\n\n".join([*text, "**Not measured yet.**"])
-    most = max(record["start"] for record in starts)
+    most = max(starts)
     says = "holds" if most < ROUNDING else "fails"
     differ = f"differ by at most {most:.1e} of the largest one" if most else "are equal to the bit"
-    text.append(
+    text += [
         f"**It {says}: over {len(starts)} T2I models, of clips and of motion-free samples, the "
-        f"predictions {differ} in fp32.**"
-    )
+        f"predictions {differ} in fp32.**",
+        f"![The start of T2V]({PICTURES}/{picture_name(number)})",
+    ]
     return "\n\n".join(text)
 
 

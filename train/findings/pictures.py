@@ -10,7 +10,7 @@ import numpy as np
 from gentron_fast.files import whole_file
 from gentron_train.findings import claims
 from gentron_train.findings.claims import Finding, verdicts_of
-from gentron_train.findings.scoring import LAMBDA_M, MEASURES
+from gentron_train.findings.scoring import LAMBDA_M, MEASURES, ROUNDING, starts_of
 from gentron_train.findings.table import Table
 from gentron_train.small_world.picture import strip
 
@@ -28,6 +28,8 @@ def picture_name(number: int) -> str:
 
 def digest(number: int, records: Sequence[dict], table: Table) -> str:
     """Of all that a finding's picture is drawn from."""
+    if number > len(claims.findings(table)):
+        return hashlib.sha256(json.dumps(starts_of(records)).encode()).hexdigest()
     finding = claims.findings(table)[number - 1]
     runs = {side.run for c in finding.comparisons for side in (c.ahead, c.behind)}
     names = ("run", "seed", "lambda_m", "parameters", "flops", "loss", "curve", "scores")
@@ -39,7 +41,7 @@ def draw(records: Sequence[dict], table: Table, folder: Path) -> list[Path]:
     """The pictures of the findings that have figures, from the results of the seeds that count."""
     from matplotlib.figure import Figure
 
-    paths = []
+    figures: dict[int, Figure] = {}
     for number, finding in enumerate(claims.findings(table), 1):
         verdicts = verdicts_of(finding, records, table)
         if not verdicts:
@@ -66,6 +68,12 @@ def draw(records: Sequence[dict], table: Table, folder: Path) -> list[Path]:
             extra(axes[panels - 1])
         for axis in axes[panels:]:
             axis.set_axis_off()
+        figures[number] = figure
+    if starts := starts_of(records):
+        figures[len(claims.findings(table)) + 1] = figure = Figure((5, 2.6), layout="constrained")
+        _draw_starts(figure.subplots(), starts)
+    paths = []
+    for number, figure in figures.items():
         path = folder / picture_name(number)
         about = {"Software": None, MADE_OF: digest(number, records, table)}
         with whole_file(path) as partial:
@@ -193,4 +201,17 @@ def _draw_scales(axis, records, table: Table) -> None:
     axis.set_xlabel("way, px", fontsize=SMALL)
     axis.set_ylabel("PSNR, dB", fontsize=SMALL)
     axis.set_title("at each λ_M", fontsize=SMALL)
+    axis.tick_params(labelsize=SMALL)
+
+
+def _draw_starts(axis, starts: dict[str, list[float]]) -> None:
+    """A row for each run, a point a seed, and what rounding alone may make of equal sums."""
+    for place, values in enumerate(reversed(starts.values())):
+        axis.plot(values, [place] * len(values), "o", c="C0")
+    axis.set_yticks(range(len(starts)), list(reversed(starts)), fontsize=SMALL)
+    axis.axvline(ROUNDING, color="grey", linewidth=0.8, linestyle=":", label="rounding")
+    axis.set_xlim(-ROUNDING / 10, 1.2 * max(ROUNDING, *map(max, starts.values())))
+    title = "largest difference between T2V before its first step and T2I, of the largest value"
+    axis.set_title(title, fontsize=SMALL)
+    axis.legend(fontsize=SMALL)
     axis.tick_params(labelsize=SMALL)

@@ -7,6 +7,7 @@ by itself too, as an image of T2I is.
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ LAMBDA_T, LAMBDA_M, RESCALE = 3.0, 1.0, 0.7
 LAST = 0.1  # share of a run whose mean loss counts
 BATCH = 25
 FIGURE = real(-1e9, 1e9)
+ROUNDING = 1e-5  # of fp32, a prediction's largest error over its largest value
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,13 @@ def start_difference(pipeline) -> float:
         frames = [image_model(latents[:, :, [t]], timestep, text) for t in range(8)]
     frames = torch.cat(frames, 2)
     return float((clips - frames).abs().max() / frames.abs().max())
+
+
+def starts_of(records: Sequence[dict]) -> dict[str, list[float]]:
+    """The `start_difference` of each T2I run, a seed each."""
+    own = [record for record in records if record["start"] is not None]
+    names = dict.fromkeys(record["run"] for record in own)
+    return {name: [one["start"] for one in own if one["run"] == name] for name in names}
 
 
 def made_of(trained: Path) -> dict:

@@ -112,7 +112,7 @@ def test_the_whole_page_and_its_pictures(table, records, tmp_path):
     own = page.counted(records, table)
     drawn = pictures.draw(own, table, tmp_path / "findings")
     named = re.findall(r"!\[.*\]\(findings/(.*)\)", text)
-    assert [path.name for path in drawn] == named == [f"finding-{n}.png" for n in range(1, 6)]
+    assert [path.name for path in drawn] == named == [f"finding-{n}.png" for n in range(1, 7)]
     assert all(path.stat().st_size > 5000 for path in drawn)
 
 
