@@ -28,6 +28,7 @@ from functools import partial
 from records import append_row, environment
 
 from gentron_fast import GenTronPipeline
+from gentron_fast.cores import all_cores
 from gentron_fast.serving import Request, Scheduler
 from gentron_fast.serving.engine import Engine, measured
 from gentron_fast.threads import release_workers
@@ -152,6 +153,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of each measurement")
     parser.add_argument("--batch", type=int, help="the largest batch (default: as measured)")
     args = parser.parse_args()
+    with all_cores():
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Serve the same requests in each way, in turn, and print how long they take."""
     pipeline = GenTronPipeline.from_pretrained()
     most, frames = args.batch or measured(pipeline).max_batch, pipeline.default_frames
     queue, warm_up = max(args.requests, WARM_UP), requests(WARM_UP, frames, seed=0)

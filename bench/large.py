@@ -18,6 +18,7 @@ from records import append_row, environment
 from safetensors.torch import load_file, save_file
 
 from gentron_fast import PRESETS
+from gentron_fast.cores import all_cores
 from gentron_fast.guidance import guided_prediction
 from gentron_fast.solvers import solver_step
 
@@ -66,7 +67,7 @@ def main() -> None:
         run(args.mode, args.out)
         return
     results = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with all_cores(), tempfile.TemporaryDirectory() as folder:
         for mode in ("plain", "shared"):
             out = Path(folder, f"{mode}.safetensors")
             subprocess.run([sys.executable, __file__, "--mode", mode, "--out", out], check=True)

@@ -14,6 +14,7 @@ from gentron_fast.commandline import choose_device, described_parser, run
 from gentron_fast.config import GenTronConfig
 from gentron_fast.files import whole_file
 from gentron_train.checkpoint import EXPORTED
+from gentron_train.data.sources import folder_digest
 from gentron_train.findings import page as pages
 from gentron_train.findings.jobs import (
     Place,
@@ -61,7 +62,7 @@ def plan(table: Table, jobs: list[tuple[Run, int]], records: list[dict]) -> list
             f"{', '.join(map(str, seeds))}"
         )
     how = "by the pilot's times, ~ by their FLOPs" if known else "~ by their FLOPs, before a pilot"
-    lines.append(f"{len(jobs)} runs, {total / 3600:.1f} hours one after another, {how}")
+    lines.append(f"{len(jobs)} runs, {total / 3600:.1f} hours of one core, {how}")
     return lines
 
 
@@ -147,7 +148,9 @@ def _draw_sheet(place: Place, table: Table, seed: int) -> None:
         seeds = list(range(len(texts)))
         return pipeline(texts, seed=seeds, progress=False, **sampling(scale)).frames.numpy()
 
-    draw_sheet(table, seed, sample, (ROOT / place.document).parent / PICTURES / SHEET)
+    models = {run: folder_digest(folder / "transformer") for run, folder in folders.items()}
+    path = (ROOT / place.document).parent / PICTURES / SHEET
+    draw_sheet(table, seed, sample, models, path)
 
 
 def _write(place: Place, table: Table) -> None:

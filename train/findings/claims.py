@@ -1,6 +1,7 @@
 """What the paper says, as comparisons of runs, and what the results say of each."""
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from gentron_train.small_world.renderer import DIRECTIONS
 
 BEST = (1.0, 1.3)  # λ_M, as the paper has it
 FEWEST_SEEDS = 3
+SIZES = "smaller", "both", "larger"
 HOLDS, FAILS, OPEN = "holds", "fails", "cannot be told"
 Records = Sequence[dict]
 
@@ -32,6 +34,14 @@ class Side:
     name: str
     run: str
     scales: tuple[float | None, ...] = (None,)
+
+    @property
+    def at(self) -> str:
+        """Its λ_M, where it is not that of all."""
+        if self.scales == (None,):
+            return ""
+        scales = ", ".join(f"{LAMBDA_M if s is None else s:g}" for s in self.scales)
+        return f" (λ_M {scales})"
 
 
 def figures(
@@ -65,11 +75,12 @@ def _column(record: dict, measure: str) -> list | None:
 @dataclass(frozen=True)
 class Comparison:
     """That `ahead` is better than `behind`, in each of the measures that the paper's sentence is
-    about. others: what is shown beside them, and nothing is said of."""
+    about. besides: of these a second sentence speaks; others: of these none."""
 
     ahead: Side
     behind: Side
     measures: tuple[str, ...]
+    besides: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
 
     @property
@@ -79,7 +90,12 @@ class Comparison:
     @property
     def runs(self) -> str:
         """Those that are compared."""
-        return f"{self.ahead.run} − {self.behind.run}"
+        return " − ".join(f"{side.run}{side.at}" for side in (self.ahead, self.behind))
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """All its measures."""
+        return self.measures + self.besides + self.others
 
 
 @dataclass(frozen=True)
@@ -110,11 +126,18 @@ class Verdict:
         """Whether the paper's sentence is about it."""
         return self.measure in self.comparison.measures
 
+    @property
+    def is_beside(self) -> bool:
+        """Whether the second sentence is about it."""
+        return self.measure in self.comparison.besides
+
 
 MAIN = ("alignment", "psnr")
 IMAGES = ("colour", "shape", "relation", "broken")
 FRAMES = ("frame alignment", "frame psnr")
-CLIPS = ("frame broken", "motion", "place jitter", "size jitter", "colour jitter")
+STEADINESS = ("motion", "place jitter", "size jitter", "colour jitter")
+CLIPS = STEADINESS, ("frame broken",)
+SWEPT = ("motion", "travel", "place jitter", "size jitter", "broken")
 
 
 def findings(table: Table) -> list[Finding]:
@@ -123,12 +146,12 @@ def findings(table: Table) -> list[Finding]:
     one, other, both = Side("CLIP", "clip"), Side("T5", "t5"), Side("both encoders", "both")
     smaller, middle = Side("the smaller model", "smaller"), Side("the middle model", "both")
     larger = Side("the larger model", "larger")
-    image, longer = Side("T2I", "both"), Side("T2I trained on", "both-on")
+    image, longer = Side("T2I", "both"), Side("T2I trained longer", "both-on")
     alone, images = Side("clips alone", "t2v-clips"), Side("clips + images", "t2v-images")
     still, joint = Side("clips + motion-free", "t2v-motion-free"), Side("all three", "t2v-both")
-    guided = Side("clips + motion-free, λ_M 1.3", "t2v-motion-free", (1.3,))
+    guided = Side("clips + motion-free at λ_M 1.3", "t2v-motion-free", (1.3,))
     steps = Settings(**load_config(table.config, "t2i")).steps
-    early = f"All are compared after {steps:,} steps; finding 4 has T2I trained on."
+    early = f"All are compared after {steps:,} steps; finding 4 compares T2I trained longer."
     swept = table.lambda_m.get(table.sweep_run, ())
     scales = [None if scale == LAMBDA_M else scale for scale in swept]
     inside = tuple(s for s in scales if BEST[0] <= (LAMBDA_M if s is None else s) <= BEST[1])
@@ -138,7 +161,7 @@ def findings(table: Table) -> list[Finding]:
         Finding(
             "Cross-attention against adaLN-zero",
             "Cross-attention is far ahead of adaLN-zero for free text (table 4).",
-            (Comparison(clip, adaln, MAIN, IMAGES),),
+            (Comparison(clip, adaln, MAIN, others=IMAGES),),
             "What favours adaLN-zero here: the text encoders were trained to tell all that a "
             "caption says from one pooled vector, captions are short, and its wider MLP takes a "
             "tenth more FLOPs a step. What favours cross-attention: rate, batch and loss weight "
@@ -148,9 +171,9 @@ def findings(table: Table) -> list[Finding]:
             "Both text encoders against one",
             "CLIP and T5 together, interleaved, are ahead of either alone.",
             (
-                Comparison(both, one, MAIN, IMAGES),
-                Comparison(both, other, MAIN, IMAGES),
-                Comparison(one, other, (), MAIN),
+                Comparison(both, one, MAIN, others=IMAGES),
+                Comparison(both, other, MAIN, others=IMAGES),
+                Comparison(one, other, (), others=MAIN),
             ),
             "CLIP and T5 are small ones here, both trained on the small world's captions: they "
             "differ in how they read a text, by words and by letters, and not, as the paper's, in "
@@ -161,46 +184,61 @@ def findings(table: Table) -> list[Finding]:
             "Size",
             "The larger model is ahead of the smaller one after as many steps.",
             (
-                Comparison(middle, smaller, MAIN, ("loss",)),
-                Comparison(larger, middle, MAIN, ("loss",)),
+                Comparison(middle, smaller, MAIN, others=("loss",)),
+                Comparison(larger, middle, MAIN, others=("loss",)),
             ),
             "The middle model is the run both; all three have the learning rate that was found "
-            f"for it. {early}",
+            f"for it. {_steps_of_size(table)} From XL/2 to G/2, the paper's two, the depth grows "
+            f"1.7 times and the width 1.44. {early}",
         ),
         Finding(
             "Clips, images and motion-free samples",
             "Training on clips alone harms a frame's quality; images beside the clips and "
             "motion-free samples bring it back.",
             (
+                Comparison(image, alone, FRAMES),
                 Comparison(longer, alone, FRAMES),
-                Comparison(images, alone, FRAMES, CLIPS),
-                Comparison(still, alone, FRAMES, CLIPS),
-                Comparison(guided, alone, FRAMES, CLIPS),
-                Comparison(joint, alone, FRAMES, CLIPS),
-                Comparison(longer, images, (), FRAMES),
-                Comparison(longer, joint, (), FRAMES),
-                Comparison(image, alone, (), FRAMES),
-                Comparison(image, joint, (), FRAMES),
+                Comparison(images, alone, FRAMES, *CLIPS),
+                Comparison(still, alone, FRAMES, *CLIPS),
+                Comparison(guided, alone, FRAMES, *CLIPS),
+                Comparison(joint, alone, FRAMES, *CLIPS),
+                Comparison(image, joint, (), others=FRAMES),
+                Comparison(longer, images, (), others=FRAMES),
+                Comparison(longer, joint, (), others=FRAMES),
             ),
-            "Whether clips harm is for T2I trained on to tell: it has as many steps more than T2I "
-            "as T2V has, of as many noised images as T2V has frames, at the same rate, timesteps "
-            "and loss weights. T2V has a sixth more parameters, its temporal layers, a quarter "
-            "more FLOPs a step, and a frame is denoised with seven others. T2I itself ends where "
-            "T2V begins; it is shown, and tells nothing of clips. Images and motion-free samples "
-            "take the place of clips: of 10 samples 10 are clips in clips alone, 8 with one of "
-            "them and 6 with both; and an image is one noised frame, where a clip and a "
-            "motion-free sample are eight. Clips here are blurred, compressed and carry a mark at "
-            "the bottom, images are clean.",
+            "T2I ends where T2V begins, so that clips alone are ahead of it for having trained "
+            "longer: that tells nothing of clips. T2I trained longer does: it has as many steps "
+            "more than T2I as T2V has, of as many noised images as T2V has frames, at the same "
+            "rate, timesteps and loss weights. T2V has a sixth more parameters, its temporal "
+            "layers, a quarter more FLOPs a step, and a frame is denoised with seven others; its "
+            f"{table.clips:,} clips are seen more often than T2I's {table.images:,} images. "
+            "Images and motion-free samples take the place of clips: of 10 samples 10 are clips in "
+            "clips alone, 8 with one of them and 6 with both; and an image is one noised frame, "
+            "where a clip and a motion-free sample are eight. Clips here are blurred, compressed "
+            "and carry a mark at the bottom, images are clean.",
         ),
         Finding(
             "The guidance scale of motion",
             "λ_M from 1.0 to 1.3 is best.",
-            tuple(Comparison(best, side, MAIN, ("motion", "travel", "broken")) for side in outside),
-            "λ_M 1 is sampling without motion-free guidance, 0 asks the motion-free branch alone. "
+            tuple(Comparison(best, side, MAIN, others=SWEPT) for side in outside),
+            "λ_M 1 is sampling without motion-free guidance; at 0 guidance begins at the "
+            "motion-free branch, and that of the text still has motion in it. "
             f"The world's own way for these prompts is {own_way(table):.1f} px. The run is that of "
             "all three, which has learnt motion from the fewest clips.",
         ),
     ]
+
+
+def _steps_of_size(table: Table) -> str:
+    """How depth and width, and with it the MLP, grow from one size to the next."""
+    models = [table.model(table.runs[n]) for n in SIZES if n in table.runs]
+    steps = [(b.depth / a.depth, b.width / a.width) for a, b in itertools.pairwise(models)]
+    if not steps:
+        return ""
+    depth, width = ([f"{value:.3g}" for value in part] for part in zip(*steps, strict=True))
+    return (
+        f"Depth grows {in_words(depth)} times, width, and with it the MLP, {in_words(width)} times."
+    )
 
 
 def own_way(table: Table) -> float:
@@ -240,7 +278,7 @@ def verdicts_of(finding: Finding, records: Records, table: Table) -> list[Verdic
     found = [
         verdict(comparison, name, records, table.seeds)
         for comparison in finding.comparisons
-        for name in comparison.measures + comparison.others
+        for name in comparison.shown
     ]
     return [one for one in found if one is not None]
 
@@ -293,6 +331,26 @@ def repeated(records: Records, table: Table) -> list[str]:
     return [name for name in table.again if known >= {(name, seed) for seed in table.pilot}]
 
 
+def by_scale(
+    records: Records, table: Table, measures: Sequence[str]
+) -> tuple[list[float], list[np.ndarray]]:
+    """The λ_M of the swept run, and of each seed that has results at all of them the means of
+    `measures`, (λ_M, measure)."""
+    scales = sorted(table.lambda_m[table.sweep_run])
+    rows = []
+    for seed in table.seeds:
+        found = [
+            [
+                figures(records, table.sweep_run, seed, name, (None if s == LAMBDA_M else s,))
+                for name in measures
+            ]
+            for s in scales
+        ]
+        if all(part is not None for own in found for part in own):
+            rows.append(np.array([[np.nanmean(part) for part in own] for own in found]))
+    return scales, rows
+
+
 def sentence(verdicts: Sequence[Verdict | None]) -> str:
     """What holds, what does not, and what cannot be told, from the figures that the paper's
     sentence is about; None: not measured."""
@@ -300,37 +358,71 @@ def sentence(verdicts: Sequence[Verdict | None]) -> str:
     if not known:
         return "Not measured yet."
     parts = []
-    for says, words in (
-        (HOLDS, "it holds"),
-        (FAILS, "it fails, the opposite is seen"),
-        (OPEN, "it cannot be told"),
+    for says, words, last in (
+        (HOLDS, "it holds", "and"),
+        (FAILS, "it fails, the opposite is seen", "and"),
+        (OPEN, "it cannot be told", "or"),
     ):
-        own = [one for one in known if one.says == says]
-        if own:
-            parts.append(f"{words}: {_grouped(own)}")
-    is_whole = None not in verdicts
+        if any(one.says == says for one in known):
+            parts.append(f"{words}: {_grouped(known, says, last)}")
     if len(parts) > 1:
         parts[0] = f"in part {parts[0]}"
-    if not is_whole:
+    if None in verdicts:
         parts.append("the rest is not measured yet")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _grouped(verdicts: Sequence[Verdict]) -> str:
-    groups: dict[str, list[str]] = {}
+def beside(verdicts: Sequence[Verdict]) -> str:
+    """What is told of the measures that a finding has besides those of the paper's sentence: who
+    is ahead of whom; "" where there are none."""
+    known = [one for one in verdicts if one.is_beside]
+    if not known:
+        return ""
+    parts = [part for says in (HOLDS, FAILS) if (part := _grouped(known, says, "and"))]
+    if any(one.says == OPEN for one in known):
+        parts.append("the rest cannot be told" if parts else "nothing can be told")
+    titles = in_words([MEASURES[name].title for name in dict.fromkeys(o.measure for o in known)])
+    return f"Besides, of {titles}: {'; '.join(parts)}."
+
+
+def _grouped(verdicts: Sequence[Verdict], says: str, last: str) -> str:
+    """Who is ahead of whom in those that say so, and in which measures: unsaid where it is open in
+    all."""
+    pairs: dict[tuple[str, str], list[str]] = {}
     for one in verdicts:
-        groups.setdefault(_seen(one), []).append(_told(one))
-    told = [f"{name} ({', '.join(own)})" for name, own in groups.items()]
-    return " and ".join(told) if len(told) < 3 else ", ".join(told)
+        if one.says == says:
+            pairs.setdefault(_seen(one), []).append(_told(one))
+    whole = {
+        _seen(one)
+        for one in verdicts
+        if says == OPEN and all(o.says == OPEN for o in verdicts if o.comparison == one.comparison)
+    }
+    groups: dict[str, list[str]] = {}
+    by_ahead = len({ahead for ahead, _ in pairs}) <= len({behind for _, behind in pairs})
+    for (ahead, behind), told in pairs.items():
+        detail = "" if (ahead, behind) in whole else f" ({', '.join(told)})"
+        if by_ahead:
+            groups.setdefault(f"{ahead} ahead of ", []).append(f"{behind}{detail}")
+        else:
+            groups.setdefault(f" ahead of {behind}", []).append(f"{ahead}{detail}")
+    parts = [
+        f"{key}{in_words(own, last)}" if by_ahead else f"{in_words(own, last)}{key}"
+        for key, own in groups.items()
+    ]
+    return ", ".join(parts)
 
 
-def _seen(one: Verdict) -> str:
-    """Which side is ahead, as it was measured, or where that is open as the paper has it."""
-    ahead, behind = one.comparison.ahead, one.comparison.behind
-    if one.says == FAILS:
-        ahead, behind = behind, ahead
-    return f"{ahead.name} ahead of {behind.name}"
+def in_words(values: Sequence, last: str = "and") -> str:
+    """Values in words: a, b and c."""
+    *others, final = map(str, values)
+    return f"{', '.join(others)} {last} {final}" if others else final
+
+
+def _seen(one: Verdict) -> tuple[str, str]:
+    """Who is ahead of whom, as it was measured, or where that is open as the paper has it."""
+    ahead, behind = one.comparison.ahead.name, one.comparison.behind.name
+    return (behind, ahead) if one.says == FAILS else (ahead, behind)
 
 
 def _told(one: Verdict) -> str:

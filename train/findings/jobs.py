@@ -22,6 +22,7 @@ from gentron_train.stages import ROOT, program, run_stages
 
 ONE = "gentron_train.findings"  # whose --one is a process of a run
 POLL = 1.0  # seconds between two looks at what runs
+CORES_A_GPU_RUN = 2  # one launches kernels, which take longer to launch than to run
 TURN = 1.0  # seconds in which one who waits for the cores gets them
 
 
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str, table: Path) -> No
     parser.add_argument(
         "--jobs",
         type=whole_number(1),
-        help="runs at a time, which share the cores (default: cpu: one a core)",
+        help="runs at a time, which share the cores (default: one a core, cuda: one in two)",
     )
 
 
@@ -129,7 +130,7 @@ def train_jobs(
     if jobs:
         with all_cores():
             run_stages({"shards": [shapes]}, ROOT / place.out / "data")
-    at_once = place.at_once or (available_cores() if is_cpu else 1)
+    at_once = place.at_once or max(1, available_cores() // (1 if is_cpu else CORES_A_GPU_RUN))
     left = list(jobs)
     while left:
         with all_cores():

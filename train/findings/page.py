@@ -15,6 +15,7 @@ from gentron_train.findings.claims import (
     Comparison,
     Finding,
     Verdict,
+    in_words,
     verdicts_of,
 )
 from gentron_train.findings.pictures import (
@@ -23,6 +24,7 @@ from gentron_train.findings.pictures import (
     SHEET_PROMPTS,
     loss_curve,
     picture_name,
+    sheet_models,
 )
 from gentron_train.findings.scoring import (
     LAMBDA_M,
@@ -37,7 +39,7 @@ from gentron_train.findings.scoring import (
     sampling,
     starts_of,
 )
-from gentron_train.findings.table import TABLE, Table
+from gentron_train.findings.table import TABLE, Run, Table
 from gentron_train.flops import parameter_count
 from gentron_train.small_world.evaluator import COLUMNS
 from gentron_train.small_world.renderer import COLOURS, RELATIONS, SHAPES
@@ -67,6 +69,8 @@ _SHARED = {
 DECISIONS = ROOT / "docs/decisions.md"
 SECTION = "the-papers-findings-in-miniature"  # of it
 # Of what the sentence does not speak of, and of what is neither better nor worse.
+NOTED = "†"  # a result of which its made_of has a note
+SCALED = ("travel", "motion", "alignment", "psnr", "place jitter", "size jitter", "broken")
 BESIDE = {HOLDS: "ahead", FAILS: "behind", OPEN: OPEN}
 NEUTRAL = {HOLDS: "more", FAILS: "less", OPEN: OPEN}
 
@@ -133,11 +137,12 @@ def page(records: Sequence[dict], table: Table, document: Path, results: Path) -
     own, here = counted(records, table), document.parent
     numbered = list(enumerate(claims.findings(table), 1))
     findings = [_finding(number, one, own, table) for number, one in numbered]
-    told = [one for _, finding in numbered for one in verdicts_of(finding, own, table)]
-    parts = [_introduction(table, here, sum(one.counts for one in told))]
+    said = [one for _, finding in numbered for one in verdicts_of(finding, own, table)]
+    parts = [_introduction(table, here, sum(one.counts or one.is_beside for one in said))]
     parts += [_models(table), _spent(records), _pilot(records, table, here), *findings]
     parts.append(_start(len(numbered) + 1, own))
-    parts += [_sheet()] if (here / PICTURES / SHEET).exists() else []
+    sheet = here / PICTURES / SHEET
+    parts += [_sheet(sheet)] if sheet.exists() else []
     parts += [_results(records, table, os.path.relpath(results, here))]
     return "\n\n".join(parts) + "\n"
 
@@ -148,21 +153,17 @@ def counted(records: Sequence[dict], table: Table) -> list[dict]:
 
 
 def _introduction(table: Table, here: Path, told: int) -> str:
-    """told: the verdicts that the findings' sentences are made of."""
+    """told: of how many figures the findings' sentences speak."""
     kinds = ", ".join(COLUMNS)
     count = table.prompts * len(COLUMNS)
     runs, settings = (os.path.relpath(path, here) for path in (TABLE, table.config))
     decisions = os.path.relpath(DECISIONS, here)
-    guessed = (
-        f"one of {len(SHAPES)}, its colour in one of {len(COLOURS)}, a relation in one of "
-        f"{len(RELATIONS)}"
-    )
     return f"""# The paper's findings, in miniature
 
 What GenTron's authors report of models of a billion parameters, tried on models a thousandth of
 that size in the small world, where what a picture shows is read back by rule. T2I is trained from
 nothing, T2V from a T2I run; text encoders and autoencoder are those that shipped then (digests in
-the results). Seeds {_listed(table.seeds)} change weights, order and noise, not the data. All are
+the results). Seeds {in_words(table.seeds)} change weights, order and noise, not the data. All are
 scored on the same {count} prompts, {table.prompts} each of {kinds} (combinations of shape, colour
 and motion that training shows, that it never shows, and two objects with a relation): {STEPS}
 steps, λ_T {LAMBDA_T:g}, λ_M {LAMBDA_M:g}, guidance rescale {RESCALE:g}.
@@ -171,41 +172,50 @@ steps, λ_T {LAMBDA_T:g}, λ_M {LAMBDA_M:g}, guidance rescale {RESCALE:g}.
     make findings DEVICE=cuda AGAIN=runs/again     # all of it anew, elsewhere
     python -m gentron_train.findings --plan | --pilot | --page
 
+- *T2I* makes images, *T2V* clips: T2I's layers and temporal ones. λ_T is the guidance scale of the
+  text, λ_M that of motion. *Motion-free samples* are images repeated as a clip's frames, of which
+  each attends to itself alone; guidance with λ_M leads away from what is made of them.
 - *What was asked for*: the share of colour, shape and, of two objects, relation that is right, mean
-  of the prompts. *Motion*: the share of clips that move as asked. A guess has an object's shape
-  right in {guessed}.
+  of the prompts. *Motion*: the share of clips that move as asked. Of two objects both must be
+  right, and a relation only counts where both colours are. A guess has the colour of an object
+  right in one of {len(COLOURS)}, its shape in one of {len(SHAPES)}, both shapes of two in one of
+  {len(SHAPES) ** 2}, and a relation between the right colours in one of {len(RELATIONS)}.
 - *PSNR*: of the picture against the scene of the world that comes closest to it, whatever was
   asked for: how clean it is. *Broken*: below 15 dB.
 - *One frame*: the middle frame of a clip, read as an image. *Jitter*: how far place, size and
   colour of an object stray from a smooth course. *Way*: along the direction that was asked for.
-- *Loss*: of the training, mean of its last tenth.
+- *Loss*: of the training, mean of its last tenth, of samples seen before: the column epochs has
+  how often.
 
 A difference is of two runs with the same seed and the same prompts. Two runs of images, or two of
 clips, have the same noise too; an image and a clip do not. The 95 % interval of a difference holds
 the spread over the seeds (Student's t) and over the prompts (a bootstrap). "Holds" is said where
 the interval lies above 0, however small the difference, "fails" where it lies below; else it
-cannot be told here. Each interval stands for itself: of the {told} of which the sentences here
-speak, {told / 20:.1f} would leave out 0 by chance if there were no difference anywhere. A grey
-point in the pictures is the difference of one seed.
+cannot be told here; of what no such sentence speaks, ahead and behind are said instead. Each
+interval stands for itself: of the {told} of which the sentences here speak, {told / 20:.1f} would
+leave out 0 by chance if there were no difference anywhere. In the pictures these are blue, others
+grey, and the small points below are single seeds; where one interval is much wider than the others,
+the axis is logarithmic beyond these.
 
-The settings were fixed before the first of these seeds was trained ([runs.yaml]({runs}),
-[settings.yaml]({settings})). Three things came later ([why]({decisions}#{SECTION})):
+The settings were fixed before the first of the seeds that the project publishes was trained
+([runs.yaml]({runs}), [settings.yaml]({settings})). Three things came later
+([why]({decisions}#{SECTION})):
 
 - before any T2V result was looked at, the run both-on and λ_M 1.3 for t2v-motion-free;
-- when findings 1 to 3 had results, that sentences speak of what was asked for and of PSNR alone;
-- when all had results, that no sentence speaks of T2I beside T2V, which has trained for longer, and
-  the rows CLIP ahead of T5, T2I trained on ahead of clips + images and of all three, and, of λ_M,
-  broken clips. The tables have every row and every measure."""
+- when findings 1 to 3 had results, that their sentences speak of what was asked for and of PSNR;
+- when most had results, the sentence on motion and steadiness, and the rows CLIP ahead of T5, T2I
+  trained longer ahead of clips + images and of all three, and all of finding 5 but what was asked
+  for, PSNR, motion and way. The files have every measure of every run."""
 
 
 def _models(table: Table) -> str:
-    lines = ["| run | stage | parameters | differs by |", "|---|---|---|---|"]
+    lines = ["| run | stage | parameters | epochs | differs by |", "|---|---|---|---|---|"]
     for run in table.runs.values():
         changes = " ".join(f"{name}: {value}" for name, value in run.changes.items())
         start = f"from {run.start}; " if run.start else ""
         lines.append(
             f"| {run.name} | {run.stage} | {parameter_count(table.model(run)):,} | "
-            f"{start}{changes} |"
+            f"{_epochs(run, table)} | {start}{changes} |"
         )
     if table.runs.keys() >= {"adaln", "clip"}:
         adaln, cross = (
@@ -219,6 +229,16 @@ def _models(table: Table) -> str:
     return "\n".join(lines)
 
 
+def _epochs(run: Run, table: Table) -> str:
+    """How often a run sees each sample; of a clip one of its windows."""
+    settings = run.settings(table.config)
+    still = settings.p_image + settings.p_motion_free if run.stage == "t2v" else 1.0
+    shares = {"images": (still, table.images), "clips": (1 - still, table.clips)}
+    samples = settings.steps * settings.batch
+    seen = {name: samples * share / count for name, (share, count) in shares.items() if share}
+    return ", ".join(f"{times:.1f} of {name}" for name, times in seen.items())
+
+
 def _spent(records) -> str:
     """Hours of all results."""
     if not records:
@@ -226,8 +246,9 @@ def _spent(records) -> str:
     spent = sum(_seconds(record) for record in records) / 3600
     hours = "core hours" if all(record["device"] == "cpu" for record in records) else "hours"
     return (
-        f"All results here, the pilot's with them, took {spent:.1f} {hours} together; runs that "
-        "were lost, and what was tried before the pilot, are not counted."
+        f"All results here, the pilot's with them, took {spent:.1f} {hours} together, of 24 that "
+        "were planned at most; runs that were lost, and what was tried before the pilot, are not "
+        "counted."
     )
 
 
@@ -238,7 +259,7 @@ def _seconds(record: dict) -> float:
 
 
 def _pilot(records, table: Table, here: Path) -> str:
-    title = f"## The pilot\n\nSeeds {_listed(table.pilot)}, left out of all findings."
+    title = f"## The pilot\n\nSeeds {in_words(table.pilot)}, left out of all findings."
     hours = estimate(records, table)
     if hours is None:
         return f"{title} Not run yet."
@@ -250,8 +271,9 @@ def _pilot(records, table: Table, here: Path) -> str:
     if len(hours.seconds) < len(table.runs):
         text += (
             " The others were left out for time: of their comparisons there is no estimate "
-            "beforehand. An earlier pilot, of shorter runs, had learnt colours alone, and its "
-            f"results are left out ([why]({os.path.relpath(DECISIONS, here)}#loss-and-timesteps))."
+            "beforehand, and their intervals tell what could be seen. An earlier pilot, of "
+            "shorter runs, had learnt colours alone, and its results are left out "
+            f"([why]({os.path.relpath(DECISIONS, here)}#loss-and-timesteps))."
         )
     lines = [
         f"{text} The smallest difference that is seen in 80 of 100 repetitions:",
@@ -262,7 +284,7 @@ def _pilot(records, table: Table, here: Path) -> str:
     for finding in claims.findings(table):
         for comparison in finding.comparisons:
             cells = []
-            for name in comparison.measures + comparison.others:
+            for name in comparison.shown:
                 least = claims.smallest(comparison, name, records, table)
                 if least is not None:
                     measure, mark = MEASURES[name], "" if least[1] else "*"
@@ -278,7 +300,7 @@ def _pilot(records, table: Table, here: Path) -> str:
     if names := claims.repeated(records, table):
         freedom = len(names) * (len(table.pilot) - 1)
         lines.append(
-            f"\nThe spread over seeds is that of the runs trained with several, {_listed(names)}, "
+            f"\nThe spread over seeds is that of the runs trained with several, {in_words(names)}, "
             f"from {freedom} degrees of freedom, as if two runs with one seed had nothing in "
             "common."
         )
@@ -293,6 +315,7 @@ def _finding(number: int, finding: Finding, records, table: Table) -> str:
         f"## {number}. {finding.title}",
         f"The paper: {finding.paper}",
         f"**{claims.sentence([*counting, *[None] * (wanted - len(counting))])}**",
+        *([f"**{told}**"] if (told := claims.beside(verdicts)) else []),
         *([finding.note] if finding.note else []),
         *_mixed(finding, records, table),
     ]
@@ -300,7 +323,31 @@ def _finding(number: int, finding: Finding, records, table: Table) -> str:
         parts += [f"![{finding.title}]({PICTURES}/{picture_name(number)})", _table(verdicts)]
         losses = [one.comparison for one in verdicts if one.measure == "loss"]
         parts += [_loss_by_flops(comparison, records) for comparison in losses]
+        if any(one.measure == "travel" for one in verdicts):
+            parts += _by_scale(records, table)
     return "\n\n".join(parts)
+
+
+def _by_scale(records, table: Table) -> list[str]:
+    """What each λ_M of the sweep gives, the mean of the seeds, and what that comes to."""
+    scales, rows = claims.by_scale(records, table, SCALED)
+    if not rows:
+        return []
+    means = np.mean(rows, 0) * [MEASURES[name].scale for name in SCALED]
+    names = [f"{MEASURES[name].title}, {MEASURES[name].unit}" for name in SCALED]
+    lines = [f"| λ_M | {' | '.join(names)} |", f"|{'---|' * (1 + len(SCALED))}"]
+    for scale, row in zip(scales, means, strict=True):
+        cells = [f"{v:.{MEASURES[n].digits}f}" for n, v in zip(SCALED, row, strict=True)]
+        lines.append(f"| {scale:g} | {' | '.join(cells)} |")
+    column = dict(zip(SCALED, means.T, strict=True))
+    way, jitter = column["travel"], column["place jitter"]
+    best = scales[int(np.argmax(column["psnr"]))]
+    told = (
+        f"From λ_M {scales[0]:g} to {scales[-1]:g} the way goes from {way[0]:.1f} to {way[-1]:.1f} "
+        f"px and the jitter of place from {jitter[0]:.1f} to {jitter[-1]:.1f} px; PSNR is highest "
+        f"at {best:g}."
+    )
+    return [told, "\n".join(lines)]
 
 
 def _mixed(finding: Finding, records, table: Table) -> list[str]:
@@ -315,7 +362,7 @@ def _mixed(finding: Finding, records, table: Table) -> list[str]:
         ]
         if seeds:
             word = "seed" if len(seeds) == 1 else "seeds"
-            told.append(f"{comparison.name} ({word} {_listed(seeds)})")
+            told.append(f"{comparison.name} ({word} {in_words(seeds)})")
     if not told:
         return []
     return [
@@ -380,11 +427,12 @@ def _start(number: int, records) -> str:
     return "\n\n".join(text)
 
 
-def _sheet() -> str:
-    prompts = "; ".join(prompts_of(SHEET_PROMPTS)[0])
+def _sheet(picture: Path) -> str:
+    prompts, seed = "; ".join(prompts_of(SHEET_PROMPTS)[0]), sheet_models(picture)["seed"]
     return (
-        "## Clips of the runs\n\nFirst, middle and last frame, an image three times; the same "
-        f"noise in every row of clips and in every row of images. From left to right: {prompts}. "
+        f"## Clips of the runs\n\nOf seed {seed}, by the models whose digests the picture's "
+        "comment names. First, middle and last frame, an image three times; the same noise in "
+        f"every row of clips and in every row of images. From left to right: {prompts}. "
         f"`python -m gentron_train.findings --sheet`\n\n![Clips]({PICTURES}/{SHEET})"
     )
 
@@ -394,7 +442,7 @@ def _results(records, table: Table, results: str) -> str:
         "## Every result",
         "",
         "A file holds the settings, the model's configuration and every prompt's figures; seeds "
-        f"{_listed(table.pilot)} are the pilot's.",
+        f"{in_words(table.pilot)} are the pilot's.",
         "",
         "| file | steps | seconds | trained at | scored at | on |",
         "|---|---|---|---|---|---|",
@@ -404,14 +452,12 @@ def _results(records, table: Table, results: str) -> str:
         lines.append(
             f"| [{name}]({results}/{name}) | {record['steps']:,} | "
             f"{record['train_seconds']:.0f} + {record['score_seconds']:.0f} | "
-            f"{record['train_commit']} | {record['score_commit']} | {record['device']} |"
+            f"{record['train_commit']}{NOTED if record['made_of'].get('note') else ''} | "
+            f"{record['score_commit']} | {record['device']} |"
         )
+    notes = dict.fromkeys(r["made_of"]["note"] for r in records if r["made_of"].get("note"))
+    lines += [f"\n{NOTED} {note}." for note in notes]
     return "\n".join(lines if records else ["## Every result", "", "None yet."])
-
-
-def _listed(values) -> str:
-    *others, last = map(str, values)
-    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _loss_by_flops(comparison: Comparison, records) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from gentron_fast.files import whole_file
 from gentron_train.findings import claims
 from gentron_train.findings.claims import Finding, verdicts_of
+from gentron_train.findings.paired import Interval
 from gentron_train.findings.scoring import LAMBDA_M, MEASURES, ROUNDING, starts_of
 from gentron_train.findings.table import Table
 from gentron_train.small_world.picture import strip
@@ -19,6 +20,7 @@ SHEET = "clips.png"
 SHEET_PROMPTS = 2  # of each kind
 MADE_OF = "Comment"  # of a picture: the digest of what it shows
 SMALL = 7  # points
+WIDE = 6  # times as wide as the interval in the middle
 TICKS = 0.05, 0.1, 0.2, 0.5, 1, 2, 5
 
 
@@ -83,22 +85,38 @@ def draw(records: Sequence[dict], table: Table, folder: Path) -> list[Path]:
 
 
 def draw_sheet(
-    table: Table, seed: int, sample: Callable[[str, float], np.ndarray], path: Path
+    table: Table,
+    seed: int,
+    sample: Callable[[str, float], np.ndarray],
+    models: dict[str, str],
+    path: Path,
 ) -> None:
     """A row for each of `sheet_rows`, with the first, middle and last frame of every prompt's clip:
     what a person sees of it.
 
-    sample: from a run and a λ_M the clips, uint8 (P, T, H, W, 3), of the seed.
+    sample: from a run and a λ_M the clips, uint8 (P, T, H, W, 3), of the seed. models: the digest
+    of each run's model, which the picture names.
     """
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     strips = []
     for run, scale in sheet_rows(table):
         frames = sample(run, scale)
         shown = frames[:, [0, frames.shape[1] // 2, -1]]
         strips.append(strip(shown, f"{run}, seed {seed}, lambda_m {scale:g}"))
+    about = PngInfo()
+    about.add_text(MADE_OF, json.dumps({"seed": seed, "models": models}))
     with whole_file(path) as partial:
-        Image.fromarray(np.concatenate(strips)).save(partial, format="png")
+        Image.fromarray(np.concatenate(strips)).save(partial, format="png", pnginfo=about)
+
+
+def sheet_models(picture: Path) -> dict:
+    """Of a picture that `draw_sheet` made: its seed, and each run's digest, `models`."""
+    from PIL import Image
+
+    with Image.open(picture) as sheet:
+        return json.loads(sheet.info[MADE_OF])
 
 
 def sheet_rows(table: Table) -> list[tuple[str, float]]:
@@ -121,7 +139,7 @@ def _draw_differences(axis, rows, verdicts: dict, measure: str, is_named: bool) 
         if (one := verdicts.get(comparison)) is None:
             continue
         mean, low, high = one.difference.mean, one.difference.low, one.difference.high
-        colour = "C0" if one.counts else "C7"
+        colour = "C0" if one.counts or one.is_beside else "C7"
         axis.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", c=colour, capsize=3)
         axis.plot(one.by_seed, [place - 0.25] * len(one.by_seed), ".", color="grey", markersize=5)
     names = [f"{row.ahead.name} −\n{row.behind.name}" for row in reversed(rows)]
@@ -132,13 +150,28 @@ def _draw_differences(axis, rows, verdicts: dict, measure: str, is_named: bool) 
     unit = f", {shown.difference_unit}" if shown.unit else ""
     sides = {True: " (right is better)", False: " (left is better)", None: ""}
     axis.set_title(f"{shown.title}{unit}{sides[shown.higher_is_better]}", fontsize=SMALL)
-    axis.locator_params(axis="x", nbins=5)
+    _spread_out(axis, [verdicts[row].difference for row in rows if row in verdicts])
     axis.tick_params(axis="x", labelsize=SMALL)
+
+
+def _spread_out(axis, intervals: Sequence[Interval]) -> None:
+    """A logarithmic axis beyond what most intervals reach, where one is much wider."""
+    reach = sorted(max(abs(one.low), abs(one.high)) for one in intervals)
+    middle = reach[(len(reach) - 1) // 2]
+    if middle and reach[-1] > WIDE * middle:
+        inner, outer = (float(f"{value:.0e}") for value in (2 * middle, reach[-1]))
+        axis.set_xscale("symlog", linthresh=inner)
+        axis.set_xticks([-outer, -inner, 0, inner, outer], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xlim(-1.2 * reach[-1], 1.2 * reach[-1])
+    else:
+        axis.locator_params(axis="x", nbins=5)
 
 
 def _extra(finding: Finding, records, table: Table):
     """What draws one more panel of a finding, or None."""
-    measures = {name for one in finding.comparisons for name in one.measures + one.others}
+    measures = {name for one in finding.comparisons for name in one.shown}
     if "loss" in measures:
         sides = [side for one in finding.comparisons for side in (one.behind, one.ahead)]
         runs = list(dict.fromkeys(side.run for side in sides))
@@ -175,21 +208,9 @@ def _draw_losses(axis, runs: Sequence[str], records) -> None:
 
 def _draw_scales(axis, records, table: Table) -> None:
     """Fidelity against the strength of motion, a point a λ_M: the mean, and in grey each seed."""
-    scales = sorted(table.lambda_m[table.sweep_run])
-    lines = []
-    for seed in table.seeds:
-        points = []
-        for scale in scales:
-            own = (None if scale == LAMBDA_M else scale,)
-            pair = [
-                claims.figures(records, table.sweep_run, seed, name, own)
-                for name in ("travel", "psnr")
-            ]
-            if all(part is not None for part in pair):
-                points.append([float(np.nanmean(part)) for part in pair])
-        if len(points) == len(scales):
-            lines.append(points)
-            axis.plot(*zip(*points, strict=True), "-", color="grey", linewidth=0.6)
+    scales, lines = claims.by_scale(records, table, ("travel", "psnr"))
+    for points in lines:
+        axis.plot(*points.T, "-", color="grey", linewidth=0.6)
     if lines:
         mean = np.mean(lines, 0)
         axis.plot(*mean.T, "o-", ms=4)

@@ -66,7 +66,7 @@ MEASURES = {
     "motion": Measure("motion"),
     "psnr": Measure("PSNR", "dB", 1.0, digits=2),
     "broken": Measure("broken", higher_is_better=False),
-    "frame alignment": Measure("what was asked for, one frame"),
+    "frame alignment": Measure("what was asked for in one frame"),
     "frame psnr": Measure("PSNR of one frame", "dB", 1.0, digits=2),
     "frame broken": Measure("broken frames", higher_is_better=False),
     "place jitter": Measure("jitter of place", "px", 1.0, False, 2),

@@ -11,7 +11,16 @@ from made_up import PROMPTS, made_up
 from PIL import Image
 
 from gentron_train.findings import claims, page, pictures, scoring
-from gentron_train.findings.claims import FAILS, HOLDS, OPEN, findings, sentence, verdict
+from gentron_train.findings.claims import (
+    FAILS,
+    HOLDS,
+    OPEN,
+    beside,
+    findings,
+    sentence,
+    verdict,
+    verdicts_of,
+)
 from gentron_train.findings.scoring import (
     MEASURES,
     read_records,
@@ -23,6 +32,7 @@ from gentron_train.small_world.picture import LINE
 from gentron_train.small_world.renderer import FPS, make_scene, render_clip
 
 ROOT = Path(__file__).parents[3]
+FIRST = "first training"
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +56,13 @@ def test_the_page_is_what_its_files_say(table):
             made_of = picture.info[pictures.MADE_OF]
         number = int(re.search(r"\d+", name)[0])
         assert made_of == pictures.digest(number, page.counted(records, table), table), name
+    sheet = pictures.sheet_models(ROOT / "docs/findings/clips.png")
+    digests = {r["run"]: r["made_of"] for r in records if r["seed"] == sheet["seed"]}
+    for run, model in sheet["models"].items():
+        known, start = digests[run].get("model", FIRST), table.runs[run].start
+        assert known in (model, FIRST), run  # of the first trainings no digest was kept
+        if start is not None:
+            assert digests[run]["start_model"] in (sheet["models"][start], FIRST), run
 
 
 def test_what_holds_what_fails_and_what_cannot_be_told(table, records):
@@ -67,7 +84,7 @@ def test_what_holds_what_fails_and_what_cannot_be_told(table, records):
     assert re.search(rf"{opposite} \(PSNR \+\d\.\d\d dB\)\.$", text)
     assert "colour" not in text  # the paper's sentence is of what was asked for and how it looks
     open_ = replace(said["colour"], comparison=replace(comparison, measures=("colour",)))
-    told = "It cannot be told: cross-attention ahead of adaLN-zero (colour)."
+    told = "It cannot be told: cross-attention ahead of adaLN-zero."
     assert sentence([open_]) == told
 
 
@@ -78,6 +95,35 @@ def test_less_loss_is_better_and_an_image_is_its_own_frame(table, records):
     assert all(one.difference.high < 0 for one in size)
     harm = by_title["Clips, images and motion-free samples"][0]
     assert verdict(harm, "frame psnr", records, table.seeds).says == HOLDS
+
+
+def test_a_sentence_names_a_side_once(table, records):
+    comparisons = findings(table)[3].comparisons
+    said = [verdict(c, name, records, table.seeds) for c in comparisons for name in c.measures]
+    wanted = [HOLDS, FAILS, HOLDS, HOLDS, *[OPEN] * 8]
+    said = [replace(one, says=says) for one, says in zip(said, wanted, strict=True)]
+    asked, psnr = "what was asked for in one frame", "PSNR of one frame"
+    assert re.fullmatch(
+        rf"In part it holds: T2I \({asked} .+ points\) and T2I trained longer \({asked} .+ "
+        rf"points, {psnr} .+ dB\) ahead of clips alone; it fails, the opposite is seen: clips "
+        rf"alone ahead of T2I \({psnr} .+ dB\); it cannot be told: clips \+ images, clips \+ "
+        r"motion-free, clips \+ motion-free at λ_M 1.3 or all three ahead of clips alone\.",
+        sentence(said),
+    )
+
+
+def test_motion_and_steadiness_are_told_besides(table, records):
+    steadier = {"place jitter": [0.1] * PROMPTS}
+    changed = [
+        record | {"scores": record["scores"] | steadier} if record["run"] == "t2v-both" else record
+        for record in records
+    ]
+    text = beside(verdicts_of(findings(table)[3], changed, table))
+    assert text == (
+        "Besides, of motion, jitter of place, jitter of size and jitter of colour: all three ahead "
+        "of clips alone (jitter of place -0.40 px); the rest cannot be told."
+    )
+    assert beside(verdicts_of(findings(table)[0], records, table)) == ""
 
 
 def test_one_seed_and_no_results_are_not_measured(table, records):
@@ -107,6 +153,13 @@ def test_the_whole_page_and_its_pictures(table, records, tmp_path):
     text = page.page(records, table, tmp_path / "a.md", tmp_path / "results")
     assert "Not measured" not in text and "Not run" not in text
     assert "are equal to the bit" in text
+    assert "| 5.3 of images, 24.0 of clips | from both; p_motion_free: 0.2 p_image: 0.2 |" in text
+    assert "Depth grows 2 and 1.5 times, width, and with it the MLP, 1.45 and 1.38 times." in text
+    assert "| cpu† | cpu | cpu |" not in text and "†" not in text
+    noted = records[0] | {"made_of": records[0]["made_of"] | {"note": "told"}}
+    text_of_note = page.page([noted, *records[1:]], table, tmp_path / "a.md", tmp_path)
+    assert "| cpu† | cpu | cpu |" in text_of_note and text_of_note.endswith("\n† told.\n")
+    assert "From λ_M 0 to 3 the way goes from 12.0 to 12.0 px" in text and "| 1.3 | 12.0 |" in text
     for seed in table.seeds:
         assert f"(results/{result_name('t2v-both', seed, 0.5)})" in text
     own = page.counted(records, table)
@@ -130,9 +183,9 @@ def test_comparisons_across_different_trainings_of_the_start_are_told(table, rec
     (told,) = re.findall(r"^A run that others begin with was .*$", text, re.MULTILINE)
     # Of t2v-both, whose result names none, nothing is said.
     assert told.partition(": ")[2] == (
-        f"T2I trained on ahead of clips alone (seed {seed}); T2I trained on ahead of clips + "
-        f"images (seed {seed}); T2I ahead of clips alone (seed {seed}). Their differences have "
-        "that of the trainings in them too."
+        f"T2I ahead of clips alone (seed {seed}); T2I trained longer ahead of clips alone (seed "
+        f"{seed}); T2I trained longer ahead of clips + images (seed {seed}). Their differences "
+        "have that of the trainings in them too."
     )
     assert text.index("## 4.") < text.index(told) < text.index("## 5.")
     plain = page.page(records, table, tmp_path / "a.md", tmp_path / "results")
@@ -148,7 +201,9 @@ def test_the_sheet_has_a_row_for_each_run_of_clips_and_its_scales(table, records
         return np.full((6, frames, 64, 64, 3), 7 * len(sampled), np.uint8)
 
     (tmp_path / "findings").mkdir()
-    pictures.draw_sheet(table, 1, sample, tmp_path / "findings" / "clips.png")
+    models = {"both": "a1"}
+    pictures.draw_sheet(table, 1, sample, models, tmp_path / "findings" / "clips.png")
+    assert pictures.sheet_models(tmp_path / "findings" / "clips.png")["models"] == models
     assert sampled[:2] == [("both", 1), ("both-on", 1)]
     assert sampled[2:4] == [("t2v-clips", 1), ("t2v-images", 1)]
     assert sampled[4:6] == [("t2v-motion-free", 1), ("t2v-motion-free", 1.3)]
@@ -159,6 +214,7 @@ def test_the_sheet_has_a_row_for_each_run_of_clips_and_its_scales(table, records
     with pytest.raises(ValueError, match="the table lacks both, both-on, clip, larger"):
         pictures.sheet_rows(replace(table, runs={"adaln": table.runs["adaln"]}))
     text = page.page(records, table, tmp_path / "a.md", tmp_path / "results")
+    assert "Of seed 1, by the models" in text
     assert "(findings/clips.png)" in text and scoring.prompts_of(2)[0][-1] in text
 
 
