@@ -27,10 +27,7 @@ from gentron_train.stages import ROOT
 
 NAME = "gentron_train.trials"
 TABLE = CONFIGS / "trials" / "runs.yaml"
-SHOWN = {
-    "t2i": ("alignment", "shape", "psnr"),
-    "t2v": ("frame alignment", "frame psnr", "motion"),
-}
+SHOWN = ("alignment", "shape", "psnr")
 
 
 def page(records: Sequence[dict], table: Table) -> str:
@@ -45,33 +42,31 @@ Runs of {minutes:g} minutes on one core each, which differ from the first in one
 [settings.yaml](../train/configs/trials/settings.yaml)).
 A model of {size / 1e6:.1f} million parameters stands for the one that ships, which would need
 hours for a trial. Scored on {3 * table.prompts} prompts ({table.prompts} each of seen, unseen, two
-objects), all with the same noise. A difference is to the first run of the stage; ± is twice the
-standard error of the prompts alone.
+objects), all with the same noise. A difference is to the first run; ± is twice the standard error
+of the prompts alone. What images do beside the clips of T2V, which binds motion only after hours,
+is told by [the findings](findings.md), in three runs each.
 
     python -m gentron_train.trials        # trains what is missing; --page writes this page alone"""
     ]
-    for stage in SHOWN:
-        names = [name for name, own in table.runs.items() if own.stage == stage]
-        rows = [row for name in names if (row := _row(records, name, names[0], first, stage))]
-        if rows:
-            parts.append("\n".join([_head(stage), *rows]))
+    if rows := [row for name in table.runs if (row := _row(records, name, base.name, first))]:
+        parts.append("\n".join([_head(), *rows]))
     parts += [line for name in table.again if (line := _spread(records, name, table.pilot))]
     return "\n\n".join(parts if records else [*parts, "Not run yet."]) + "\n"
 
 
-def _head(stage: str) -> str:
-    cells = [f"{MEASURES[name].title}, {MEASURES[name].unit} | against" for name in SHOWN[stage]]
-    line = f"| {stage.upper()} | steps | {' | '.join(cells)} |"
+def _head() -> str:
+    cells = [f"{MEASURES[name].title}, {MEASURES[name].unit} | against" for name in SHOWN]
+    line = f"| T2I | steps | {' | '.join(cells)} |"
     return f"{line}\n|{'---|' * (2 + 2 * len(cells))}"
 
 
-def _row(records: Sequence[dict], name: str, base: str, seed: int, stage: str) -> str:
+def _row(records: Sequence[dict], name: str, base: str, seed: int) -> str:
     found = [r for r in records if (r["run"], r["seed"]) == (name, seed)]
     if not found:
         return ""
     cells = [f"[{name}](../bench/results/trials/{result_name(name, seed)})"]
     cells.append(f"{found[0]['steps']:,}")
-    for measure in SHOWN[stage]:
+    for measure in SHOWN:
         own, first = (figures(records, run, seed, measure) for run in (name, base))
         shown = MEASURES[measure]
         cells.append(shown.shown(np.nanmean(own)))
@@ -90,7 +85,7 @@ def _spread(records: Sequence[dict], name: str, seeds: Sequence[int]) -> str:
     if len(known) < 2:
         return ""
     cells = []
-    for measure in SHOWN["t2i"]:
+    for measure in SHOWN:
         means = [
             MEASURES[measure].shown(np.nanmean(figures(records, name, seed, measure)))
             for seed in known
