@@ -42,7 +42,7 @@ from gentron_train.findings.scoring import (
 from gentron_train.findings.table import TABLE, Run, Table
 from gentron_train.flops import parameter_count
 from gentron_train.small_world.evaluator import COLUMNS
-from gentron_train.small_world.renderer import COLOURS, RELATIONS, SHAPES
+from gentron_train.small_world.renderer import COLOURS, RELATIONS, SHAPES, SINCE
 from gentron_train.stages import ROOT
 
 # Settings that say where a run lies, not what it is.
@@ -61,7 +61,7 @@ ELSEWHERE = {
 }
 _SHARED = {
     "device": lambda record: record["device"].split(":")[0],
-    "folder of shards": lambda record: record["made_of"].get("shards"),
+    "folder of shards": lambda record: _shards(record["made_of"].get("shards")),
     "autoencoder": lambda record: record["made_of"].get("vae"),
     "CLIP": lambda record: record["made_of"].get("text_encoder"),
     "T5": lambda record: record["made_of"].get("text_encoder_2"),
@@ -73,6 +73,10 @@ NOTED = "†"  # a result of which its made_of has a note
 SCALED = ("travel", "motion", "alignment", "psnr", "place jitter", "size jitter", "broken")
 BESIDE = {HOLDS: "ahead", FAILS: "behind", OPEN: OPEN}
 NEUTRAL = {HOLDS: "more", FAILS: "less", OPEN: OPEN}
+
+
+def _shards(index: dict | None) -> dict | None:
+    return None if index is None else SINCE | index
 
 
 @dataclass(frozen=True)

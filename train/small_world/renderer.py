@@ -37,13 +37,15 @@ FRAMES = 48  # two seconds
 NAME = "gentron_train.shapes"
 INDEX_NAME = "index.json"  # of a folder's shards
 PAIRS = 0.25  # share of the training scenes with two objects, before held-out ones are left out
+SPINNING = 1 / 8  # share of those with one that spin: as many as of any other motion
 INDEX_SCHEMA = {
     **dict.fromkeys(("images", "clips"), whole(0, 10**7)),
     "seed": whole(0, 2**63 - 1),
     "shard_size": whole(1, 10**6),
     "pairs": real(0, 1),
+    "spinning": real(SPINNING, 1),
 }
-SINCE = {"pairs": PAIRS}  # what an index.json of earlier versions does not say
+SINCE = {"pairs": PAIRS, "spinning": SPINNING}  # what an index.json of before does not say
 SHARD_SIZE = 500  # samples
 WORLD = 2  # its edition: samples of another one are others
 SPAN = (FRAMES - 1) / FPS  # seconds from the first frame to the last
@@ -284,14 +286,18 @@ def _scene(rng, things, motion, relation, usual) -> Scene:
     return Scene(things, background, motion, relation, _uniform(rng, 0, 2 * math.pi))
 
 
-def sample_scene(rng, pairs: float = PAIRS) -> Scene:
-    """A scene of the training set: one object, or two in about the share `pairs` (a held-out one is
-    drawn again, and single objects are more often); none held out."""
+def sample_scene(rng, pairs: float = PAIRS, spinning: float = SPINNING) -> Scene:
+    """A scene of the training set: one object, which spins in about the share `spinning`, or two in
+    about the share `pairs` (a held-out one is drawn again, and single objects are more often); none
+    held out."""
+    more = (spinning - SPINNING) / (1 - SPINNING)
     while True:
         if rng.random() < 1 - pairs:
-            triple = _pick(rng, SHAPES), _pick(rng, COLOURS), _pick(rng, MOTIONS)
-            if not is_held_out(*triple):
-                return make_scene(rng, *triple)
+            shape, colour, motion = (_pick(rng, words) for words in (SHAPES, COLOURS, MOTIONS))
+            if more and rng.random() < more:
+                motion = "spinning"
+            if not is_held_out(shape, colour, motion):
+                return make_scene(rng, shape, colour, motion)
         else:
             return _sample_pair(rng)
 
@@ -478,16 +484,19 @@ def encode_mp4(frames: np.ndarray, crf: int) -> bytes:
     return file.getvalue()
 
 
-def make_sample(seed: int, kind: str, index: int, pairs: float = PAIRS) -> dict[str, bytes]:
+def make_sample(
+    seed: int, kind: str, index: int, pairs: float = PAIRS, spinning: float = SPINNING
+) -> dict[str, bytes]:
     """Sample `index` of `kind` ("images" or "clips"): {"png" or "mp4", "txt", "json": bytes}.
 
     An image whose caption names its motion shows the motion's first frame; the others any moment.
-    Of images about the share `pairs` has two objects, of clips PAIRS.
+    Of images about the share `pairs` has two objects, of clips PAIRS; of clips of one object about
+    the share `spinning` spins, of images SPINNING.
     """
     from PIL import Image
 
     rng = np.random.default_rng([seed, ("images", "clips").index(kind), index])
-    scene = sample_scene(rng, pairs if kind == "images" else PAIRS)
+    scene = sample_scene(rng, pairs) if kind == "images" else sample_scene(rng, PAIRS, spinning)
     named = kind == "clips" or rng.random() < 0.5
     text = caption(scene, rng, motion=named)
     facts = asdict(scene) | {"named": named}
@@ -531,10 +540,10 @@ def pair_prompts(n: int, seed: int = 0) -> list[tuple[str, Scene]]:
 
 
 def _write_shard(job) -> int:
-    path, seed, kind, start, stop, pairs = job
+    path, seed, kind, start, stop, *shares = job
     with whole_file(path) as partial, tarfile.open(partial, "w") as tar:
         for index in range(start, stop):
-            for ending, content in make_sample(seed, kind, index, pairs).items():
+            for ending, content in make_sample(seed, kind, index, *shares).items():
                 entry = tarfile.TarInfo(f"{kind}{index:07d}.{ending}")
                 entry.size, entry.mode = len(content), 0o644
                 tar.addfile(entry, io.BytesIO(content))
@@ -561,17 +570,19 @@ def write_shards(
     processes: int | None = None,
     progress: bool = True,
     pairs: float = PAIRS,
+    spinning: float = SPINNING,
 ) -> list[Path]:
     """Write OUT/images-00000.tar ... and OUT/clips-00000.tar ... and return their paths.
 
-    pairs: the share of images with two objects, as `sample_scene` has it. Shards that are there
-    already are kept, so a run that was cut off goes on. index.json holds the parameters; a folder
-    made with others raises ValueError.
+    pairs: the share of images with two objects, spinning: of clips of one object that spins, as
+    `sample_scene` has them. Shards that are there already are kept, so a run that was cut off goes
+    on. index.json holds the parameters; a folder made with others raises ValueError.
     """
     from tqdm import tqdm
 
     counts = {"images": images, "clips": clips, "seed": seed, "shard_size": shard_size}
-    counts["pairs"] = pairs
+    shares = {"pairs": pairs, "spinning": spinning}
+    counts |= shares
     wanted = counts | {"world": WORLD}
     check(counts, INDEX_SCHEMA)
     if processes is not None and processes < 1:
@@ -590,10 +601,11 @@ def write_shards(
     else:
         write_json(index, wanted)
     jobs = [
-        (out / f"{kind}-{number:05d}.tar", seed, kind, start, min(start + shard_size, total), pairs)
+        (out / f"{kind}-{number:05d}.tar", seed, kind, start, min(start + shard_size, total))
         for kind, total in (("images", images), ("clips", clips))
         for number, start in enumerate(range(0, total, shard_size))
     ]
+    jobs = [(*job, *shares.values()) for job in jobs]
     missing = [job for job in jobs if not job[0].exists()]
     processes = min(processes or available_cores(), len(missing))
     bar = tqdm(total=sum(j[4] - j[3] for j in missing), unit="sample", disable=not progress)
@@ -638,6 +650,9 @@ def _command(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--pairs", type=float, default=PAIRS, help="share of images with two objects"
+    )
+    parser.add_argument(
+        "--spinning", type=float, default=SPINNING, help="share of clips of one object that spin"
     )
     parser.add_argument("--shard-size", type=int, default=SHARD_SIZE, help="samples in a shard")
     parser.add_argument("--processes", type=int, help="default: one a core")

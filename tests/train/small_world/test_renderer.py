@@ -273,10 +273,29 @@ def test_the_share_of_images_with_two_objects(shards, tmp_path):
     old = tmp_path / "old"
     shutil.copytree(shards, old)
     index = json.loads((old / "index.json").read_text())
-    assert index.pop("pairs") == 0.25
+    assert index.pop("pairs") == 0.25 and index.pop("spinning") == 0.125
     (old / "index.json").write_text(json.dumps(index))
     renderer.write_shards(old, 6, 4, shard_size=3, progress=False)
     renderer.ensure_shards(old)
+
+
+def test_the_share_of_clips_that_spin(tmp_path):
+    rng = np.random.default_rng(0)
+    scenes = [renderer.sample_scene(rng, 0.0, 0.5) for _ in range(400)]
+    assert np.mean([s.motion == "spinning" for s in scenes]) == pytest.approx(0.5, abs=0.06)
+    assert {s.motion for s in scenes} == set(renderer.MOTIONS)
+
+    def motions(kind, **options):
+        samples = [renderer.make_sample(0, kind, index, **options) for index in range(8)]
+        facts = [json.loads(sample["json"]) for sample in samples]
+        return {one["motion"] for one in facts if len(one["objects"]) == 1}
+
+    assert motions("clips", spinning=1.0) == {"spinning"}
+    assert motions("images", spinning=1.0) == motions("images") != {"spinning"}
+    for share in (0.1, 1.5):
+        with pytest.raises(ValueError, match="spinning"):
+            renderer.write_shards(tmp_path / "out", 1, 1, progress=False, spinning=share)
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_parameters_need_another_folder(shards):
