@@ -43,13 +43,17 @@ Runs of {minutes:g} minutes on one core each, which differ from the first in one
 A model of {size / 1e6:.1f} million parameters stands for the one that ships, which would need
 hours for a trial. Scored on {3 * table.prompts} prompts ({table.prompts} each of seen, unseen, two
 objects), all with the same noise. A difference is to the first run; ± is twice the standard error
-of the prompts alone. What images do beside the clips of T2V, which binds motion only after hours,
-is told by [the findings](findings.md), in three runs each.
+of the prompts alone, without the spread of seeds, which is below the table, and of the steps that a
+run gets, which what else the machine does changes too. What images do beside the clips of T2V,
+which binds motion only after hours, is told by [the findings](findings.md), in three runs each.
 
     python -m gentron_train.trials        # trains what is missing; --page writes this page alone"""
     ]
     if rows := [row for name in table.runs if (row := _row(records, name, base.name, first))]:
         parts.append("\n".join([_head(), *rows]))
+        wanted = table.jobs(pilot=True)
+        if missing := len(wanted) - len(records):
+            parts.append(f"{missing} of {len(wanted)} runs are not trained yet.")
     parts += [line for name in table.again if (line := _spread(records, name, table.pilot))]
     return "\n\n".join(parts if records else [*parts, "Not run yet."]) + "\n"
 

@@ -37,6 +37,7 @@ def made_up(table, seeds):
                 name: (mean(name) + 0.02 * rng.standard_normal(PROMPTS)).round(3).tolist()
                 for name in names
             }
+            scores["travel"] = [way - (scale or 0.0) for way in scores["travel"]]
             scores["relation"][0] = None
             records.append(
                 {name: "cpu" for name, kind in SCHEMA.items() if kind is SCHEMA["run"]}

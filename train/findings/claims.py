@@ -146,12 +146,10 @@ def findings(table: Table) -> list[Finding]:
     one, other, both = Side("CLIP", "clip"), Side("T5", "t5"), Side("both encoders", "both")
     smaller, middle = Side("the smaller model", "smaller"), Side("the middle model", "both")
     larger = Side("the larger model", "larger")
-    image, longer = Side("T2I", "both"), Side("T2I trained longer", "both-on")
+    image, longer = Side("T2I not trained longer", "both"), Side("T2I trained longer", "both-on")
     alone, images = Side("clips alone", "t2v-clips"), Side("clips + images", "t2v-images")
     still, joint = Side("clips + motion-free", "t2v-motion-free"), Side("all three", "t2v-both")
     guided = Side("clips + motion-free at λ_M 1.3", "t2v-motion-free", (1.3,))
-    steps = Settings(**load_config(table.config, "t2i")).steps
-    early = f"All are compared after {steps:,} steps; finding 4 compares T2I trained longer."
     swept = table.lambda_m.get(table.sweep_run, ())
     scales = [None if scale == LAMBDA_M else scale for scale in swept]
     inside = tuple(s for s in scales if BEST[0] <= (LAMBDA_M if s is None else s) <= BEST[1])
@@ -165,7 +163,7 @@ def findings(table: Table) -> list[Finding]:
             "What favours adaLN-zero here: the text encoders were trained to tell all that a "
             "caption says from one pooled vector, captions are short, and its wider MLP takes a "
             "tenth more FLOPs a step. What favours cross-attention: rate, batch and loss weight "
-            f"were found with a model that has it. {early}",
+            "were found with a model that has it.",
         ),
         Finding(
             "Both text encoders against one",
@@ -178,7 +176,7 @@ def findings(table: Table) -> list[Finding]:
             "CLIP and T5 are small ones here, both trained on the small world's captions: they "
             "differ in how they read a text, by words and by letters, and not, as the paper's, in "
             "what they have learnt. Both together have 2 % more parameters, for the second one's "
-            f"projection, and are what rate, batch and loss weight were found with. {early}",
+            "projection, and are what rate, batch and loss weight were found with.",
         ),
         Finding(
             "Size",
@@ -189,7 +187,7 @@ def findings(table: Table) -> list[Finding]:
             ),
             "The middle model is the run both; all three have the learning rate that was found "
             f"for it. {_steps_of_size(table)} From XL/2 to G/2, the paper's two, the depth grows "
-            f"1.7 times and the width 1.44. {early}",
+            "1.7 times and the width 1.44.",
         ),
         Finding(
             "Clips, images and motion-free samples",
@@ -206,9 +204,9 @@ def findings(table: Table) -> list[Finding]:
                 Comparison(longer, images, (), others=FRAMES),
                 Comparison(longer, joint, (), others=FRAMES),
             ),
-            "T2I ends where T2V begins, so that clips alone are ahead of it for having trained "
-            "longer: that tells nothing of clips. T2I trained longer does: it has as many steps "
-            "more than T2I as T2V has, of as many noised images as T2V has frames, at the same "
+            "T2I not trained longer ends where T2V begins, so that clips alone are ahead of it by "
+            "their steps: that tells nothing of clips. T2I trained longer does: it has as many "
+            "steps more as T2V has, of as many noised images as T2V has frames, at the same "
             "rate, timesteps and loss weights. T2V has a sixth more parameters, its temporal "
             "layers, a quarter more FLOPs a step, and a frame is denoised with seven others; its "
             f"{table.clips:,} clips are seen more often than T2I's {table.images:,} images. "

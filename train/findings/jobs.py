@@ -130,13 +130,18 @@ def train_jobs(
     if jobs:
         with all_cores():
             run_stages({"shards": [shapes]}, ROOT / place.out / "data")
-    at_once = place.at_once or max(1, available_cores() // (1 if is_cpu else CORES_A_GPU_RUN))
+    at_once = place.at_once or default_at_once(is_cpu)
     left = list(jobs)
     while left:
         with all_cores():
             _train_side_by_side(left, len(jobs), at_once, place, written)
         if left:
             time.sleep(TURN)
+
+
+def default_at_once(is_cpu: bool) -> int:
+    """How many runs share the cores."""
+    return max(1, available_cores() // (1 if is_cpu else CORES_A_GPU_RUN))
 
 
 def _train_side_by_side(

@@ -66,11 +66,12 @@ _SHARED = {
     "CLIP": lambda record: record["made_of"].get("text_encoder"),
     "T5": lambda record: record["made_of"].get("text_encoder_2"),
 }
+PUBLISHED = ROOT / "bench/results/findings"
 DECISIONS = ROOT / "docs/decisions.md"
 SECTION = "the-papers-findings-in-miniature"  # of it
-# Of what the sentence does not speak of, and of what is neither better nor worse.
 NOTED = "†"  # a result of which its made_of has a note
 SCALED = ("travel", "motion", "alignment", "psnr", "place jitter", "size jitter", "broken")
+# Of what the sentence does not speak of, and of what is neither better nor worse.
 BESIDE = {HOLDS: "ahead", FAILS: "behind", OPEN: OPEN}
 NEUTRAL = {HOLDS: "more", FAILS: "less", OPEN: OPEN}
 
@@ -143,10 +144,12 @@ def page(records: Sequence[dict], table: Table, document: Path, results: Path) -
     findings = [_finding(number, one, own, table) for number, one in numbered]
     said = [one for _, finding in numbered for one in verdicts_of(finding, own, table)]
     parts = [_introduction(table, here, sum(one.counts or one.is_beside for one in said))]
-    parts += [_models(table), _spent(records), _pilot(records, table, here), *findings]
+    parts += [_models(table), _spent(records)]
+    parts += [_history(here)] if results == PUBLISHED else []
+    parts += [_pilot(records, table, here), *findings]
     parts.append(_start(len(numbered) + 1, own))
     sheet = here / PICTURES / SHEET
-    parts += [_sheet(sheet)] if sheet.exists() else []
+    parts += [_sheet(sheet, records)] if sheet.exists() else []
     parts += [_results(records, table, os.path.relpath(results, here))]
     return "\n\n".join(parts) + "\n"
 
@@ -161,7 +164,6 @@ def _introduction(table: Table, here: Path, told: int) -> str:
     kinds = ", ".join(COLUMNS)
     count = table.prompts * len(COLUMNS)
     runs, settings = (os.path.relpath(path, here) for path in (TABLE, table.config))
-    decisions = os.path.relpath(DECISIONS, here)
     return f"""# The paper's findings, in miniature
 
 What GenTron's authors report of models of a billion parameters, tried on models a thousandth of
@@ -178,7 +180,7 @@ steps, λ_T {LAMBDA_T:g}, λ_M {LAMBDA_M:g}, guidance rescale {RESCALE:g}.
 
 - *T2I* makes images, *T2V* clips: T2I's layers and temporal ones. λ_T is the guidance scale of the
   text, λ_M that of motion. *Motion-free samples* are images repeated as a clip's frames, of which
-  each attends to itself alone; guidance with λ_M leads away from what is made of them.
+  each attends to itself alone: λ_M above 1 leads away from what T2V predicts so, below 1 to it.
 - *What was asked for*: the share of colour, shape and, of two objects, relation that is right, mean
   of the prompts. *Motion*: the share of clips that move as asked. Of two objects both must be
   right, and a relation only counts where both colours are. A guess has the colour of an object
@@ -194,22 +196,29 @@ steps, λ_T {LAMBDA_T:g}, λ_M {LAMBDA_M:g}, guidance rescale {RESCALE:g}.
 A difference is of two runs with the same seed and the same prompts. Two runs of images, or two of
 clips, have the same noise too; an image and a clip do not. The 95 % interval of a difference holds
 the spread over the seeds (Student's t) and over the prompts (a bootstrap). "Holds" is said where
-the interval lies above 0, however small the difference, "fails" where it lies below; else it
-cannot be told here; of what no such sentence speaks, ahead and behind are said instead. Each
-interval stands for itself: of the {told} of which the sentences here speak, {told / 20:.1f} would
-leave out 0 by chance if there were no difference anywhere. In the pictures these are blue, others
-grey, and the small points below are single seeds; where one interval is much wider than the others,
-the axis is logarithmic beyond these.
+the interval lies on the better side of 0, however small the difference, "fails" where it lies on
+the other; else it cannot be told here. Of loss, jitter and broken less is better. Of what no such
+sentence speaks the tables say ahead and behind, of the way more and less. Each interval stands for
+itself: of the {told} of which the sentences here speak, at most {told / 20:.1f} would leave out 0
+by chance if there were no difference anywhere. In the pictures these are blue, others grey, and the
+small points below are single seeds. Whether longer training changes what findings 1 to 3 say was
+not tried. The runs are those of [runs.yaml]({runs}), by [settings.yaml]({settings}); the files of
+results have every measure of every run."""
 
-The settings were fixed before the first of the seeds that the project publishes was trained
-([runs.yaml]({runs}), [settings.yaml]({settings})). Three things came later
-([why]({decisions}#{SECTION})):
+
+def _history(here: Path) -> str:
+    """Of the results that are published with the code: what was settled when."""
+    return f"""The settings were fixed before the first of these seeds was trained. Three things
+came later ([why]({os.path.relpath(DECISIONS, here)}#{SECTION})):
 
 - before any T2V result was looked at, the run both-on and λ_M 1.3 for t2v-motion-free;
 - when findings 1 to 3 had results, that their sentences speak of what was asked for and of PSNR;
 - when most had results, the sentence on motion and steadiness, and the rows CLIP ahead of T5, T2I
   trained longer ahead of clips + images and of all three, and all of finding 5 but what was asked
-  for, PSNR, motion and way. The files have every measure of every run."""
+  for, PSNR, motion and way.
+
+At most 24 core hours were planned. Runs that were lost or repeated, and what was tried before the
+pilot, are not counted here."""
 
 
 def _models(table: Table) -> str:
@@ -249,11 +258,7 @@ def _spent(records) -> str:
         return "Nothing has been trained yet."
     spent = sum(_seconds(record) for record in records) / 3600
     hours = "core hours" if all(record["device"] == "cpu" for record in records) else "hours"
-    return (
-        f"All results here, the pilot's with them, took {spent:.1f} {hours} together, of 24 that "
-        "were planned at most; runs that were lost, and what was tried before the pilot, are not "
-        "counted."
-    )
+    return f"All results here, the pilot's with them, took {spent:.1f} {hours} together."
 
 
 def _seconds(record: dict) -> float:
@@ -345,11 +350,9 @@ def _by_scale(records, table: Table) -> list[str]:
         lines.append(f"| {scale:g} | {' | '.join(cells)} |")
     column = dict(zip(SCALED, means.T, strict=True))
     way, jitter = column["travel"], column["place jitter"]
-    best = scales[int(np.argmax(column["psnr"]))]
     told = (
         f"From λ_M {scales[0]:g} to {scales[-1]:g} the way goes from {way[0]:.1f} to {way[-1]:.1f} "
-        f"px and the jitter of place from {jitter[0]:.1f} to {jitter[-1]:.1f} px; PSNR is highest "
-        f"at {best:g}."
+        f"px and the jitter of place from {jitter[0]:.1f} to {jitter[-1]:.1f} px."
     )
     return [told, "\n".join(lines)]
 
@@ -370,9 +373,9 @@ def _mixed(finding: Finding, records, table: Table) -> list[str]:
     if not told:
         return []
     return [
-        "A run that others begin with was trained more than once here, not to the same weights, "
-        f"and the sides of these do not belong to one training of it: {'; '.join(told)}. Their "
-        "differences have that of the trainings in them too."
+        f"T2I was trained twice with some seeds, not to the same weights. In these comparisons the "
+        f"two sides belong to different trainings, and their difference to what is seen: "
+        f"{'; '.join(told)}."
     ]
 
 
@@ -431,11 +434,18 @@ def _start(number: int, records) -> str:
     return "\n\n".join(text)
 
 
-def _sheet(picture: Path) -> str:
-    prompts, seed = "; ".join(prompts_of(SHEET_PROMPTS)[0]), sheet_models(picture)["seed"]
+def _sheet(picture: Path, records) -> str:
+    prompts, sheet = "; ".join(prompts_of(SHEET_PROMPTS)[0]), sheet_models(picture)
+    scored = {
+        record["run"]: record["made_of"].get("model")
+        for record in records
+        if record["seed"] == sheet["seed"]
+    }
+    others = [run for run, model in sheet["models"].items() if scored.get(run) not in (None, model)]
+    told = f" Of {in_words(others)} the tables score another training." if others else ""
     return (
-        f"## Clips of the runs\n\nOf seed {seed}, by the models whose digests the picture's "
-        "comment names. First, middle and last frame, an image three times; the same noise in "
+        f"## Clips of the runs\n\nOf seed {sheet['seed']}, each row with its model's digest.{told} "
+        "First, middle and last frame, an image three times; the same noise in "
         f"every row of clips and in every row of images. From left to right: {prompts}. "
         f"`python -m gentron_train.findings --sheet`\n\n![Clips]({PICTURES}/{SHEET})"
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ SHEET = "clips.png"
 SHEET_PROMPTS = 2  # of each kind
 MADE_OF = "Comment"  # of a picture: the digest of what it shows
 SMALL = 7  # points
-WIDE = 6  # times as wide as the interval in the middle
+WIDE = 6  # times as far from 0 as all others: such an interval has a logarithmic axis
 TICKS = 0.05, 0.1, 0.2, 0.5, 1, 2, 5
 
 
@@ -104,7 +105,8 @@ def draw_sheet(
     for run, scale in sheet_rows(table):
         frames = sample(run, scale)
         shown = frames[:, [0, frames.shape[1] // 2, -1]]
-        strips.append(strip(shown, f"{run}, seed {seed}, lambda_m {scale:g}"))
+        guided = f", lambda_m {scale:g}" if table.runs[run].stage == "t2v" else ""
+        strips.append(strip(shown, f"{run}, seed {seed}, model {models.get(run)}{guided}"))
     about = PngInfo()
     about.add_text(MADE_OF, json.dumps({"seed": seed, "models": models}))
     with whole_file(path) as partial:
@@ -155,18 +157,24 @@ def _draw_differences(axis, rows, verdicts: dict, measure: str, is_named: bool) 
 
 
 def _spread_out(axis, intervals: Sequence[Interval]) -> None:
-    """A logarithmic axis beyond what most intervals reach, where one is much wider."""
-    reach = sorted(max(abs(one.low), abs(one.high)) for one in intervals)
-    middle = reach[(len(reach) - 1) // 2]
-    if middle and reach[-1] > WIDE * middle:
-        inner, outer = (float(f"{value:.0e}") for value in (2 * middle, reach[-1]))
+    """A logarithmic axis beyond what all intervals but one reach, where that reaches far."""
+    *others, widest = sorted(max(abs(one.low), abs(one.high)) for one in intervals)
+    if others and widest > WIDE * others[-1] > 0:
+        inner, outer = _rounded_up(others[-1]), _rounded_up(widest)
         axis.set_xscale("symlog", linthresh=inner)
+        axis.set_title(f"{axis.get_title()},\nlogarithmic beyond {inner:g}", fontsize=SMALL)
         axis.set_xticks([-outer, -inner, 0, inner, outer], minor=False)
         axis.set_xticks([], minor=True)
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_xlim(-1.2 * reach[-1], 1.2 * reach[-1])
+        axis.set_xlim(-1.2 * outer, 1.2 * outer)
     else:
         axis.locator_params(axis="x", nbins=5)
+
+
+def _rounded_up(value: float) -> float:
+    """To one digit."""
+    unit = 10.0 ** math.floor(math.log10(value))
+    return math.ceil(value / unit) * unit
 
 
 def _extra(finding: Finding, records, table: Table):

@@ -23,7 +23,7 @@ from gentron_train.flops import parameter_count, training_flops
 from gentron_train.log import LOG_NAME
 from gentron_train.small_world.evaluator import COLUMNS, judge
 from gentron_train.small_world.fidelity import BROKEN, fit_scene
-from gentron_train.small_world.renderer import DIRECTIONS, SINCE, Scene
+from gentron_train.small_world.renderer import DIRECTIONS, Scene
 from gentron_train.small_world.renderer import INDEX_NAME as SHARDS_INDEX
 from gentron_train.stages import STATE, commit
 
@@ -185,7 +185,7 @@ def made_of(trained: Path) -> dict:
     digests = {name: folder_digest(part) for name, part in parts.items() if part.is_dir()}
     begun = start_note(trained)
     start = read_json(begun) if begun.exists() else {}
-    return {"shards": SINCE | read_json(shards / SHARDS_INDEX)} | digests | start
+    return {"shards": read_json(shards / SHARDS_INDEX)} | digests | start
 
 
 def start_note(trained: Path) -> Path:

@@ -652,7 +652,10 @@ def _command(argv: list[str]) -> None:
         "--pairs", type=float, default=PAIRS, help="share of images with two objects"
     )
     parser.add_argument(
-        "--spinning", type=float, default=SPINNING, help="share of clips of one object that spin"
+        "--spinning",
+        type=float,
+        default=SPINNING,
+        help="share of clips of one object that spin, 1/8 to 1",
     )
     parser.add_argument("--shard-size", type=int, default=SHARD_SIZE, help="samples in a shard")
     parser.add_argument("--processes", type=int, help="default: one a core")

@@ -87,6 +87,12 @@ def two_runs(tmp_path, monkeypatch):
     return train
 
 
+def test_how_many_runs_share_the_cores(monkeypatch):
+    for cores_here, on_cpu, on_gpu in ((16, 16, 8), (1, 1, 1)):
+        monkeypatch.setattr(jobs, "available_cores", lambda count=cores_here: count)
+        assert (jobs.default_at_once(True), jobs.default_at_once(False)) == (on_cpu, on_gpu)
+
+
 def test_the_next_run_begins_when_one_ends_and_none_while_another_waits(
     tmp_path, monkeypatch, capsys
 ):
