@@ -52,7 +52,8 @@ which binds motion only after hours, is told by [the findings](findings.md), in 
     if rows := [row for name in table.runs if (row := _row(records, name, base.name, first))]:
         parts.append("\n".join([_head(), *rows]))
         wanted = table.jobs(pilot=True)
-        if missing := len(wanted) - len(records):
+        known = {(record["run"], record["seed"]) for record in records}
+        if missing := sum((run.name, seed) not in known for run, seed in wanted):
             parts.append(f"{missing} of {len(wanted)} runs are not trained yet.")
     parts += [line for name in table.again if (line := _spread(records, name, table.pilot))]
     return "\n\n".join(parts if records else [*parts, "Not run yet."]) + "\n"
