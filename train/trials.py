@@ -46,6 +46,7 @@ objects), all with the same noise. A difference is to the first run; ± is twice
 of the prompts alone, without the spread of seeds, which is below the table, and of the steps that a
 run gets, which what else the machine does changes too. What images do beside the clips of T2V,
 which binds motion only after hours, is told by [the findings](findings.md), in three runs each.
+What came of it: [decisions](decisions.md#loss-and-timesteps).
 
     python -m gentron_train.trials        # trains what is missing; --page writes this page alone"""
     ]
