@@ -292,9 +292,9 @@ def test_the_share_of_clips_that_spin(tmp_path):
 
     assert motions("clips", spinning=1.0) == {"spinning"}
     assert motions("images", spinning=1.0) == motions("images") != {"spinning"}
-    renderer.write_shards(tmp_path / "clips", 0, 3, processes=1, progress=False, spinning=1.0)
+    renderer.write_shards(tmp_path / "clips", 0, 6, processes=1, progress=False, spinning=1.0)
     spins, usual = (
-        [renderer.make_sample(0, "clips", index, **options)["mp4"] for index in range(3)]
+        [renderer.make_sample(0, "clips", index, **options)["mp4"] for index in range(6)]
         for options in ({"spinning": 1.0}, {})
     )
     assert spins != usual
