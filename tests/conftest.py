@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gentron_fast import EncodedText, GenTron, GenTronConfig, TextCondition
+from gentron_fast import EncodedText, GenTron, GenTronConfig, TextCondition, cores
 
 TINY = GenTronConfig(depth=2, width=48, heads=4, clip_width=128, t5_width=128, temporal=True)
 
@@ -18,6 +18,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(autouse=True)
+def own_cores(tmp_path_factory, monkeypatch):
+    """Tests take the cores in turn with nothing else of the machine, such as a training."""
+    monkeypatch.setattr(cores, "CORES", tmp_path_factory.getbasetemp() / "cores")
 
 
 @pytest.fixture(scope="session")

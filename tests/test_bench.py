@@ -25,7 +25,7 @@ from bench_step import Step
 from contest import OPENVINO, OURS, ZENTORCH, Contender, Contest, absent
 from engines import engine
 
-from gentron_fast import PRESETS, GenTron, cores
+from gentron_fast import PRESETS, GenTron
 
 ROOT = Path(__file__).parents[1]
 
@@ -731,7 +731,6 @@ def test_a_measured_step_takes_the_place_of_the_predicted_one(monkeypatch):
 
 
 def test_the_benchmark_of_serving_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cores, "CORES", tmp_path / "cores")
     monkeypatch.setattr(bench_serve, "WARM_UP", 1)
     monkeypatch.setattr(bench_serve, "STEPS", (1, 3))
     options = "--requests 4 --rounds 2 --batch 2"
@@ -750,7 +749,6 @@ def test_the_benchmark_of_serving_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_benchmark_of_a_busy_machine_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cores, "CORES", tmp_path / "cores")
     monkeypatch.setattr(bench_busy, "QUIET_STEPS", 1)
     monkeypatch.setattr(bench_busy, "WARM_UP", 0)
     monkeypatch.setattr(sys, "argv", ["bench_busy.py", "--turns", "1", "--steps", "1"])
