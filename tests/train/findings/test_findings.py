@@ -23,6 +23,7 @@ RUNS = {
 
 
 def test_two_steps_of_everything(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(cores, "CORES", tmp_path / "cores")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     settings = yaml.safe_load(SETTINGS.read_text())
     for stage in ("t2i", "t2v"):
@@ -77,6 +78,7 @@ def two_runs(tmp_path, monkeypatch):
 
     def train(code: str, runs: int = 2) -> None:
         monkeypatch.setattr(jobs, "program", lambda words: [sys.executable, "-c", code])
+        monkeypatch.setattr(cores, "CORES", tmp_path / "cores")
         table, place = read_table(), jobs.Place(TABLE, *[tmp_path] * 3, "cpu")
         left = [(table.runs["clip"], 1), (table.runs["clip"], 2)][:runs]
         jobs._train_side_by_side(left, 2, 2, place, lambda: None)
@@ -95,6 +97,7 @@ def test_the_next_run_begins_when_one_ends_and_none_while_another_waits(
     tmp_path, monkeypatch, capsys
 ):
     """Four runs, two at a time, of which the second ends once the fourth has begun."""
+    monkeypatch.setattr(cores, "CORES", tmp_path / "cores")
     monkeypatch.setattr(jobs, "POLL", 0.05)
     waits = f"""
 import sys, time
