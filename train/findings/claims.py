@@ -15,7 +15,7 @@ from gentron_train.findings.paired import (
     seed_spread,
     smallest_difference,
 )
-from gentron_train.findings.scoring import LAMBDA_M, MEASURES, prompts_of
+from gentron_train.findings.scoring import MEASURES, lambda_of, prompts_of
 from gentron_train.findings.table import Table
 from gentron_train.settings import Settings, load_config
 from gentron_train.small_world.renderer import DIRECTIONS
@@ -40,7 +40,7 @@ class Side:
         """Its λ_M, where it is not that of all."""
         if self.scales == (None,):
             return ""
-        scales = ", ".join(f"{LAMBDA_M if s is None else s:g}" for s in self.scales)
+        scales = ", ".join(f"{lambda_of(scale):g}" for scale in self.scales)
         return f" (λ_M {scales})"
 
 
@@ -150,9 +150,8 @@ def findings(table: Table) -> list[Finding]:
     alone, images = Side("clips alone", "t2v-clips"), Side("clips + images", "t2v-images")
     still, joint = Side("clips + motion-free", "t2v-motion-free"), Side("all three", "t2v-both")
     guided = Side("clips + motion-free at λ_M 1.3", "t2v-motion-free", (1.3,))
-    swept = table.lambda_m.get(table.sweep_run, ())
-    scales = [None if scale == LAMBDA_M else scale for scale in swept]
-    inside = tuple(s for s in scales if BEST[0] <= (LAMBDA_M if s is None else s) <= BEST[1])
+    scales = _swept(table)
+    inside = tuple(scale for scale in scales if BEST[0] <= lambda_of(scale) <= BEST[1])
     best = Side("λ_M 1.0 … 1.3", table.sweep_run, inside)
     outside = [Side(f"λ_M {s:g}", table.sweep_run, (s,)) for s in scales if s not in inside]
     return [
@@ -334,19 +333,21 @@ def by_scale(
 ) -> tuple[list[float], list[np.ndarray]]:
     """The λ_M of the swept run, and of each seed that has results at all of them the means of
     `measures`, (λ_M, measure)."""
-    scales = sorted(table.lambda_m[table.sweep_run])
-    rows = []
+    scales, rows = _swept(table), []
     for seed in table.seeds:
         found = [
-            [
-                figures(records, table.sweep_run, seed, name, (None if s == LAMBDA_M else s,))
-                for name in measures
-            ]
-            for s in scales
+            [figures(records, table.sweep_run, seed, name, (scale,)) for name in measures]
+            for scale in scales
         ]
         if all(part is not None for own in found for part in own):
             rows.append(np.array([[np.nanmean(part) for part in own] for own in found]))
-    return scales, rows
+    return [lambda_of(scale) for scale in scales], rows
+
+
+def _swept(table: Table) -> list[float | None]:
+    """What the swept run is scored at, from the least λ_M on."""
+    run = table.runs.get(table.sweep_run)
+    return [] if run is None else sorted(table.scales(run), key=lambda_of)
 
 
 def sentence(verdicts: Sequence[Verdict | None]) -> str:

@@ -373,8 +373,8 @@ def _mixed(finding: Finding, records, table: Table) -> list[str]:
     if not told:
         return []
     return [
-        f"T2I was trained twice with some seeds, not to the same weights. In these comparisons the "
-        f"two sides belong to different trainings, and their difference to what is seen: "
+        "T2I was trained more than once with some seeds, not to the same weights. In these "
+        "comparisons the two sides come from different trainings, whose difference is in theirs: "
         f"{'; '.join(told)}."
     ]
 

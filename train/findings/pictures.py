@@ -12,7 +12,7 @@ from gentron_fast.files import whole_file
 from gentron_train.findings import claims
 from gentron_train.findings.claims import Finding, verdicts_of
 from gentron_train.findings.paired import Interval
-from gentron_train.findings.scoring import LAMBDA_M, MEASURES, ROUNDING, starts_of
+from gentron_train.findings.scoring import MEASURES, ROUNDING, lambda_of, starts_of
 from gentron_train.findings.table import Table
 from gentron_train.small_world.picture import strip
 
@@ -42,47 +42,51 @@ def digest(number: int, records: Sequence[dict], table: Table) -> str:
 
 def draw(records: Sequence[dict], table: Table, folder: Path) -> list[Path]:
     """The pictures of the findings that have figures, from the results of the seeds that count."""
-    from matplotlib.figure import Figure
-
-    figures: dict[int, Figure] = {}
-    for number, finding in enumerate(claims.findings(table), 1):
-        verdicts = verdicts_of(finding, records, table)
-        if not verdicts:
-            continue
-        names = list(dict.fromkeys(one.measure for one in verdicts))
-        extra = _extra(finding, records, table)
-        panels = len(names) + bool(extra)
-        columns = 2 if panels == 4 else min(panels, 3)
-        lines = [names[first : first + columns] for first in range(0, panels, columns)]
-        rows = [
-            list(dict.fromkeys(one.comparison for one in verdicts if one.measure in line))
-            for line in lines
-        ]
-        heights = [1.1 + 0.42 * max(len(own), 3) for own in rows]
-        size = max(2.7 * columns + 1.8, 5), max(sum(heights), 2.6)
-        figure = Figure(figsize=size, layout="constrained")
-        ratios = {"height_ratios": heights}
-        axes = figure.subplots(len(lines), columns, squeeze=False, gridspec_kw=ratios).flatten()
-        for place, (axis, name) in enumerate(zip(axes, names, strict=False)):
-            own = {one.comparison: one for one in verdicts if one.measure == name}
-            line, column = divmod(place, columns)
-            _draw_differences(axis, rows[line], own, name, is_named=column == 0)
-        if extra:
-            extra(axes[panels - 1])
-        for axis in axes[panels:]:
-            axis.set_axis_off()
-        figures[number] = figure
-    if starts := starts_of(records):
-        figures[len(claims.findings(table)) + 1] = figure = Figure((5, 2.6), layout="constrained")
-        _draw_starts(figure.subplots(), starts)
+    findings = claims.findings(table)
+    figures = {n: _figure(finding, records, table) for n, finding in enumerate(findings, 1)}
+    figures[len(findings) + 1] = _figure_of_starts(records)
     paths = []
     for number, figure in figures.items():
+        if figure is None:
+            continue
         path = folder / picture_name(number)
         about = {"Software": None, MADE_OF: digest(number, records, table)}
         with whole_file(path) as partial:
             figure.savefig(partial, format="png", dpi=110, metadata=about)
         paths.append(path)
     return paths
+
+
+def _figure(finding: Finding, records, table: Table):
+    """A panel for each measure; None where nothing was measured."""
+    from matplotlib.figure import Figure
+
+    verdicts = verdicts_of(finding, records, table)
+    if not verdicts:
+        return None
+    names = list(dict.fromkeys(one.measure for one in verdicts))
+    extra = _extra(finding, records, table)
+    panels = len(names) + bool(extra)
+    columns = 2 if panels == 4 else min(panels, 3)
+    lines = [names[first : first + columns] for first in range(0, panels, columns)]
+    rows = [
+        list(dict.fromkeys(one.comparison for one in verdicts if one.measure in line))
+        for line in lines
+    ]
+    heights = [1.1 + 0.42 * max(len(own), 3) for own in rows]
+    size = max(2.7 * columns + 1.8, 5), max(sum(heights), 2.6)
+    figure = Figure(figsize=size, layout="constrained")
+    ratios = {"height_ratios": heights}
+    axes = figure.subplots(len(lines), columns, squeeze=False, gridspec_kw=ratios).flatten()
+    for place, (axis, name) in enumerate(zip(axes, names, strict=False)):
+        own = {one.comparison: one for one in verdicts if one.measure == name}
+        line, column = divmod(place, columns)
+        _draw_differences(axis, rows[line], own, name, is_named=column == 0)
+    if extra:
+        extra(axes[panels - 1])
+    for axis in axes[panels:]:
+        axis.set_axis_off()
+    return figure
 
 
 def draw_sheet(
@@ -131,7 +135,7 @@ def sheet_rows(table: Table) -> list[tuple[str, float]]:
     clips = {c.behind.run for c in compared if table.runs[c.behind.run].stage == "t2v"}
     runs = clips | {c.ahead.run for c in compared if c.behind.run in clips}
     scales = {(s.run, scale) for s in sides if s.run in runs for scale in s.scales}
-    rows = [(run, LAMBDA_M if scale is None else scale) for run, scale in scales]
+    rows = [(run, lambda_of(scale)) for run, scale in scales]
     return sorted(rows, key=lambda row: (list(table.runs).index(row[0]), row[1]))
 
 
@@ -233,8 +237,16 @@ def _draw_scales(axis, records, table: Table) -> None:
     axis.tick_params(labelsize=SMALL)
 
 
-def _draw_starts(axis, starts: dict[str, list[float]]) -> None:
-    """A row for each run, a point a seed, and what rounding alone may make of equal sums."""
+def _figure_of_starts(records):
+    """A row for each T2I run, a point a seed, and what rounding alone may make of equal sums; None
+    where nothing was measured."""
+    from matplotlib.figure import Figure
+
+    starts = starts_of(records)
+    if not starts:
+        return None
+    figure = Figure((5, 2.6), layout="constrained")
+    axis = figure.subplots()
     for place, values in enumerate(reversed(starts.values())):
         axis.plot(values, [place] * len(values), "o", c="C0")
     axis.set_yticks(range(len(starts)), list(reversed(starts)), fontsize=SMALL)
@@ -244,3 +256,4 @@ def _draw_starts(axis, starts: dict[str, list[float]]) -> None:
     axis.set_title(title, fontsize=SMALL)
     axis.legend(fontsize=SMALL)
     axis.tick_params(labelsize=SMALL)
+    return figure

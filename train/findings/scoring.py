@@ -144,8 +144,13 @@ def _rounded(value: float | None) -> float | None:
 
 def sampling(lambda_m: float | None) -> dict:
     """How the prompts are sampled; None: as all runs are compared."""
-    scale = LAMBDA_M if lambda_m is None else lambda_m
-    return {"steps": STEPS, "lambda_t": LAMBDA_T, "lambda_m": scale, "rescale": RESCALE}
+    fixed = {"steps": STEPS, "lambda_t": LAMBDA_T, "rescale": RESCALE}
+    return fixed | {"lambda_m": lambda_of(lambda_m)}
+
+
+def lambda_of(scale: float | None) -> float:
+    """The λ_M of a result; None: that at which all runs are compared."""
+    return LAMBDA_M if scale is None else scale
 
 
 def start_difference(pipeline) -> float:

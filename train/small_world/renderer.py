@@ -294,7 +294,7 @@ def sample_scene(rng, pairs: float = PAIRS, spinning: float = SPINNING) -> Scene
     while True:
         if rng.random() < 1 - pairs:
             shape, colour, motion = (_pick(rng, words) for words in (SHAPES, COLOURS, MOTIONS))
-            if more and rng.random() < more:
+            if more and rng.random() < more:  # no draw at the usual share: scenes stay as they were
                 motion = "spinning"
             if not is_held_out(shape, colour, motion):
                 return make_scene(rng, shape, colour, motion)
