@@ -105,6 +105,7 @@ def run_stages(
             run_command(words, f"stage {name}", note)
             note()
         done.append(noted)
+        begun = None
         write_json(path, {"done": done})
 
 

@@ -69,6 +69,18 @@ def test_what_a_command_took_counts_however_often_it_was_cut_off(tmp_path, monke
     assert "was made by other commands" in capsys.readouterr().err
 
 
+def test_what_was_cut_off_goes_on_to_the_next(tmp_path):
+    ready, out = tmp_path / "ready", tmp_path / "out"
+    first = f"import sys, os; sys.exit(not os.path.exists({str(ready)!r}))"
+    commands = {"one": [["python", "-c", first]], "two": [["python", "-c", ""]]}
+    with pytest.raises(ValueError, match="stage one ended with exit code 1"):
+        stages.run_stages(commands, out)
+    ready.touch()
+    stages.run_stages(commands, out)
+    state = json.loads((out / stages.STATE).read_text())
+    assert [stage["stage"] for stage in state["done"]] == ["one", "two"] and "begun" not in state
+
+
 def test_what_a_command_needs_and_what_it_makes_is_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "_call", lambda command, note: 0)
     training = {"t2i": [["deepspeed", "train/t2i.py", "--run", str(tmp_path / "run")]]}
