@@ -23,6 +23,12 @@ def picture(height: int, width: int) -> Image.Image:
     return Image.fromarray(numpy.stack(colours, -1).round().astype(numpy.uint8))
 
 
+def decoded(content: bytes) -> numpy.ndarray:
+    """A video's frames: uint8 (T, H, W, 3)."""
+    with av.open(io.BytesIO(content)) as container:
+        return numpy.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
 def as_file(image: Image.Image, ending: str, **options) -> bytes:
     file = io.BytesIO()
     image.save(file, {"jpg": "jpeg"}.get(ending, ending), **options)

@@ -2,9 +2,9 @@
 
 A scene holds one or two objects (shape, colour, size, fill), a neutral background and one motion.
 Images are clean. Clips carry motion blur, H.264 compression and a watermark, as real video data
-does. One combination of shape x colour x motion in ten never occurs in training. What a caption
-leaves out has its usual value: plain, of medium size, on white. A sample depends on (seed, kind,
-index) only.
+does, unless clean ones are asked for. One combination of shape x colour x motion in ten never
+occurs in training. What a caption leaves out has its usual value: plain, on white, of medium size
+(small, where there are two). A sample depends on (seed, kind, index) and the options alone.
 
     python -m gentron_train.shapes OUT --images 20000 --clips 6000 --seed 0
 """
@@ -28,7 +28,7 @@ import numpy as np
 
 from gentron_fast.commandline import refuse, run
 from gentron_fast.files import read_json, whole_file, write_json
-from gentron_fast.schema import check, real, whole
+from gentron_fast.schema import FLAG, check, real, whole
 from gentron_fast.threads import available_cores
 
 SIZE = 64  # pixels, both ways
@@ -44,8 +44,14 @@ INDEX_SCHEMA = {
     "shard_size": whole(1, 10**6),
     "pairs": real(0, 1),
     "spinning": real(SPINNING, 1),
+    "clean": FLAG,
 }
-SINCE = {"pairs": PAIRS, "spinning": SPINNING}  # what an index.json of before does not say
+SINCE = {
+    "pairs": PAIRS,
+    "spinning": SPINNING,
+    "clean": False,
+}  # what an index.json of before does not say
+CLEAN = 12, "yuv444p"  # of clean clips: 43 dB, where usual ones lose most by their colours (32)
 SHARD_SIZE = 500  # samples
 WORLD = 2  # its edition: samples of another one are others
 SPAN = (FRAMES - 1) / FPS  # seconds from the first frame to the last
@@ -469,15 +475,16 @@ def render_clip(scene: Scene, clean: bool = True, rng=None, every: int = 1) -> n
     return _to_uint8(frames)
 
 
-def encode_mp4(frames: np.ndarray, crf: int) -> bytes:
-    """uint8 (T, H, W, 3) as H.264 in yuv420p at 24 FPS; crf 0 (best) to 51 is its quality."""
+def encode_mp4(frames: np.ndarray, crf: int, pixels: str = "yuv420p") -> bytes:
+    """uint8 (T, H, W, 3) as H.264 at 24 FPS; crf 0 (best) to 51 is its quality. pixels: yuv420p
+    has a quarter of the colours, as most video, yuv444p all."""
     import av
 
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         options = {"crf": str(crf), "preset": "veryfast", "threads": "1"}
         stream = container.add_stream("libx264", rate=FPS, options=options)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
@@ -485,13 +492,19 @@ def encode_mp4(frames: np.ndarray, crf: int) -> bytes:
 
 
 def make_sample(
-    seed: int, kind: str, index: int, pairs: float = PAIRS, spinning: float = SPINNING
+    seed: int,
+    kind: str,
+    index: int,
+    pairs: float = PAIRS,
+    spinning: float = SPINNING,
+    clean: bool = False,
 ) -> dict[str, bytes]:
     """Sample `index` of `kind` ("images" or "clips"): {"png" or "mp4", "txt", "json": bytes}.
 
     An image whose caption names its motion shows the motion's first frame; the others any moment.
     Of images about the share `pairs` has two objects, of clips PAIRS; of clips of one object about
-    the share `spinning` spins, of images SPINNING.
+    the share `spinning` spins, of images SPINNING. Of the same clip with `clean` and without, the
+    scene and the caption are the same.
     """
     from PIL import Image
 
@@ -501,7 +514,9 @@ def make_sample(
     text = caption(scene, rng, motion=named)
     facts = asdict(scene) | {"named": named}
     if kind == "clips":
-        media = {"mp4": encode_mp4(render_clip(scene, clean=False, rng=rng), rng.integers(22, 30))}
+        clip = render_clip(scene, clean, rng)
+        how = CLEAN if clean else (rng.integers(22, 30),)
+        media = {"mp4": encode_mp4(clip, *how)}
     else:
         facts["time"] = 0.0 if named else _uniform(rng, 0, SPAN)
         file = io.BytesIO()
@@ -540,10 +555,10 @@ def pair_prompts(n: int, seed: int = 0) -> list[tuple[str, Scene]]:
 
 
 def _write_shard(job) -> int:
-    path, seed, kind, start, stop, *shares = job
+    path, seed, kind, start, stop, *options = job
     with whole_file(path) as partial, tarfile.open(partial, "w") as tar:
         for index in range(start, stop):
-            for ending, content in make_sample(seed, kind, index, *shares).items():
+            for ending, content in make_sample(seed, kind, index, *options).items():
                 entry = tarfile.TarInfo(f"{kind}{index:07d}.{ending}")
                 entry.size, entry.mode = len(content), 0o644
                 tar.addfile(entry, io.BytesIO(content))
@@ -571,18 +586,20 @@ def write_shards(
     progress: bool = True,
     pairs: float = PAIRS,
     spinning: float = SPINNING,
+    clean: bool = False,
 ) -> list[Path]:
     """Write OUT/images-00000.tar ... and OUT/clips-00000.tar ... and return their paths.
 
     pairs: the share of images with two objects, spinning: of clips of one object that spins, as
-    `sample_scene` has them. Shards that are there already are kept, so a run that was cut off goes
-    on. index.json holds the parameters; a folder made with others raises ValueError.
+    `sample_scene` has them; clean: clips without blur and watermark, hardly compressed. Shards
+    that are there already are kept, so a run that was cut off goes on. index.json holds the
+    parameters; a folder made with others raises ValueError.
     """
     from tqdm import tqdm
 
     counts = {"images": images, "clips": clips, "seed": seed, "shard_size": shard_size}
-    shares = {"pairs": pairs, "spinning": spinning}
-    counts |= shares
+    options = {"pairs": pairs, "spinning": spinning, "clean": clean}
+    counts |= options
     wanted = counts | {"world": WORLD}
     check(counts, INDEX_SCHEMA)
     if processes is not None and processes < 1:
@@ -605,7 +622,7 @@ def write_shards(
         for kind, total in (("images", images), ("clips", clips))
         for number, start in enumerate(range(0, total, shard_size))
     ]
-    jobs = [(*job, *shares.values()) for job in jobs]
+    jobs = [(*job, *options.values()) for job in jobs]
     missing = [job for job in jobs if not job[0].exists()]
     processes = min(processes or available_cores(), len(missing))
     bar = tqdm(total=sum(j[4] - j[3] for j in missing), unit="sample", disable=not progress)
@@ -656,6 +673,9 @@ def _command(argv: list[str]) -> None:
         type=float,
         default=SPINNING,
         help="share of clips of one object that spin, 1/8 to 1",
+    )
+    parser.add_argument(
+        "--clean", action="store_true", help="clips without motion blur, watermark and artefacts"
     )
     parser.add_argument("--shard-size", type=int, default=SHARD_SIZE, help="samples in a shard")
     parser.add_argument("--processes", type=int, help="default: one a core")

@@ -1,6 +1,5 @@
 """The evaluator reads back what the renderer drew, and scores what a pipeline makes."""
 
-import io
 import itertools
 import json
 import math
@@ -8,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from samples import decoded
 
 from gentron_fast.pipeline import ASSETS
 from gentron_fast.vae import VideoVAE
@@ -22,12 +22,6 @@ def training_scenes(count, seed):
     for index in range(count):
         rng = np.random.default_rng([seed, index])
         yield renderer.sample_scene(rng), rng
-
-
-def decode(content):
-    av = pytest.importorskip("av")
-    with av.open(io.BytesIO(content)) as container:
-        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
 
 
 def test_clean_clips_are_read_right():
@@ -62,7 +56,7 @@ def test_training_clips_are_read_nearly_right():
     clips, scenes = [], []
     for scene, rng in training_scenes(60, seed=13):
         clip = renderer.render_clip(scene, clean=False, rng=rng)
-        clips.append(decode(renderer.encode_mp4(clip, 26))[2::6])
+        clips.append(decoded(renderer.encode_mp4(clip, 26))[2::6])
         scenes.append(scene)
     shares = score(clips, scenes)
     assert shares["colour"] >= 0.98

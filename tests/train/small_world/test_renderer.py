@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from samples import decoded
 
 from gentron_fast import files
 from gentron_train.small_world import renderer
@@ -274,9 +275,23 @@ def test_the_share_of_images_with_two_objects(shards, tmp_path):
     shutil.copytree(shards, old)
     index = json.loads((old / "index.json").read_text())
     assert index.pop("pairs") == 0.25 and index.pop("spinning") == 0.125
+    assert index.pop("clean") is False
     (old / "index.json").write_text(json.dumps(index))
     renderer.write_shards(old, 6, 4, shard_size=3, progress=False)
     renderer.ensure_shards(old)
+
+
+def test_clean_clips_show_the_same_scenes_as_they_are(tmp_path):
+    usual, clean = (renderer.make_sample(0, "clips", 3, clean=clean) for clean in (False, True))
+    assert usual["txt"] == clean["txt"] and usual["json"] == clean["json"]
+    rng = np.random.default_rng([0, 1, 3])
+    rendered = renderer.render_clip(renderer.sample_scene(rng, renderer.PAIRS)).astype(float)
+    errors = [np.mean((decoded(sample["mp4"]) - rendered) ** 2) for sample in (usual, clean)]
+    assert errors[1] < 255**2 / 10**4 < errors[0]  # 40 dB
+    renderer.write_shards(tmp_path, 0, 4, processes=1, progress=False, clean=True)
+    assert clean["mp4"] in contents(tmp_path)["clips-00000.tar"]
+    with pytest.raises(ValueError, match=r"'clean': True.*'clean': False"):
+        renderer.write_shards(tmp_path, 0, 4, progress=False)
 
 
 def test_the_share_of_clips_that_spin(tmp_path):
