@@ -17,7 +17,7 @@ from gentron_fast import GenTronPipeline
 from gentron_fast.compiled import CompiledSampler, export_sampler
 from gentron_fast.diffusion import portable_noise
 from gentron_fast.guidance import GuidedDenoiser, guided_prediction
-from gentron_fast.pipeline import ASSETS, FAST
+from gentron_fast.index import ASSETS, FAST
 from gentron_fast.solvers import make_table, solver_step
 
 EAGER = "one eager forward"

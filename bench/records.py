@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from gentron_fast.files import whole_file
+from gentron_fast.threads import processor
 
 ROOT = Path(__file__).parents[1]
 # What makes two rows the same measurement; a newer one takes the place of an older one.
@@ -34,7 +35,7 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     instructions = torch.backends.cpu.get_cpu_capability()
-    return f"{_processor()} ({instructions}, {told(torch.get_num_threads())})"
+    return f"{processor()} ({instructions}, {told(torch.get_num_threads())})"
 
 
 def told(threads: int) -> str:
@@ -82,15 +83,6 @@ def read_rows(path: Path) -> list[dict]:
 
 def identity(row: dict) -> tuple:
     return tuple(json.dumps(row.get(key)) for key in IDENTITY)
-
-
-@cache
-def _processor() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        found = None
-    return re.sub(r"\((R|TM)\)", "", found[1]).strip() if found else os.uname().machine
 
 
 def _triton_version() -> str | None:

@@ -11,7 +11,7 @@ from statistics import median
 from contest import OURS
 from records import ROOT, identity, read_rows
 
-from gentron_fast.files import whole_file
+from gentron_fast.files import replace_section, whole_file
 
 RESULTS = ROOT / "bench/results"
 README = ROOT / "README.md"
@@ -119,7 +119,7 @@ def main() -> None:
         text += f"\n![Roofline]({PLOT.name})\n"
         readme += f"\n![Roofline]({PLOT.relative_to(ROOT)})\n"
     PERFORMANCE.write_text(f"{INTRODUCTION}\n{text}")
-    README.write_text(replace_section(README.read_text(), readme))
+    replace_section(README, BEGIN, END, readme)
     devices = len({row["device"] for row in rows})
     print(f"{len(rows)} rows of {devices} devices in {PERFORMANCE.relative_to(ROOT)}")
 
@@ -236,15 +236,6 @@ def busy_section(rows: list[dict]) -> str:
         where = f"{row['device']} (`{row['command']}`, commit {row['commit']})"
         parts.append(f"\n### Beside a process that never rests, {where}\n\n{_markdown(lines)}\n")
     return "".join(parts)
-
-
-def replace_section(readme: str, text: str) -> str:
-    """The README with `text` between its markers; ValueError where they are missing."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md must hold the lines {BEGIN!r} and {END!r}")
-    return f"{before}{begin}\n\n{text}\n{end}{after}"
 
 
 def plot_roofline(rows: list[dict], path: Path) -> bool:

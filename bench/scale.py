@@ -4,7 +4,6 @@ python bench/scale.py writes the table of docs/scaling.md from what bench/result
 """
 
 import math
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from records import ROOT
 from report import RESULTS, newest_rows
 from torch.utils.flop_counter import FlopCounterMode
 
+from gentron_fast.files import replace_section
 from gentron_train.flops import BF16_PEAKS
 
 PAGE = ROOT / "docs/scaling.md"
@@ -142,13 +142,7 @@ def _days(seconds: float) -> str:
 
 
 def main(page: Path = PAGE) -> None:
-    found = f"{re.escape(BEGIN)}.*{re.escape(END)}"
-    text, count = re.subn(
-        found, lambda _: f"{BEGIN}\n\n{table()}\n{END}", page.read_text(), flags=re.S
-    )
-    if count != 1:
-        raise ValueError(f"{page} must hold the lines {BEGIN!r} and {END!r}")
-    page.write_text(text)
+    replace_section(page, BEGIN, END, table())
 
 
 if __name__ == "__main__":

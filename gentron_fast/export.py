@@ -8,7 +8,6 @@ The file is machine code: load only what you trust.
 import argparse
 import hashlib
 import sys
-from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from gentron_fast.compiled.compilation import check_temporary_folder, check_tool
 from gentron_fast.compiled.exporter import MAX_BATCH, MOST_BATCH
 from gentron_fast.compiled.package import part_digests
 from gentron_fast.config import MAX_FRAMES, MAX_SIDE
+from gentron_fast.index import ASSETS, chosen, in_force, parts_folder, told
 from gentron_fast.text import SUBFOLDERS
 from gentron_fast.threads import settle_threads
 
@@ -41,14 +41,15 @@ PIPELINE                pipeline folder (the small model that ships)
 --out FILE              the compiled sampler, such as clip.gentron
 --frames N              frames a clip (the pipeline's own)
 --size H [W]            in pixels (the pipeline's own)
---steps N --solver S    steps; ddpm, ddim, dpm++, few-step (the pipeline's own)
+--steps N --solver S    {{steps}}, {{solver}} (the pipeline's); ddpm, ddim, dpm++, few-step
 --eta X                 noise of ddim, 0 to 1 (0)
---lambda-t X            text guidance if a run gives none (the pipeline's own)
---lambda-m X --rescale X   motion guidance, guidance rescale likewise
+--lambda-t X            text guidance if a run gives none ({{lambda_t}}, the pipeline's)
+--lambda-m X            motion guidance likewise ({{lambda_m}}, the pipeline's)
+--rescale X             guidance rescale likewise ({{rescale}}, the pipeline's)
 --batch N               the most clips at once, 2 or more ({MAX_BATCH})
 --whole                 text encoders and VAE too: token ids in, frames out
 --device D --dtype T    cpu or cuda (cpu); float32, bfloat16, float16
---verbose               name each graph; tracebacks
+--verbose               tell the values in force, each graph; tracebacks
 
 The file holds machine code for this kind of machine and this torch.
 """
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def export(args: argparse.Namespace) -> None:
     """Load the pipeline and write the compiled sampler that the arguments ask for."""
-    from gentron_fast.pipeline import ASSETS, GenTronPipeline, parts_folder
+    from gentron_fast.pipeline import GenTronPipeline
 
     silence_libraries()
     device = choose_device(args.device)
@@ -78,12 +79,12 @@ def export(args: argparse.Namespace) -> None:
     text_encoder = pipeline.text_encoder
     dtype = pipeline.transformer.patch_embed.weight.dtype
     distilled = pipeline.transformer.config.guidance_embedding
-    names = [item.name for item in fields(pipeline.defaults)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    defaults = replace(pipeline.defaults, **given)
+    sampling = chosen(args, pipeline.defaults)
+    if args.verbose:
+        print(f"sampling     {told(sampling)}", flush=True)
     latent_size = tuple(side // pipeline.vae.factor for side in size)
     shape = (pipeline.transformer.config.in_channels, frames, *latent_size)
-    pipeline.warn_of(shape, defaults.lambda_t, defaults.lambda_m)
+    pipeline.warn_of(shape, sampling["lambda_t"], sampling["lambda_m"])
     parts = [*(SUBFOLDERS[name][0] for name in pipeline.transformer.config.encoders), "vae"]
     export_sampler(
         args.out,
@@ -93,7 +94,7 @@ def export(args: argparse.Namespace) -> None:
         frames=frames,
         latent_size=latent_size,
         eta=args.eta,
-        **asdict(defaults),
+        **sampling,
         max_batch=args.batch,
         max_tokens={name: text_encoder.max_tokens(name) for name in text_encoder.tokenizers},
         factor=pipeline.vae.factor,
@@ -110,7 +111,7 @@ def export(args: argparse.Namespace) -> None:
 
 def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=NAME, allow_abbrev=False)
-    parser.format_help = lambda: HELP
+    parser.format_help = lambda: HELP.format_map(in_force(argv))
     parser.error = refuse
     parser.add_argument("pipeline", nargs="?", type=Path)
     parser.add_argument("--out", type=Path, required=True)

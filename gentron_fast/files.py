@@ -271,3 +271,14 @@ def _recover(folder: Path) -> None:
             old = partial_path(folder)
             os.replace(aside, old)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def replace_section(path: Path, begin: str, end: str, text: str) -> None:
+    """Write `text` into a file between its lines `begin` and `end`. ValueError where it lacks
+    them."""
+    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end:
+        raise ValueError(f"{path} must hold the lines {begin!r} and {end!r}")
+    with whole_file(path) as partial:
+        partial.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", encoding="utf-8")

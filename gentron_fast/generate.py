@@ -6,7 +6,6 @@ import re
 import sys
 import time
 import zlib
-from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +24,16 @@ from gentron_fast.commandline import (
     whole_number,
 )
 from gentron_fast.config import MAX_FRAMES, MAX_SIDE, MOST_CLIPS, GenTronConfig, SamplingDefaults
+from gentron_fast.index import (
+    ASSETS,
+    FAST,
+    INDEX_NAME,
+    chosen,
+    in_force,
+    parts_folder,
+    sampling_defaults,
+    told,
+)
 
 # torch and the modules that need it are imported inside the functions, after the arguments have
 # been read: --help and most refusals answer at once.
@@ -59,17 +68,17 @@ PROMPT...               one or many prompts, each in quotes
 --seed N                of the first clip of each prompt (0)
 --model FOLDER --fast   pipeline folder (what ships); its model of few steps
 --compiled FILE --sha256 D   a compiled sampler in its place; its digest
---steps N --solver S    steps; ddpm, ddim, dpm++, few-step (the model's own)
---lambda-t X            text guidance (the model's own; in the paper 7.5)
---lambda-m X            motion guidance (the model's own; in the paper 1 to 1.3)
---rescale X             guidance rescale, 0 to 1 (the model's own)
+--steps N --solver S    {{steps}}, {{solver}} (the model's); ddpm, ddim, dpm++, few-step
+--lambda-t X            text guidance ({{lambda_t}}, the model's; in the paper 7.5)
+--lambda-m X            motion guidance ({{lambda_m}}, the model's; in the paper 1 to 1.3)
+--rescale X             guidance rescale, 0 to 1 ({{rescale}}, the model's)
 --guidance-range A B    guide only in this part of the steps (0 1)
 --eta X --reuse N       noise of ddim (0); approximate: guide each Nth step (1)
 --device D --dtype T    cpu, cuda, cuda:1; float32, bfloat16, float16
 --compile --fp8         torch.compile; fp8 products, by torchao on a GPU
 --offload               encode first; each part on the device while it runs
 --out PATH --grid       a folder (outputs/) or one file; also a .png of frames
---fps N --verbose       frames a second (4); tell the work shared, each file
+--fps N --verbose       frames a second (4); tell the values in force, each file
 --ray ADDRESS --cores N  on Ray: auto, local or HOST:PORT; cores a process
 """
 
@@ -97,8 +106,6 @@ def generate(args: argparse.Namespace) -> None:
     """Make, write and report what the arguments ask for. Raises ValueError or OSError."""
     prompts = read_prompts(args)
     silence_libraries()
-    from gentron_fast.pipeline import ASSETS
-
     rank_and_world()  # checks the launcher's variables before any work
     if args.fast:
         args.model = fast_folder(args.model or ASSETS)
@@ -107,7 +114,7 @@ def generate(args: argparse.Namespace) -> None:
         return generate_compiled(args, prompts, folder)
     frames = choose_frames(args, folder)
     clips = plan_clips(args, prompts, is_image=frames == 1)
-    take_defaults(args, folder)
+    take_defaults(args, sampling_defaults(folder))
     check_sampling(args, folder)
     if args.ray is not None:
         if clips := clips_to_make(args, clips):
@@ -142,8 +149,6 @@ class RayWorker:
         import torch
 
         silence_libraries()
-        from gentron_fast.pipeline import ASSETS
-
         self.args, self.frames = args, frames
         self.pipeline = load_pipeline(args, args.model or ASSETS, torch.device(device))
 
@@ -202,7 +207,6 @@ def generate_compiled(args: argparse.Namespace, prompts: list[str], folder: Path
     from gentron_fast.compiled import CompiledPipeline, CompiledSampler
     from gentron_fast.guidance import guidance_schedule
     from gentron_fast.memory import peak_memory
-    from gentron_fast.pipeline import parts_folder
     from gentron_fast.threads import settle_threads
 
     start = time.perf_counter()
@@ -210,7 +214,7 @@ def generate_compiled(args: argparse.Namespace, prompts: list[str], folder: Path
     sampler = CompiledSampler.load(args.compiled, device=args.device, sha256=args.sha256)
     sampler.check_shape(1 if args.image else args.frames, args.size)
     metadata = sampler.metadata
-    args.steps = len(metadata["timesteps"])
+    take_defaults(args, sampler.defaults)
     guidance_schedule(1.0, args.steps, *args.guidance_range)
     if args.model is None and not metadata["whole"] and not metadata["parts"]:
         raise ValueError(f"{args.compiled} has no text encoders and no VAE: --model names them")
@@ -222,6 +226,9 @@ def generate_compiled(args: argparse.Namespace, prompts: list[str], folder: Path
     device = choose_device(args.device or metadata["device"])
     parts = None if metadata["whole"] else parts_folder(folder)
     pipeline = CompiledPipeline(sampler, parts, device)
+    if args.verbose:
+        print(f"loaded       {args.compiled} on {device} in {metadata['dtype']}", flush=True)
+        tell_sampling(args)
     load_seconds = time.perf_counter() - start
     clip_seconds = make_clips(pipeline, args, clips, frames)
     report(clips, load_seconds, clip_seconds, peak_memory(device))
@@ -238,7 +245,7 @@ def clips_to_make(args: argparse.Namespace, clips: list[Clip]) -> list[Clip]:
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Read the command line. Raises ValueError where argparse would print its usage and exit."""
     parser = argparse.ArgumentParser(prog=NAME, allow_abbrev=False)
-    parser.format_help = lambda: HELP
+    parser.format_help = lambda: HELP.format_map(in_force(argv))
     parser.error = refuse
     parser.add_argument("prompt", nargs="*", type=utf8_text)
     parser.add_argument("--prompts", type=Path)
@@ -350,8 +357,6 @@ def choose_frames(args: argparse.Namespace, folder: Path) -> int | None:
 
 def read_model_config(folder: Path) -> GenTronConfig:
     """The configuration of the model in a pipeline folder, without loading the model."""
-    from gentron_fast.pipeline import INDEX_NAME
-
     if not (folder / INDEX_NAME).is_file():
         raise ValueError(f"no pipeline in {folder}: it has no {INDEX_NAME}")
     return GenTronConfig.read(folder / "transformer" / "config.json")
@@ -400,8 +405,6 @@ def file_name(prompt: str) -> str:
 
 def fast_folder(folder: Path) -> Path:
     """Of a pipeline folder that of its distilled model. ValueError where there is none."""
-    from gentron_fast.pipeline import FAST, INDEX_NAME
-
     if not (folder / FAST / INDEX_NAME).is_file():
         raise ValueError(
             f"--fast: {folder} has no distilled model, {FAST}/{INDEX_NAME}; train/distill.py makes "
@@ -410,15 +413,9 @@ def fast_folder(folder: Path) -> Path:
     return folder / FAST
 
 
-def take_defaults(args: argparse.Namespace, folder: Path) -> None:
-    """Steps, solver and guidance that the command line leaves out are the pipeline folder's own."""
-    from gentron_fast.files import read_json
-    from gentron_fast.pipeline import INDEX_NAME, INDEX_SCHEMA
-
-    defaults = SamplingDefaults.from_index(read_json(folder / INDEX_NAME, INDEX_SCHEMA))
-    for name, value in asdict(defaults).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+def take_defaults(args: argparse.Namespace, defaults: SamplingDefaults) -> None:
+    """Steps, solver and guidance that the command line leaves out are the model's own."""
+    vars(args).update(chosen(args, defaults))
 
 
 def check_sampling(args: argparse.Namespace, folder: Path) -> None:
@@ -429,7 +426,7 @@ def check_sampling(args: argparse.Namespace, folder: Path) -> None:
     from gentron_fast.diffusion import SCHEDULER_SCHEMA
     from gentron_fast.files import read_json
     from gentron_fast.guidance import check_one_branch, check_rescale, guidance_schedule
-    from gentron_fast.pipeline import SCHEDULER_PATH, parts_folder
+    from gentron_fast.pipeline import SCHEDULER_PATH
     from gentron_fast.solvers import make_table
 
     scheduler = read_json(parts_folder(folder) / SCHEDULER_PATH, SCHEDULER_SCHEMA)
@@ -476,10 +473,13 @@ def load_pipeline(args: argparse.Namespace, folder: Path, device):
         pipeline.transformer.compile_blocks()
     if args.verbose:
         print(f"loaded       {folder} on {device} in {args.dtype}", flush=True)
-        names = [item.name for item in fields(SamplingDefaults)]
-        values = ", ".join(f"{name} {getattr(args, name)}" for name in names)
-        print(f"sampling     {values}", flush=True)
+        tell_sampling(args)
     return pipeline
+
+
+def tell_sampling(args: argparse.Namespace) -> None:
+    """In one line the steps, solver and guidance that are in force."""
+    print(f"sampling     {told(chosen(args, SamplingDefaults()))}", flush=True)
 
 
 def make_clips(pipeline, args: argparse.Namespace, clips: list[Clip], frames: int | None) -> float:

@@ -15,12 +15,9 @@ from tqdm import tqdm
 
 from gentron_fast import arguments
 from gentron_fast.config import (
-    DEFAULTS_SCHEMA,
     LEARNT,
     MAX_FRAMES,
-    MAX_SIDE,
     MOST_CLIPS,
-    SCALE,
     GenTronConfig,
     SamplingDefaults,
 )
@@ -32,15 +29,14 @@ from gentron_fast.guidance import (
     check_rescale,
     guidance_schedule,
 )
+from gentron_fast.index import ASSETS, INDEX_NAME, parts_folder, read_index
 from gentron_fast.model import GenTron, TextCondition
-from gentron_fast.schema import MOST_TIMESTEPS, Kind, several, whole
+from gentron_fast.schema import MOST_TIMESTEPS
 from gentron_fast.solvers import SolverTable, make_table
 from gentron_fast.text import SUBFOLDERS, TextEncoder
 from gentron_fast.transfer import on_device
 from gentron_fast.vae import REASONS, VideoVAE, check_finite, to_frames
 
-ASSETS = Path(__file__).parent / "assets"
-INDEX_NAME = "model_index.json"
 SCHEDULER_PATH = Path("scheduler", "scheduler_config.json")
 COMPONENTS = {  # folder → library and class, as model_index.json names them
     "transformer": ["gentron_fast", "GenTron"],
@@ -52,17 +48,6 @@ TEXT_COMPONENTS = {
     "clip": (["transformers", "CLIPTextModel"], ["transformers", "CLIPTokenizer"]),
     "t5": (["transformers", "T5EncoderModel"], ["transformers", "AutoTokenizer"]),
 }
-
-
-FAST = "fast"  # folder in a pipeline folder: a distilled transformer, with a few steps by default
-# In a model_index.json: the folder that has all parts but the transformer.
-SHARED_PARTS = "shared_parts"
-INDEX_SCHEMA = DEFAULTS_SCHEMA | {
-    SHARED_PARTS: Kind("..", lambda value: value == ".."),
-    "default_frames": whole(1, MAX_FRAMES),
-    "default_size": several(whole(1, MAX_SIDE), 2, 2),
-}
-INDEX_SCHEMA |= dict.fromkeys(LEARNT.values(), several(SCALE, 2, 2))
 
 
 @dataclass(frozen=True)
@@ -150,7 +135,7 @@ class GenTronPipeline:
         or does not fit.
         """
         folder = ASSETS if path is None else Path(path)
-        index = read_json(folder / INDEX_NAME, INDEX_SCHEMA)
+        index = read_index(folder)
         transformer = GenTron.from_pretrained(folder / "transformer", dtype)
         shared = parts_folder(folder)
         text_folders = {
@@ -444,11 +429,6 @@ class GenTronPipeline:
     def _send_back(self, part: nn.Module) -> None:
         if self._offloads:
             part.to("cpu")
-
-
-def parts_folder(folder: Path) -> Path:
-    """Where a pipeline folder's parts but its transformer are: there, or where it says."""
-    return folder / read_json(folder / INDEX_NAME, INDEX_SCHEMA).get(SHARED_PARTS, ".")
 
 
 def shared_folder(pipeline: Path) -> Path:

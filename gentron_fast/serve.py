@@ -115,7 +115,8 @@ def load(args: argparse.Namespace, until_the_end: ExitStack):
     """What is served, and the scheduler that makes it, on Ray with --ray."""
     import torch
 
-    from gentron_fast.pipeline import ASSETS, GenTronPipeline
+    from gentron_fast.index import ASSETS
+    from gentron_fast.pipeline import GenTronPipeline
     from gentron_fast.serving import Scheduler
     from gentron_fast.serving.fields import ServedModel
     from gentron_fast.threads import settle_threads

@@ -5,6 +5,17 @@ alone.
 """
 
 import os
+import re
+from pathlib import Path
+
+
+def processor() -> str:
+    """The CPU's name; where the system does not tell it, its architecture."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return re.sub(r"\((R|TM)\)", "", found[1]).strip() if found else os.uname().machine
 
 
 def available_cores(root: str = "/") -> int:

@@ -241,16 +241,6 @@ def test_the_headline_is_of_every_processor_and_the_gpu_measured_last():
 ROW_HEAD = {"device": "Abacus 9", "time": "2026-01-02T03:04:05"}
 
 
-def test_the_report_leaves_the_rest_of_the_readme_alone():
-    readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    once = report.replace_section(readme, "new\n")
-    assert once == f"before\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter\n"
-    assert report.replace_section(once, "new\n") == once
-    with pytest.raises(ValueError, match="must hold the lines"):
-        report.replace_section("no markers", "new\n")
-    assert report.replace_section((ROOT / "README.md").read_text(), "new\n")
-
-
 def test_the_report_tells_of_serving():
     figures = {"a_minute": 123.4, "p50": 0.25, "p95": 1.5}
     row = row_of(served={"scheduler": figures}, max_batch=8, arrivals_a_minute=61.7)

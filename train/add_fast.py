@@ -13,8 +13,8 @@ from pathlib import Path
 
 from gentron_fast.commandline import described_parser, run, whole_number
 from gentron_fast.config import SamplingDefaults
-from gentron_fast.files import read_json, whole_folder, write_json
-from gentron_fast.pipeline import FAST, INDEX_NAME, INDEX_SCHEMA, SHARED_PARTS
+from gentron_fast.files import whole_folder, write_json
+from gentron_fast.index import FAST, INDEX_NAME, SHARED_PARTS, read_index
 from gentron_train.settings import stored_config
 from gentron_train.teacher import SHARED_FIELDS
 
@@ -40,7 +40,7 @@ def add_fast(teacher: Path, student: Path, steps: int = STEPS) -> None:
             raise ValueError(
                 f"{student} has {name} {found}, {teacher} has {needed}: not its student"
             )
-    index = read_json(student / INDEX_NAME, INDEX_SCHEMA)
+    index = read_index(student)
     defaults = replace(SamplingDefaults.from_index(index), steps=steps, solver="few-step")
     with whole_folder(teacher / FAST, (INDEX_NAME, "transformer")) as partial:
         shutil.copytree(student / "transformer", partial / "transformer")

@@ -9,8 +9,8 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from gentron_fast.config import GenTronConfig
 from gentron_fast.diffusion import SCHEDULER_CONFIG, NoiseSchedule
+from gentron_fast.index import INDEX_NAME
 from gentron_fast.model import GenTron
-from gentron_fast.pipeline import INDEX_NAME
 from gentron_fast.text import TextEncoder
 from gentron_train.data.loader import DataSettings, Loader, make_loader
 from gentron_train.data.options import DTYPES

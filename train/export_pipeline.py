@@ -22,8 +22,9 @@ from gentron_fast.config import GenTronConfig
 from gentron_fast.convert.pipelines import copy_parts, vae_factor
 from gentron_fast.convert.tensors import Spec, write_tensors
 from gentron_fast.files import check_output_folder, read_json, whole_folder, write_json
+from gentron_fast.index import INDEX_NAME
 from gentron_fast.model import CONFIG_NAME, WEIGHTS_NAME
-from gentron_fast.pipeline import INDEX_NAME, SCHEDULER_PATH, model_index, stored_encoders
+from gentron_fast.pipeline import SCHEDULER_PATH, model_index, stored_encoders
 from gentron_fast.text import MODEL_CLASSES, SUBFOLDERS, TextEncoder
 from gentron_train.checkpoint import (
     FILES,

@@ -30,7 +30,8 @@ from gentron_fast.commandline import (
 from gentron_fast.diffusion import NoiseSchedule
 from gentron_fast.files import read_json, write_json
 from gentron_fast.generate import read_prompts_file
-from gentron_fast.pipeline import SCHEDULER_PATH, GenTronPipeline, parts_folder
+from gentron_fast.index import parts_folder
+from gentron_fast.pipeline import SCHEDULER_PATH, GenTronPipeline
 from gentron_fast.solvers import make_table
 from gentron_fast.threads import settle_threads
 
@@ -151,11 +152,12 @@ def _command(argv: list[str]) -> None:
 
 
 def _small_world() -> list[str]:
-    """Prompts that no figure is measured on."""
-    from gentron_train.small_world.renderer import seen_prompts, unseen_prompts
+    """Prompts that no published figure is of."""
+    from gentron_train.small_world.evaluator import SINGLE, drawn_prompts, published_prompts
 
-    draws = seen_prompts, unseen_prompts
-    return [prompt for draw in draws for prompt, _ in draw(PROMPTS // 2, PROMPT_SEED)]
+    without = published_prompts()
+    draws = [drawn_prompts(name, PROMPTS // 2, PROMPT_SEED, without) for name in SINGLE]
+    return [prompt for drawn in draws for prompt, _ in drawn]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Pictures of fixed prompts, drawn while a model trains."""
+"""Pictures of fixed prompts, drawn while a model trains, as its pipeline will sample by default."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
+from gentron_fast.diffusion import portable_noise
 from gentron_fast.generate import read_prompts_file
 from gentron_fast.guidance import guided_prediction
 from gentron_fast.media import contact_sheet
@@ -13,9 +13,8 @@ from gentron_fast.text import TextEncoder
 from gentron_fast.vae import VideoVAE, check_finite, to_frames
 from gentron_train.assembly import gather_persistent
 from gentron_train.settings import Settings
-from gentron_train.teacher import exported_defaults
+from gentron_train.teacher import exported_defaults, exported_scheduler
 
-SAMPLE_STEPS = 20
 PROMPTS = ("a red circle moving left", "a large blue star", "a green square above a yellow cross")
 
 
@@ -52,16 +51,18 @@ class SamplePictures:
         engine.eval()
         gather_persistent(engine)
         defaults = exported_defaults(settings)
-        table = make_table("dpm++", SCHEDULER_CONFIG, SAMPLE_STEPS)
+        table = make_table(defaults.solver, exported_scheduler(settings), defaults.steps)
         seeds = [settings.seed + row for row in range(count)]
         x, x0 = portable_noise(self.shape, seeds, 0).to(self.device), None
         timesteps = table.timesteps.to(self.device)
-        for row, timestep in zip(table.rows, timesteps, strict=True):
-            noise = guided_prediction(
+        for step, (row, timestep) in enumerate(zip(table.rows, timesteps, strict=True)):
+            eps = guided_prediction(
                 *(engine.module, x, timestep.expand(count), *texts),
                 *(defaults.lambda_t, defaults.lambda_m, defaults.rescale),
             )
-            x, x0 = solver_step(row, x, noise[:, : self.shape[0]], x0)
+            draws = row[-1] != 0
+            noise = portable_noise(self.shape, seeds, step + 1).to(self.device) if draws else None
+            x, x0 = solver_step(row, x, eps[:, : self.shape[0]], x0, noise)
         engine.train()
         torch.set_rng_state(state)
         return x

@@ -14,8 +14,9 @@ import yaml
 
 from gentron_fast.commandline import refuse
 from gentron_fast.config import PRESETS, GenTronConfig
+from gentron_fast.index import ASSETS
 from gentron_fast.model import CONFIG_NAME
-from gentron_fast.pipeline import ASSETS, shared_folder, stored_encoders
+from gentron_fast.pipeline import shared_folder, stored_encoders
 from gentron_fast.text import SUBFOLDERS
 from gentron_train.data.loader import DataSettings
 from gentron_train.data.options import (

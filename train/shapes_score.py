@@ -9,8 +9,17 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from gentron_fast.commandline import check_writable, refuse, run, usable_device
+from gentron_fast.commandline import (
+    check_writable,
+    choose_device,
+    number,
+    refuse,
+    run,
+    usable_device,
+    whole_number,
+)
 from gentron_fast.files import write_json
+from gentron_fast.index import ASSETS, chosen, in_force
 from gentron_train.small_world.evaluator import COLUMNS, ceiling, evaluate, format_table
 from gentron_train.small_world.sweep import SWEPT, parse_grid, sweep, sweep_table
 
@@ -39,11 +48,11 @@ def _command(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--frames", type=int, help="frames a clip (the pipeline's)")
-    parser.add_argument("--steps", type=int, help="(20, or the pipeline's own where fewer)")
-    parser.add_argument("--solver", help="(the pipeline's)")
-    for name in SWEPT:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="(the pipeline's)")
-    parser.add_argument("--device", type=usable_device, default="cpu")
+    types = {"steps": whole_number(1), "solver": str} | dict.fromkeys(SWEPT, number)
+    for name, own in in_force(argv).items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=types[name], help=f"({own}, the pipeline's)")
+    parser.add_argument("--device", type=usable_device, help="(a GPU where there is one)")
     parser.add_argument(
         "--ceiling", action="store_true", help="score its VAE on clean clips, and sample nothing"
     )
@@ -69,21 +78,22 @@ def _command(argv: list[str]) -> None:
 
     from gentron_fast import GenTronPipeline
     from gentron_fast.threads import settle_threads
+    from gentron_train.data.sources import pipeline_digest
 
     settle_threads()
-    pipeline = GenTronPipeline.from_pretrained(args.pipeline, device=args.device)
-    steps = min(20, pipeline.defaults.steps) if args.steps is None else args.steps
-    options = {"frames": args.frames, "steps": steps}
-    for name in ("solver", *SWEPT):
-        given = getattr(args, name)
-        options[name] = getattr(pipeline.defaults, name) if given is None else given
-    settings = {"prompts": args.prompts, "seed": args.seed, **options}
+    device = args.device or choose_device(None)
+    pipeline = GenTronPipeline.from_pretrained(args.pipeline, device=device)
+    options = {"frames": args.frames} | chosen(args, pipeline.defaults)
+    settings = {"prompts": args.prompts, "seed": args.seed, "frames": args.frames}
+    if not args.ceiling:
+        settings |= options
     if grid:
-        rows = sweep(pipeline, grid, args.out, settings, args.batch)
+        model = {"model": pipeline_digest(Path(args.pipeline or ASSETS))}
+        rows = sweep(pipeline, grid, args.out, model | settings, args.batch)
         print(sweep_table(rows))
         return
     if args.ceiling:
-        scores = ceiling(pipeline, args.prompts, args.seed, args.columns)
+        scores = ceiling(pipeline, args.prompts, args.seed, args.columns, args.frames)
     else:
         scores = evaluate(
             pipeline, args.prompts, args.seed, args.batch, columns=args.columns, **options

@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _command(argv: list[str]) -> None:
-    from gentron_fast.pipeline import ASSETS
+    from gentron_fast.index import ASSETS
 
     parser = argparse.ArgumentParser(prog=NAME, description="Six columns in the small world.")
     parser.error = refuse

@@ -15,6 +15,7 @@ from pathlib import Path
 from gentron_fast.files import LOCK_NAME, lock_folder, read_json, write_json
 from gentron_fast.processes import signal_at_parents_end
 from gentron_fast.schema import Kind, optional, several
+from gentron_fast.threads import available_cores, processor
 from gentron_train.checkpoint import EXPORTED, checkpoint_names
 from gentron_train.settings import read_yaml
 from gentron_train.small_world.renderer import INDEX_NAME as SHARDS_INDEX
@@ -94,6 +95,7 @@ def run_stages(
         print(f"stage        {number + 1} of {len(lines)}, {name}: {line}", flush=True)
         noted = known or {"stage": name, "command": line, "seconds": 0, "commit": commit()}
         noted["commit"] = listed([*commits_of(noted), commit()])
+        noted["machine"] = listed([*machines_of(noted), machine()])
         with turn():
             start = time.monotonic() - noted["seconds"]
 
@@ -112,6 +114,11 @@ def run_stages(
 def commits_of(stage: dict) -> list[str]:
     """Of a stage that was begun at several."""
     return stage["commit"].split(", ")
+
+
+def machines_of(stage: dict) -> list[str]:
+    """Likewise; of a stage that was noted before machines were, none."""
+    return stage["machine"].split(", ") if "machine" in stage else []
 
 
 def listed(names: Iterable[str]) -> str:
@@ -173,6 +180,11 @@ def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def machine() -> str:
+    """The processor, and how many of its cores may be kept busy."""
+    return f"{available_cores()} cores of {processor()}"
 
 
 def commit() -> str:

@@ -17,14 +17,9 @@ from gentron_fast.diffusion import SCHEDULER_CONFIG, SCHEDULER_SCHEMA, NoiseSche
 from gentron_fast.files import read_json
 from gentron_fast.guidance import GuidedBatch, GuidedDenoiser, PreparedText, SharedWork
 from gentron_fast.guidance.definition import guidance_inputs
+from gentron_fast.index import INDEX_NAME, sampling_defaults
 from gentron_fast.model import GenTron, TextCondition
-from gentron_fast.pipeline import (
-    INDEX_NAME,
-    INDEX_SCHEMA,
-    SCHEDULER_PATH,
-    shared_folder,
-    stored_encoders,
-)
+from gentron_fast.pipeline import SCHEDULER_PATH, shared_folder, stored_encoders
 from gentron_fast.solvers import SolverTable, make_table
 from gentron_fast.text import TextEncoder
 from gentron_fast.transfer import on_device
@@ -300,15 +295,10 @@ def _joined(first: Targets, second: Targets) -> Targets:
     return Targets(text=text, **{name: torch.cat(pair) for name, pair in pairs.items()})
 
 
-def defaults_of(folder: Path) -> SamplingDefaults:
-    """What a pipeline folder samples with unless told otherwise."""
-    return SamplingDefaults.from_index(read_json(folder / INDEX_NAME, INDEX_SCHEMA))
-
-
 def own_rescale(settings: Settings) -> float:
     """Of what is learnt: as asked for, else the teacher's own."""
     asked = settings.teacher_rescale
-    return defaults_of(settings.teacher).rescale if asked is None else asked
+    return sampling_defaults(settings.teacher).rescale if asked is None else asked
 
 
 def exported_defaults(settings: Settings) -> SamplingDefaults:
@@ -316,7 +306,7 @@ def exported_defaults(settings: Settings) -> SamplingDefaults:
     for the rescale, which is in its one branch."""
     if settings.teacher is None:
         return SamplingDefaults()
-    return replace(defaults_of(settings.teacher), rescale=0.0)
+    return replace(sampling_defaults(settings.teacher), rescale=0.0)
 
 
 def exported_scheduler(settings: Settings) -> dict:
@@ -365,7 +355,7 @@ def check_teacher(settings: Settings) -> None:
     if settings.draws > 1:
         raise ValueError(f"--draws is {settings.draws}, must be 1: each sample has its own text")
     for name, (low, high) in learnt_guidance(settings).items():
-        own = getattr(defaults_of(folder), name)
+        own = getattr(sampling_defaults(folder), name)
         if not low <= own <= high:
             raise ValueError(
                 f"{folder} samples at {name} {own} unless told otherwise, outside of "

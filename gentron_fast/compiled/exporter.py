@@ -13,7 +13,7 @@ from torch import Tensor
 from gentron_fast.compiled.compilation import check_temporary_folder, check_toolkit, compile_all
 from gentron_fast.compiled.graphs import branch_sets, learns_range, sampling_graphs, whole_graphs
 from gentron_fast.compiled.package import WEIGHTS, describe_machine, write_package
-from gentron_fast.config import LEARNT, MAX_FRAMES
+from gentron_fast.config import LEARNT, MAX_FRAMES, SamplingDefaults
 from gentron_fast.files import scratch_folder, whole_file
 from gentron_fast.guidance.contexts import merged_values
 from gentron_fast.guidance.definition import check_rescale, guidance_coefficients
@@ -36,12 +36,12 @@ def export_sampler(
     *,
     frames: int,
     latent_size: tuple[int, int],
-    steps: int = 50,
-    solver: str = "dpm++",
+    steps: int = SamplingDefaults.steps,
+    solver: str = SamplingDefaults.solver,
     eta: float = 0.0,
-    lambda_t: float = 7.5,
-    lambda_m: float = 1.2,
-    rescale: float = 0.0,
+    lambda_t: float = SamplingDefaults.lambda_t,
+    lambda_m: float = SamplingDefaults.lambda_m,
+    rescale: float = SamplingDefaults.rescale,
     max_batch: int = MAX_BATCH,
     max_tokens: dict[str, int] | None = None,
     factor: int | None = None,

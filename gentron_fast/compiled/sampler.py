@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gentron_fast import arguments
 from gentron_fast.compiled.package import part_digests
-from gentron_fast.config import LEARNT, MAX_FRAMES
+from gentron_fast.config import LEARNT, MAX_FRAMES, SamplingDefaults
 from gentron_fast.guidance import guidance_schedule
 from gentron_fast.model import TextCondition
 from gentron_fast.text import SUBFOLDERS, TextEncoder
@@ -102,10 +102,18 @@ class CompiledSampler:
         self._warn_of(dict(zip(SCALES, scales, strict=True)))
         latents = self._runtime.sample(text, null_text, seeds, *scales, on_step)
         frames = self._runtime.decode(latents) if self.metadata["whole"] else None
-        steps, solver = len(self.metadata["timesteps"]), self.metadata["solver"]
+        own = self.defaults
         distilled = self.metadata["model"].get("guidance_embedding")
         branches = " of one branch, distilled: guidance is its input" if distilled else ""
-        return CompiledOutput(frames, latents, f"{steps} compiled steps of {solver}{branches}")
+        return CompiledOutput(
+            frames, latents, f"{own.steps} compiled steps of {own.solver}{branches}"
+        )
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        """Steps and solver, which are fixed, and the guidance of a call that gives none."""
+        steps, solver = len(self.metadata["timesteps"]), self.metadata["solver"]
+        return SamplingDefaults(steps, solver, *(self.metadata[name] for name in SCALES))
 
     def _warn_of(self, scales: dict[str, Tensor]) -> None:
         if self.metadata["frames"] == [1]:  # nothing moves

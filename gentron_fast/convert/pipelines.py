@@ -44,9 +44,10 @@ from gentron_fast.convert.tensors import (
 )
 from gentron_fast.diffusion import SCHEDULER_CONFIG, SCHEDULER_SCHEMA, NoiseSchedule
 from gentron_fast.files import read_json, whole_folder, write_json
+from gentron_fast.index import INDEX_NAME
 from gentron_fast.model import CONFIG_NAME, WEIGHTS_NAME
 from gentron_fast.parts import read_part_config
-from gentron_fast.pipeline import INDEX_NAME, SCHEDULER_PATH, model_index
+from gentron_fast.pipeline import SCHEDULER_PATH, model_index
 from gentron_fast.schema import TEXT
 from gentron_fast.text import (
     LOWER_AND_STRIP,

@@ -38,6 +38,7 @@ from gentron_fast.diffusion import SCHEDULER_CONFIG, portable_noise
 from gentron_fast.export import HELP
 from gentron_fast.guidance import GuidedDenoiser, guidance_weights
 from gentron_fast.guidance.steps import branch_conditions
+from gentron_fast.index import in_force
 from gentron_fast.media import read_video
 from gentron_fast.model import TextCondition
 from gentron_fast.solvers import make_table
@@ -254,12 +255,16 @@ def test_latents_that_are_none_are_refused(sampler, latents, words):
         sampler._runtime.decode(latents)
 
 
-def test_generate_takes_a_compiled_sampler(package, pipeline, tmp_path, capsys):
+def test_generate_takes_a_compiled_sampler(package, sampler, pipeline, tmp_path, capsys):
     arguments = [PROMPT, "--compiled", str(package), "--out", str(tmp_path / "clip.mp4")]
     assert generate.main(arguments) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line[:13].strip() for line in out] == ["wrote", "load time", "per clip", "peak memory"]
     assert read_video(tmp_path / "clip.mp4")[0].shape == (8, 64, 64, 3)
+    assert generate.main([*arguments, "--verbose", "--lambda-t", "2.5"]) == 0
+    told = capsys.readouterr().out.splitlines()[1]
+    own = sampler.defaults
+    assert told.startswith(f"sampling     steps {own.steps}, solver {own.solver}, lambda_t 2.5,")
     for refused, words in (
         (["--steps", "20"], "--steps is fixed in a compiled sampler"),
         (["--frames", "4"], "made for frames 8, not 4"),
@@ -355,7 +360,7 @@ def test_help_fits_one_screen_and_names_every_option(capsys):
         export.main(["--help"])
     assert stop.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == HELP.splitlines()
+    assert lines == HELP.format_map(in_force([])).splitlines()
     for screen in (lines, run_program("--help").stdout.splitlines()):
         assert len(screen) <= 24 and max(map(len, screen)) <= 80
     source = Path(export.__file__).read_text()

@@ -250,3 +250,16 @@ def test_a_name_as_long_as_any_is_written(tmp_path):
     with pytest.raises(KeyError), whole_file(path):
         raise KeyError
     assert names(tmp_path) == [path.name]
+
+
+def test_a_section_is_replaced_and_the_rest_left_alone(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<b>\nold\n<e>\nafter\n")
+    for _ in range(2):
+        files.replace_section(page, "<b>", "<e>", "new")
+        assert page.read_text() == "before\n<b>\n\nnew\n<e>\nafter\n"
+    for text in ("no markers", "<e> before <b>"):
+        page.write_text(text)
+        with pytest.raises(ValueError, match=r"page.md must hold the lines '<b>' and '<e>'"):
+            files.replace_section(page, "<b>", "<e>", "new")
+        assert page.read_text() == text

@@ -16,8 +16,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from gentron_fast.config import PRESETS
 from gentron_fast.generate import HELP, file_name, main
+from gentron_fast.index import ASSETS, in_force
 from gentron_fast.media import read_video
-from gentron_fast.pipeline import ASSETS
 from gentron_fast.solvers import SOLVERS
 from gentron_fast.text import TextEncoder
 
@@ -106,7 +106,7 @@ def test_help_fits_one_screen_and_names_every_option(capsys):
         main(["--help"])
     assert stop.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == HELP.splitlines()
+    assert lines == HELP.format_map(in_force([])).splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= 80
     assert all(solver in HELP for solver in SOLVERS)
     source = sys.modules[main.__module__].__loader__.get_source(main.__module__)
@@ -469,7 +469,7 @@ def test_file_names_tell_prompts_apart():
 
 
 def test_the_default_model_is_the_one_that_ships(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("gentron_fast.pipeline.ASSETS", tmp_path)
+    monkeypatch.setattr("gentron_fast.generate.ASSETS", tmp_path)
     assert main([PROMPT]) == 2
     assert f"no pipeline in {tmp_path}" in capsys.readouterr().err
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from gentron_fast import GenTron, GenTronPipeline
-from gentron_fast.pipeline import FAST
+from gentron_fast.index import FAST
 from gentron_train.add_fast import main
 
 

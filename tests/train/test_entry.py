@@ -14,7 +14,7 @@ from faults import FAULTS
 from training import ROOT, free_port, log_of
 
 from gentron_fast import GenTron
-from gentron_fast.pipeline import ASSETS
+from gentron_fast.index import ASSETS
 from gentron_train.settings import parse_settings
 from gentron_train.trainer import trainer_of
 

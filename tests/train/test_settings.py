@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from gentron_fast import PRESETS
-from gentron_fast.pipeline import ASSETS, stored_encoders
+from gentron_fast.index import ASSETS
+from gentron_fast.pipeline import stored_encoders
 from gentron_train import shipped
 from gentron_train.data.loader import DataSettings
 from gentron_train.data.options import DataOptions, flag

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gentron_fast import GenTronPipeline
-from gentron_fast.files import LOCK_NAME, MARK, write_json
+from gentron_fast.files import LOCK_NAME, MARK, read_json, write_json
 from gentron_train import shipped, stages
 from gentron_train.checkpoint import checkpoints_folder
 
@@ -63,7 +63,7 @@ def test_what_a_command_took_counts_however_often_it_was_cut_off(tmp_path, monke
         begun = json.loads((tmp_path / "out" / stages.STATE).read_text())["begun"]
         assert begun["seconds"] > spent
         spent = begun["seconds"]
-    assert begun["commit"] == "aaa, bbb"
+    assert begun["commit"] == "aaa, bbb" and begun["machine"] == stages.machine()
     other = written(tmp_path / "a.yaml", {"one": [f"{line} --resume"]})
     assert shipped.main(["--out", str(tmp_path / "out"), "--config", str(other)]) == 2
     assert "was made by other commands" in capsys.readouterr().err
@@ -177,16 +177,23 @@ def test_the_pipeline_has_the_sweeps_choice_and_its_page(
         content = {"settings": settings, "scores": {"seen": column}}
         write_json(tmp_path / f"{name}.json", content)
     done = {"stage": "shards", "command": f"x {tmp_path}/y", "seconds": 7200, "commit": "abc, d"}
-    write_json(tmp_path / stages.STATE, {"done": [done, done | {"commit": "d, e"}]})
+    done["machine"] = "2 cores of Abacus"
+    second = {"commit": "d, e", "machine": "3 cores of Abacus"}
+    write_json(tmp_path / stages.STATE, {"done": [done, done | second]})
 
     assert shipped.main(["--assemble", "--out", str(tmp_path)]) == 0
     pipeline = tmp_path / "pipeline"
     defaults = GenTronPipeline.from_pretrained(pipeline).defaults
     assert (defaults.lambda_t, defaults.lambda_m, defaults.rescale) == (2, 1.2, 0.5)
+    assert defaults.steps == 8  # those of the sweep
     shutil.copytree(pipeline, pipeline / "fast")
     page = shipped.model_page(tmp_path)
     assert "in 8 steps of one branch" in page
-    for words in ("in 4.0 hours at abc, d, e:", "x OUT/y    # 120 min", "25.00 (24.00–26.00)"):
+    for words in (
+        "in 4.0 hours on 2 cores of Abacus, 3 cores of Abacus, at abc, d, e:",
+        "x OUT/y    # 120 min",
+        "25.00 (24.00–26.00)",
+    ):
         assert words in page
     for line in ("chosen: λ_T 2, λ_M 1.2, φ 0.5", "16 by --fast: colour 100 shape 94 motion 88"):
         assert line in page
@@ -199,6 +206,9 @@ def test_the_pipeline_has_the_sweeps_choice_and_its_page(
     monkeypatch.setattr(shipped, "SHIPS_AS", places)
     monkeypatch.setattr(shipped, "ASSETS", tmp_path / "ships")
     monkeypatch.setattr(shipped, "ROOT", tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{shipped.BEGIN}\nold\n{shipped.END}\nafter\n")
+    monkeypatch.setattr(shipped, "README", readme)
     assert shipped.main(["--ship", "--out", str(tmp_path)]) == 2
     assert not (tmp_path / "ships").exists()
     for name in places.keys() - {"score.json", "fast.json", "ceiling.json", "sweep.json"}:
@@ -208,6 +218,8 @@ def test_the_pipeline_has_the_sweeps_choice_and_its_page(
     capsys.readouterr()
     assert shipped.main(["--ship", "--out", str(tmp_path)]) == 0
     assert "left         ships/old.json" in capsys.readouterr().out
+    assert "| colour | 100.0 (96–100) | - | - | 100.0 / - / - |" in readme.read_text()
+    assert readme.read_text().endswith("after\n") and "old" not in readme.read_text()
     shipped_index = (tmp_path / "ships" / "fast" / "model_index.json").read_text()
     assert shipped_index == (pipeline / "model_index.json").read_text()
     assert (tmp_path / "ships" / "MODEL.md").read_text() == "MODEL.md"
@@ -225,3 +237,9 @@ def test_a_wrong_configuration_is_one_line(content, tmp_path, capsys):
     assert shipped.main(["--config", str(path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and str(path) in error
+
+
+def test_the_readme_has_the_figures_of_what_ships():
+    results = stages.ROOT / "bench/results"
+    score, ceiling = (read_json(results / f"judge-small-{n}.json") for n in ("t2v", "ceiling"))
+    assert shipped.readme_table(score, ceiling) in (stages.ROOT / "README.md").read_text()

@@ -23,8 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gentron_fast.files import whole_file
+from gentron_fast.index import parts_folder
 from gentron_fast.model import EncodedText, TextCondition
-from gentron_fast.text import Tokens
+from gentron_fast.pipeline import SCHEDULER_PATH
+from gentron_fast.text import SUBFOLDERS, Tokens
 from gentron_fast.vae import VideoVAE, check_finite
 from gentron_train.data.broken import BROKEN, BrokenSample, broken_by, in_words
 from gentron_train.data.decode import ENDINGS, Sampling, read_caption, read_frames
@@ -495,6 +497,16 @@ def folder_digest(folder: Path, start: bytes = b"") -> str:
         with path.open("rb") as file:
             while part := file.read(READ_AT_ONCE):
                 digest.update(part)
+    return digest.hexdigest()[:12]
+
+
+def pipeline_digest(folder: Path) -> str:
+    """Digest of all that a pipeline folder's clips depend on, but for steps and guidance."""
+    parts = parts_folder(folder)
+    texts = [parts / model for model, _ in SUBFOLDERS.values()]
+    models = [folder / "transformer", parts / "vae", *(text for text in texts if text.is_dir())]
+    digests = [folder_digest(model).encode() for model in models]
+    digest = hashlib.sha256(b"".join([*digests, (parts / SCHEDULER_PATH).read_bytes()]))
     return digest.hexdigest()[:12]
 
 

@@ -24,9 +24,8 @@ from gentron_fast.commandline import (
 )
 from gentron_fast.files import read_json, whole_file, write_json
 from gentron_fast.intervals import wilson_interval
-from gentron_train.small_world.evaluator import evaluate
+from gentron_train.small_world.evaluator import SINGLE, evaluate
 from gentron_train.small_world.sweep import (
-    COLUMNS,
     SHEET_PROMPTS,
     alignment,
     draw_sheet,
@@ -37,8 +36,8 @@ from gentron_train.small_world.sweep import (
 
 NAME = "gentron_train.small_world.distilled"
 TEACHER, STUDENT = "teacher", "student"
-POINTS = tuple((model, steps) for model in (TEACHER, STUDENT) for steps in (50, 8, 4))
-SOLVER = "few-step"  # of 50 steps none are fitted: dpm++
+POINTS = tuple((model, steps) for model in (TEACHER, STUDENT) for steps in (50, 20, 8, 4))
+SOLVER = "few-step"  # of 50 and 20 steps none are fitted: dpm++
 ROUNDS = 5  # of single clips that are timed, the ways taking turns
 FIGURES = "all", "shape", "motion"
 TICKS = 0.1, 0.2, 0.5, 1, 2, 5  # seconds
@@ -66,7 +65,7 @@ def compare(
             pipelines[model],
             settings["prompts"],
             settings["seed"],
-            columns=COLUMNS,
+            columns=SINGLE,
             steps=steps,
             **guidance,
             solver=SOLVER,
@@ -101,8 +100,8 @@ def table(rows: list[dict], prompts: int) -> str:
     for row in rows:
         low, high = _interval(row, prompts)
         cells = f"{100 * alignment(row):6.1f} ({100 * low:4.1f}–{100 * high:4.1f})"
-        means = [np.mean([row[f"{c} {name}"] for c in COLUMNS]) for name in FIGURES[1:]]
-        distance = np.mean([row[f"{c} fréchet"] for c in COLUMNS])
+        means = [np.mean([row[f"{c} {name}"] for c in SINGLE]) for name in FIGURES[1:]]
+        distance = np.mean([row[f"{c} fréchet"] for c in SINGLE])
         lines.append(
             f"{row['model']} {row['steps']:>4} {cells:>19}"
             + "".join(f"{100 * mean:8.1f}" for mean in means)
@@ -191,9 +190,9 @@ def _command(argv: list[str]) -> None:
     check_writable([args.out])
     silence_libraries()
     from gentron_fast import GenTronPipeline
-    from gentron_fast.compiled.package import part_digests
-    from gentron_fast.pipeline import ASSETS, FAST
+    from gentron_fast.index import ASSETS, FAST
     from gentron_fast.threads import settle_threads
+    from gentron_train.data.sources import pipeline_digest
 
     settle_threads()
     teacher = args.teacher or ASSETS
@@ -203,10 +202,8 @@ def _command(argv: list[str]) -> None:
     for name in ("lambda_t", "lambda_m"):
         given = getattr(args, name)
         settings[name] = getattr(own, name) if given is None else given
-    for name, folder in folders.items():
-        settings[name] = part_digests(folder, ["transformer"])["transformer"]
-    settings["few_step_timesteps"] = pipelines[TEACHER].scheduler.get("few_step_timesteps")
-    settings["solver"] = SOLVER
+    settings |= {name: pipeline_digest(folder) for name, folder in folders.items()}
+    settings |= {"rescale": own.rescale, "solver": SOLVER}
     print(table(compare(pipelines, POINTS, settings, args.out), args.prompts))
 
 

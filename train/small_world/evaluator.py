@@ -12,6 +12,7 @@ direction being 100 throughout: clean renders 100 / 100 / 100; mp4 with blur and
 be right: shape 97.3, motion 100, relation 100.
 """
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ from gentron_train.small_world.renderer import (
 )
 
 COLUMNS = {"seen": seen_prompts, "unseen": unseen_prompts, "pairs": pair_prompts}
+SINGLE = ("seen", "unseen")  # columns of one object
+PUBLISHED = {"prompts": 500, "seed": 0}  # of each column, what figures of what ships are of
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,13 @@ def drawn_prompts(
     return left[:count]
 
 
+def published_prompts() -> set[str]:
+    """The captions that figures of the model that ships are of: what is chosen for it, guidance or
+    timesteps, is chosen on others."""
+    drawn = (drawn_prompts(name, PUBLISHED["prompts"], PUBLISHED["seed"]) for name in SINGLE)
+    return {text for text, _ in itertools.chain.from_iterable(drawn)}
+
+
 def _scores(clips, scenes, real, vae, progress) -> Scores:
     from tqdm import tqdm
 
@@ -169,7 +179,11 @@ def real_clips(column: str, prompts: int, seed: int, frames: int) -> list[np.nda
 
 
 def ceiling(
-    pipeline, prompts: int = 200, seed: int = 0, columns: Sequence[str] = tuple(COLUMNS)
+    pipeline,
+    prompts: int = 200,
+    seed: int = 0,
+    columns: Sequence[str] = tuple(COLUMNS),
+    frames: int | None = None,
 ) -> dict[str, Scores]:
     """Scores of the prompts' own clean renders, encoded and decoded by the pipeline's VAE.
 
@@ -182,7 +196,7 @@ def ceiling(
 
     scores = {}
     for name in columns:
-        frames = pipeline.default_frames
+        frames = frames or pipeline.default_frames
         clips = []
         for clip in tqdm(real_clips(name, prompts, seed, frames), desc=name, unit="clip"):
             pixels = torch.from_numpy(clip).permute(3, 0, 1, 2)[None].to(pipeline.device)
@@ -214,12 +228,9 @@ def format_table(scores: dict[str, Scores]) -> str:
     for name in dict.fromkeys(name for column in columns for name in column.shares):
         cells = []
         for column in columns:
-            if name not in column.shares:
-                cells.append("-")
-                continue
-            count = column.counts[name]
-            of = "" if count == max(column.counts.values()) else f" of {count}"
-            cells.append(_share(column.shares[name], count) + of)
+            count = column.counts.get(name)
+            of = "" if count in (None, max(column.counts.values())) else f" of {count}"
+            cells.append(share_of(column, name) + of)
         rows.append([name, *cells])
     for name, (title, scale) in UNITS.items():
         if any(name in column.fidelity for column in columns):
@@ -230,9 +241,16 @@ def format_table(scores: dict[str, Scores]) -> str:
     )
 
 
-def _share(share: float, count: int) -> str:
-    low, high = wilson_interval(round(share * count), count)
-    return f"{100 * share:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+def share_of(column: Scores, name: str, digits: int = 1) -> str:
+    """In per cent, with its 95 % interval to so many digits; "-" where it was not measured."""
+    if name not in column.shares:
+        return "-"
+    return _share(column.shares[name], column.counts[name], digits)
+
+
+def _share(share: float, count: int, digits: int = 1) -> str:
+    low, high = (100 * end for end in wilson_interval(round(share * count), count))
+    return f"{100 * share:.1f} ({low:.{digits}f}–{high:.{digits}f})"
 
 
 def _figure(column: Scores, name: str, scale: float) -> str:

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from gentron_fast.commandline import check_writable, refuse, run, silence_libraries
+from gentron_fast.commandline import (
+    check_writable,
+    choose_device,
+    refuse,
+    run,
+    silence_libraries,
+    usable_device,
+)
 from gentron_fast.files import whole_file
 from gentron_fast.media import contact_sheet
 
@@ -66,6 +73,7 @@ def _command(argv: list[str]) -> None:
     parser.error = refuse
     parser.add_argument("pipeline", nargs="?", help="pipeline folder (the model that ships)")
     parser.add_argument("--out", type=Path, default=Path("docs/clips.png"))
+    parser.add_argument("--device", type=usable_device, help="(a GPU where there is one)")
     args = parser.parse_args(argv)
     check_writable([args.out])
     silence_libraries()
@@ -75,7 +83,9 @@ def _command(argv: list[str]) -> None:
     from gentron_fast.threads import settle_threads
 
     settle_threads()
-    pipeline = GenTronPipeline.from_pretrained(args.pipeline)
+    pipeline = GenTronPipeline.from_pretrained(
+        args.pipeline, device=args.device or choose_device(None)
+    )
     frames = pipeline(list(PROMPTS), seed=[0] * len(PROMPTS)).frames.numpy()
     with whole_file(args.out) as partial:
         Image.fromarray(picture(frames)).save(partial)

@@ -13,14 +13,26 @@ import numpy as np
 from gentron_fast.commandline import number
 from gentron_fast.config import SamplingDefaults
 from gentron_fast.files import read_json, whole_file, write_json
-from gentron_train.small_world.evaluator import Scores, drawn_prompts, evaluate
+from gentron_train.small_world.evaluator import (
+    PUBLISHED,
+    SINGLE,
+    Scores,
+    evaluate,
+    published_prompts,
+)
 from gentron_train.small_world.picture import strip
 
 SWEPT = ("lambda_t", "lambda_m", "rescale")
-COLUMNS = ("seen", "unseen")
-APART_FROM = {"prompts": 500, "seed": 0}  # those of the published figures: what is chosen is apart
 VISIBLE = 0.5  # dB of PSNR, below which nobody tells two clips apart
 SHEET_PROMPTS = "a red circle moving left", "a blue star rotating", "a dotted green square growing"
+FIGURES = {
+    "all": "all, %",
+    "shape": "shape, %",
+    "motion": "motion, %",
+    "psnr": "PSNR, dB",
+    "broken": "broken, %",
+    "fréchet": "Fréchet",
+}
 LABELS = {"lambda_t": "λ_T", "lambda_m": "λ_M", "rescale": "φ"}
 
 
@@ -43,18 +55,14 @@ def sweep(
 ) -> list[dict]:
     """Score every point of the grid; rows that `out` holds for the same settings are kept.
 
-    settings: "prompts" and "seed" of `evaluate`, and what else its calls take, the grid's values
-    coming over them. Prompts of APART_FROM are left out. Beside out (.json) stand a picture and a
-    contact sheet (.png, -clips.png).
+    settings: "model", a digest of the pipeline, "prompts" and "seed" of `evaluate`, and what else
+    its calls take, the grid's values coming over them. `published_prompts` are left out. Beside out
+    (.json) stand a picture and a contact sheet (.png, -clips.png).
     """
     pictures = pictures_beside(out)
-    options = {k: v for k, v in settings.items() if k not in ("prompts", "seed")}
-    rows, kept = [], settings | {"apart_from": APART_FROM}
-    without = {
-        text
-        for name in COLUMNS
-        for text, _ in drawn_prompts(name, APART_FROM["prompts"], APART_FROM["seed"])
-    }
+    options = {k: v for k, v in settings.items() if k not in ("model", "prompts", "seed")}
+    rows, kept = [], settings | {"apart_from": PUBLISHED}
+    without = published_prompts()
     if out.exists():
         found = read_json(out)
         if found.get("settings") != kept:
@@ -68,7 +76,7 @@ def sweep(
             settings["prompts"],
             settings["seed"],
             batch,
-            columns=COLUMNS,
+            columns=SINGLE,
             without=without,
             **options | point,
         )
@@ -103,11 +111,17 @@ def pictures_beside(out: Path) -> tuple[Path, Path]:
 
 def alignment(row: dict) -> float:
     """The share of clips right in everything, over seen and unseen prompts."""
-    return (row["seen all"] + row["unseen all"]) / 2
+    return _mean(row, "all")
 
 
 def psnr(row: dict) -> float:
-    return (row["seen psnr"] + row["unseen psnr"]) / 2
+    return _mean(row, "psnr")
+
+
+def _mean(row: dict, figure: str) -> float | None:
+    """Over seen and unseen prompts; None of what was not measured, as of images the motion."""
+    own = [row.get(f"{name} {figure}") for name in SINGLE]
+    return None if None in own else sum(own) / len(own)
 
 
 def choose(rows: Sequence[dict]) -> dict:
@@ -115,20 +129,19 @@ def choose(rows: Sequence[dict]) -> dict:
     VISIBLE dB of its PSNR, the one of highest alignment, and of equal ones that of most motion."""
     best = max(psnr(row) for row in rows)
     as_good = [row for row in rows if psnr(row) >= best - VISIBLE]
-    return max(as_good, key=lambda row: (alignment(row), row["seen motion"] + row["unseen motion"]))
+    return max(as_good, key=lambda row: (alignment(row), _mean(row, "motion") or 0.0))
 
 
 def sweep_table(rows: Sequence[dict]) -> str:
-    """A line a point, and the point that `choose` takes."""
-    figures = ("all", "shape", "motion", "psnr", "broken", "fréchet")
-    titles = [*(LABELS[name] for name in SWEPT), *figures]
-    lines = ["".join(f"{title:>9}" for title in titles)]
+    """A line a point, means over seen and unseen prompts, and the point that `choose` takes."""
+    titles = [*(LABELS[name] for name in SWEPT), *FIGURES.values()]
+    lines = ["".join(f"{title:>10}" for title in titles)]
     for row in rows:
         cells = [f"{row[name]:g}" for name in SWEPT]
-        for figure in figures:
-            mean = (row[f"seen {figure}"] + row[f"unseen {figure}"]) / 2
-            cells.append(f"{mean if figure in ('psnr', 'fréchet') else 100 * mean:.2f}")
-        lines.append("".join(f"{cell:>9}" for cell in cells))
+        for figure, title in FIGURES.items():
+            mean = _mean(row, figure)
+            cells.append("-" if mean is None else f"{100 * mean if '%' in title else mean:.2f}")
+        lines.append("".join(f"{cell:>10}" for cell in cells))
     chosen = choose(rows)
     values = ", ".join(f"{LABELS[name]} {chosen[name]:g}" for name in SWEPT)
     return "\n".join([*lines, f"chosen: {values}"])
@@ -152,7 +165,8 @@ def _draw(rows: Sequence[dict], path: Path) -> None:
                 axes.plot(*point, "s", ms=11, mfc="none", mec="black")
     axes.set_xlabel("PSNR against the best scene, median, dB")
     axes.set_ylabel("right in colour, shape and motion, %")
-    axes.set_title("λ_T at each point; the paper's λ_T 7.5 and λ_M 1.2 squared")
+    values = f"λ_T {paper.lambda_t:g} and λ_M {paper.lambda_m:g}"
+    axes.set_title(f"λ_T at each point; the paper's {values} squared")
     axes.legend(fontsize="small")
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=110)

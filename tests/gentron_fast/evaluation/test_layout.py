@@ -6,7 +6,7 @@ from PIL import Image
 
 from gentron_fast.evaluate import main
 from gentron_fast.evaluation.layout import compbench, list_entries, tell_renamed, vbench
-from gentron_fast.pipeline import ASSETS
+from gentron_fast.index import ASSETS
 
 LONG = "a bird " * 50
 

@@ -24,7 +24,7 @@ from training import log_of
 from webdataset import WebDataset
 
 from gentron_fast.files import MARK, claim
-from gentron_fast.pipeline import ASSETS
+from gentron_fast.index import ASSETS
 from gentron_fast.text import SUBFOLDERS
 from gentron_train.data import shards as shards_module
 from gentron_train.data.decode import Sampling

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from samples import decoded
 
-from gentron_fast.pipeline import ASSETS
+from gentron_fast.index import ASSETS
 from gentron_fast.vae import VideoVAE
 from gentron_train import shapes_score
 from gentron_train.small_world import evaluator, renderer
@@ -194,18 +194,23 @@ def test_command_line_scores_clips(tiny_pipeline_folder, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["score.json"]
 
 
-@pytest.mark.parametrize("own, scored", [(8, 8), (50, 20)])
-def test_a_pipeline_of_few_steps_is_scored_at_them(
-    tiny_pipeline_folder, tmp_path, monkeypatch, own, scored
+def test_a_pipeline_is_scored_at_its_own_steps_and_its_ceiling_at_none(
+    tiny_pipeline_folder, tmp_path, monkeypatch, capsys
 ):
     folder, out = tmp_path / "few", tmp_path / "score.json"
     shutil.copytree(tiny_pipeline_folder, folder)
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"default_steps": own}))
-    monkeypatch.setattr(shapes_score, "evaluate", lambda *_, **__: {})
+    (folder / "model_index.json").write_text(json.dumps(index | {"default_steps": 8}))
+    for name in ("evaluate", "ceiling"):
+        monkeypatch.setattr(shapes_score, name, lambda *_, **__: {})
     monkeypatch.setattr(shapes_score, "format_table", str)
     assert shapes_score.main([str(folder), "--out", str(out)]) == 0
-    assert json.loads(out.read_text())["settings"]["steps"] == scored
+    assert json.loads(out.read_text())["settings"]["steps"] == 8
+    assert shapes_score.main([str(folder), "--ceiling", "--out", str(out)]) == 0
+    assert set(json.loads(out.read_text())["settings"]) == {"prompts", "seed", "frames"}
+    with pytest.raises(SystemExit):
+        shapes_score.main([str(folder), "--help"])
+    assert "(8, the pipeline's)" in capsys.readouterr().out
 
 
 def test_image_pipelines_have_no_motion(tiny_t2i_folder, capsys):
@@ -219,7 +224,7 @@ def test_image_pipelines_have_no_motion(tiny_t2i_folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "few"], "invalid int value: 'few'"),
+        (["--steps", "few"], "wanted a whole number of at least 1, got 'few'"),
         (["nowhere"], "no pipeline folder nowhere"),
         (["--prompts", "0"], "must be at least 1"),
         (["--out", "."], "cannot write .: it is a folder"),

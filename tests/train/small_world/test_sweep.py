@@ -1,6 +1,7 @@
 """A sweep over guidance: every combination once, resumed, a rule for the default."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -72,9 +73,26 @@ def test_a_sweep_is_written_and_resumed(tiny_pipeline_folder, tmp_path, capsys, 
         (5, 1.2, 0),
     ]
     table = capsys.readouterr().out
-    assert "chosen: λ_T" in table and "PSNR" not in table
+    assert "chosen: λ_T" in table and "jitter" not in table
     for name in ("sweep.png", "sweep-clips.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.size[0] > 200
     assert shapes_score.main([*arguments, "--seed", "1", "--sweep", "lambda_t=1"]) == 2
     assert "holds a sweep of other settings" in capsys.readouterr().err
+    # Nor does another model's, of the same settings, go on.
+    other = tmp_path / "other"
+    shutil.copytree(tiny_pipeline_folder, other)
+    values = json.loads((other / "scheduler" / "scheduler_config.json").read_text())
+    values["few_step_timesteps"] = [[900, 400]]
+    (other / "scheduler" / "scheduler_config.json").write_text(json.dumps(values))
+    assert shapes_score.main([str(other), *arguments[1:], "--sweep", "lambda_t=1"]) == 2
+    assert "holds a sweep of other settings" in capsys.readouterr().err
+
+
+def test_of_one_image_there_is_a_sweep_too(tiny_t2i_folder, tmp_path, capsys):
+    """Without motion, and without a distance of sets."""
+    arguments = [str(tiny_t2i_folder), "--prompts", "1", "--steps", "1", "--sweep", "lambda_t=1,2"]
+    assert shapes_score.main([*arguments, "--out", str(tmp_path / "sweep.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[5] == lines[1].split()[-1] == "-"
+    assert "chosen: λ_T" in lines[-1]
