@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gentron_fast.intervals import wilson_interval
-from gentron_train.small_world.fidelity import features, fit_scene, frechet_distance, summarize
+from gentron_train.small_world.fidelity import features, fit_scenes, frechet_distance, summarize
 from gentron_train.small_world.reading import read_objects, read_relation
 from gentron_train.small_world.renderer import (
     DIRECTIONS,
@@ -162,8 +162,8 @@ def _scores(clips, scenes, real, vae, progress) -> Scores:
     from tqdm import tqdm
 
     rights = rights_of(clips, scenes)
-    bar = tqdm(clips, desc="fidelity", unit="clip", leave=False, disable=not progress)
-    fidelity = summarize([fit_scene(clip) for clip in bar])
+    bar = {"desc": "fidelity", "unit": "clip", "leave": False, "disable": not progress}
+    fidelity = summarize(list(tqdm(fit_scenes(clips), total=len(clips), **bar)))
     if len(clips) > 1:  # one clip has no deviation
         own, other, third = (features(part, vae) for part in (clips, *real))
         fidelity["fréchet"] = frechet_distance(own, other)

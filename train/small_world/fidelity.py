@@ -7,12 +7,13 @@ and real ones, in features of the scored pipeline's own encoder.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from gentron_fast.intervals import median_interval
+from gentron_fast.threads import available_cores
 from gentron_train.small_world.reading import find_objects, match_outlines, measure
 from gentron_train.small_world.renderer import (
     BACKGROUNDS,
@@ -23,11 +24,13 @@ from gentron_train.small_world.renderer import (
     Scene,
     Thing,
     paint,
+    quiet_pool,
 )
 
 BROKEN = 15.0  # dB; a clip below it shows no scene of the world
 HIGHEST = 60.0  # dB, of a clip that is its scene to the bit
 GOOD = 26.0  # dB, from which on no second shape is tried
+EACH = 40  # clips, below which no process more pays
 TURNS = {"circle": 12, "square": 2, "triangle": 3, "star": 5, "cross": 2}  # starts of the angle
 
 _STEPS = np.array([0.25, 0.25, 0.25, 0.05], dtype=np.float32)  # of x, y, radius, angle
@@ -81,6 +84,16 @@ def fit_scene(frames: np.ndarray) -> Fit:
     error = ((np.clip(painted, 0, 255) - target) ** 2).mean()
     psnr = min(HIGHEST, 10 * math.log10(255**2 / max(error, 1e-9)))
     return Fit(scene, poses, psnr, np.array([_mean_colour(target, scene, f) for f in fitted]))
+
+
+def fit_scenes(clips: Sequence[np.ndarray]) -> Iterator[Fit]:
+    """`fit_scene` of each; of many, on all cores."""
+    processes = min(available_cores(), len(clips) // EACH)
+    if processes < 2:
+        yield from map(fit_scene, clips)
+        return
+    with quiet_pool(processes) as pool:
+        yield from pool.imap(fit_scene, clips, chunksize=4)
 
 
 def _paint(scene, fitted) -> np.ndarray:

@@ -565,7 +565,7 @@ def _write_shard(job) -> int:
     return stop - start
 
 
-def _quiet_pool(processes: int):
+def quiet_pool(processes: int):
     """Processes that leave Ctrl-C to this one."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
     try:
@@ -628,7 +628,7 @@ def write_shards(
     bar = tqdm(total=sum(j[4] - j[3] for j in missing), unit="sample", disable=not progress)
     with bar:
         if processes > 1:
-            with _quiet_pool(processes) as pool:
+            with quiet_pool(processes) as pool:
                 for count in pool.imap_unordered(_write_shard, missing):
                     bar.update(count)
         else:

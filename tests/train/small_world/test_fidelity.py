@@ -7,14 +7,16 @@ import pytest
 
 from gentron_fast.index import ASSETS
 from gentron_fast.vae import VideoVAE
-from gentron_train.small_world import renderer
+from gentron_train.small_world import fidelity, renderer
 from gentron_train.small_world.fidelity import (
     BROKEN,
     features,
     fit_scene,
+    fit_scenes,
     frechet_distance,
     summarize,
 )
+from gentron_train.small_world.renderer import quiet_pool
 
 
 def clip_of(scene):
@@ -79,6 +81,16 @@ def test_the_scene_is_found_and_rendered(scenes, clips):
             own = next(o for o in scene.objects if o.colour == thing.colour)
             for value, wanted in zip(pose[:3], own.pose(times)[:3], strict=True):
                 assert np.abs(value - wanted).max() < 0.3
+
+
+def test_many_are_fitted_on_all_cores(clips, monkeypatch):
+    alone = list(fit_scenes(clips[:6]))
+    monkeypatch.setattr(fidelity, "EACH", 3)
+    monkeypatch.setattr(fidelity, "available_cores", lambda: 2)
+    pools = []
+    monkeypatch.setattr(fidelity, "quiet_pool", lambda n: pools.append(n) or quiet_pool(n))
+    assert [fit.psnr for fit in fit_scenes(clips[:6])] == [fit.psnr for fit in alone]
+    assert pools == [2]
 
 
 def test_clean_clips_are_steady(clean):
