@@ -21,6 +21,7 @@ from gentron_fast.evaluation.layout import (
     vbench,
     write_manifest,
 )
+from gentron_fast.index import sampling_defaults
 
 NAME = "gentron_fast.evaluate generate"
 HELP = f"""\
@@ -82,7 +83,7 @@ def generate(args: argparse.Namespace, layout: Layout, is_image: bool) -> None:
         raise ValueError(f"the benchmark takes clips, {args.pipeline} would make images")
     if args.seed + len(layout.samples) > 2**64:
         raise ValueError(f"--seed {args.seed} with {len(layout.samples)} samples exceeds 2**64 - 1")
-    sampling.take_defaults(args, args.pipeline)
+    sampling.take_defaults(args, sampling_defaults(args.pipeline))
     sampling.check_sampling(args, args.pipeline)
     device = choose_device(args.device)
     clips = [
